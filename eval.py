@@ -1,0 +1,251 @@
+"""How well models predict each domain: a table of losses, with intervals, the first model being the baseline.
+
+    python eval.py out/base out/mix --data data/sample
+    torchrun --nproc_per_node=8 eval.py pythia-1b out/horizon --data data/pile --json losses.json
+
+Every window of a split is scored once. Differences are paired and their intervals resample documents, not windows.
+"""
+import contextlib
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from model import GPTNeoX, load
+from prepare import SAMPLE, SPLITS, ArgumentParser, Data, InputError, cli, write_text
+
+FEW_DOCUMENTS = 10  # an interval from fewer says little; such a domain is marked
+
+
+# ---------------------------------------------------------------- the machine
+
+def start(device: str | None = None) -> torch.device:
+    """The device to run on (None: a GPU if there is one); under torchrun also joins the process group."""
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(f"cuda:{rank}" if device == "cuda" else device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(f"--device {device}: {str(e).splitlines()[0]}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def rank_and_world() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def finish() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether bf16 matrix products are faster than fp32 here."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    features = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+
+
+def autocast_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """--dtype as a torch.dtype; None: bf16 where the hardware has it."""
+    if name is None:
+        name = "bfloat16" if has_bf16(device) else "float32"
+    if name not in ("float32", "bfloat16"):
+        raise InputError(f"--dtype {name}: choose float32 or bfloat16")
+    return getattr(torch, name)
+
+
+def autocast(device: torch.device, dtype: torch.dtype):
+    return torch.autocast(device.type, dtype=dtype) if dtype != torch.float32 else contextlib.nullcontext()
+
+
+# ---------------------------------------------------------------- losses
+
+def window_count(data: Data, domain: str, split: str, seq_len: int) -> int:
+    """How many windows of seq_len inputs, each with its target, the split holds; InputError if not one."""
+    tokens = data.size(domain, split)["tokens"]
+    if seq_len < 1 or tokens <= seq_len:
+        raise InputError(f"--seq-len {seq_len}: the {split} split of {domain} has {tokens:,} tokens, too few for one sequence")
+    return (tokens - 1) // seq_len
+
+
+def check_fit(model: GPTNeoX, data: Data, seq_len: int) -> None:
+    if seq_len > model.config.max_position_embeddings:
+        raise InputError(f"--seq-len {seq_len}: the model reads at most {model.config.max_position_embeddings} tokens")
+    if data.vocab_size > model.config.vocab_size:
+        raise InputError(f"{data.folder}: its tokenizer has {data.vocab_size:,} tokens, the model only {model.config.vocab_size:,}; "
+                         "prepare the data with the model's tokenizer")
+
+
+def rows_at_once(model: GPTNeoX, seq_len: int, device: torch.device) -> int:
+    """How many sequences make a batch whose logits, the largest tensor there is, stay moderate: 4 GB in fp32 on a GPU, 128 MB else."""
+    logits = 2**30 if device.type == "cuda" else 2**25
+    return max(1, logits // (seq_len * model.config.vocab_size))
+
+
+@torch.no_grad()
+def evaluate(model: GPTNeoX, data: Data, split: str, seq_len: int, dtype: torch.dtype = torch.float32,
+             limit: int | None = None) -> dict[str, np.ndarray]:
+    """Mean loss of every sequence (window of seq_len) of every domain's split: {domain: (n,) float64}, nats per token.
+
+    limit: only the first so many sequences of each domain. Under torchrun the ranks share the work and all return everything.
+    Neither the model's mode nor any random state is touched. Raises InputError where a split is shorter than one sequence.
+    """
+    from tqdm import tqdm
+    check_fit(model, data, seq_len)
+    rank, world = rank_and_world()
+    device = next(model.parameters()).device
+    counts = {d: min(window_count(data, d, split, seq_len), limit or 2**63) for d in data.domains}
+    windows = [(data.tokens(d, split), c) for d in data.domains for c in range(counts[d])]
+    B = rows_at_once(model, seq_len, device)
+    losses = torch.zeros(len(windows), dtype=torch.float64)
+    batches = range(rank * B, len(windows), world * B)
+    for i in tqdm(batches, desc=f"evaluate {split}", unit="batch", disable=None if rank == 0 else True, leave=False):
+        rows = [tokens[c * seq_len:(c + 1) * seq_len + 1] for tokens, c in windows[i:i + B]]
+        batch = np.zeros((B, seq_len + 1), dtype=np.int64)  # always B rows, so that a compiled model sees one shape
+        batch[:len(rows)] = rows
+        batch = torch.from_numpy(batch).to(device)
+        with autocast(device, dtype):
+            losses[i:i + len(rows)] = model(batch[:, :-1], batch[:, 1:]).double().mean(1)[:len(rows)].cpu()
+    if world > 1:
+        losses = losses.to(device)
+        dist.all_reduce(losses)
+    ends = np.cumsum([counts[d] for d in data.domains])
+    return dict(zip(data.domains, np.split(losses.cpu().numpy(), ends[:-1])))
+
+
+def mean_loss(losses: dict[str, np.ndarray]) -> float:
+    """The mean over domains of each one's mean loss: every domain counts the same, however long."""
+    return float(np.mean([values.mean() for values in losses.values()]))
+
+
+# ---------------------------------------------------------------- intervals and the table
+
+def documents_of(data: Data, domain: str, split: str, seq_len: int, n: int) -> np.ndarray:
+    """For each of the first n windows, the number of the document that it begins in: (n,) int64."""
+    ends = np.flatnonzero(data.tokens(domain, split) == data.meta["tokenizer"]["end_of_text"])
+    return np.searchsorted(ends, np.arange(n) * seq_len)
+
+
+def bootstrap(differences: np.ndarray, documents: np.ndarray, resamples: int = 4000, seed: int = 0) -> np.ndarray:
+    """Means of (n,) per-sequence values over resampled documents, each taken with all its sequences: (resamples,)."""
+    _, index = np.unique(documents, return_inverse=True)
+    total, size = np.bincount(index, weights=differences), np.bincount(index)
+    D, rng = len(size), np.random.default_rng(seed)
+    means = np.empty(resamples)
+    for i in range(0, resamples, 100):  # a (100, D) table at a time
+        draws = rng.multinomial(D, np.full(D, 1 / D), size=min(100, resamples - i))
+        means[i:i + 100] = (draws @ total) / (draws @ size)
+    return means
+
+
+def interval(means: np.ndarray) -> list[float]:
+    return [float(x) for x in np.quantile(means, (0.025, 0.975))]
+
+
+def compare(base: dict[str, np.ndarray], other: dict[str, np.ndarray], data: Data, split: str, seq_len: int) -> dict:
+    """other − base in nats per token, with 95% intervals: {domain or "mean": {"change", "interval"}}, then improved and worst."""
+    rows, resampled = {}, []
+    for k, d in enumerate(base):
+        difference = other[d] - base[d]
+        means = bootstrap(difference, documents_of(data, d, split, seq_len, len(difference)), seed=k)
+        rows[d] = {"change": float(difference.mean()), "interval": interval(means)}
+        resampled.append(means)
+    changes = [row["change"] for row in rows.values()]
+    return {**rows, "mean": {"change": float(np.mean(changes)), "interval": interval(np.mean(resampled, axis=0))},
+            "improved": sum(c < 0 for c in changes), "worst": max(changes)}
+
+
+def results(losses: dict[str, dict[str, np.ndarray]], data: Data, split: str, seq_len: int) -> dict:
+    """All that the table shows, ready for JSON. losses: {model: what evaluate returned}; the first model is the baseline."""
+    base = next(iter(losses.values()))
+    out = {"data": str(data.folder), "split": split, "seq_len": seq_len, "domains": {}, "models": {}}
+    for d in base:
+        documents = len(np.unique(documents_of(data, d, split, seq_len, len(base[d]))))
+        out["domains"][d] = {"sequences": len(base[d]), "documents": documents}
+    for name, by_domain in losses.items():
+        nats = {d: float(values.mean()) for d, values in by_domain.items()}
+        per_byte = {d: data.size(d, split)["tokens"] / data.size(d, split)["bytes"] / math.log(2) for d in nats}
+        bits = {d: nats[d] * per_byte[d] for d in nats}
+        out["models"][name] = {"nats": nats | {"mean": float(np.mean(list(nats.values())))},
+                               "bits_per_byte": bits | {"mean": float(np.mean(list(bits.values())))}}
+        if by_domain is not base:
+            out["models"][name]["difference"] = compare(base, by_domain, data, split, seq_len)
+    return out
+
+
+def signed(row: dict) -> str:
+    low, high = row["interval"]
+    return f"{row['change']:+.4f} [{low:+.4f}, {high:+.4f}]"
+
+
+def table(result: dict) -> str:
+    """The results as text: domains down, models across."""
+    models, base = result["models"], next(iter(result["models"]))
+    few = [d for d, n in result["domains"].items() if n["documents"] < FEW_DOCUMENTS]
+    width = max(map(len, [*result["domains"], "domains better"])) + 2
+    top = " " * (width + 21) + "".join(f"  {name[-48:]:<{16 if name == base else 46}}" for name in models)
+    head = f"{'domain':<{width}}{'sequences':>10} {'documents':>10}"
+    head += "".join(f"  {'nats':>7}{'bits/byte':>9}" + f"  {'change in nats [95%]':<28}" * (name != base) for name in models)
+    lines = [top.rstrip(), head.rstrip()]
+    for d in [*result["domains"], "mean"]:
+        n = result["domains"].get(d)
+        line = f"{d + '*' * (d in few):<{width}}" + (f"{n['sequences']:>10,} {n['documents']:>10,}" if n else " " * 21)
+        for m in models.values():
+            line += f"  {m['nats'][d]:>7.4f}{m['bits_per_byte'][d]:>9.4f}"
+            line += f"  {signed(m['difference'][d]):<28}" if "difference" in m else ""
+        lines.append(line.rstrip())
+    line = f"{'domains better':<{width + 21}}{' ' * 18}"
+    for m in list(models.values())[1:]:
+        better = f"{m['difference']['improved']} of {len(result['domains'])}, worst {m['difference']['worst']:+.4f}"
+        line += f"{' ' * 20}{better:<28}"
+    lines += [line.rstrip()] * (len(models) > 1)
+    lines += [f"* fewer than {FEW_DOCUMENTS} documents: too few to say anything"] * bool(few)
+    return "\n".join(lines)
+
+
+def main():
+    parser = ArgumentParser(__doc__)
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="a folder or a name on the hub; the first is the baseline")
+    parser.add_argument("--data", default=SAMPLE, help="a folder that prepare.py wrote (default: %(default)s)")
+    parser.add_argument("--split", default="test", choices=SPLITS, help="(default: %(default)s)")
+    parser.add_argument("--seq-len", type=int, metavar="T", help="tokens a sequence (default: the model's, at most 2048)")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
+    parser.add_argument("--device")
+    parser.add_argument("--dtype", help="float32 or bfloat16 (default: bfloat16 where the hardware has it)")
+    args = parser.parse_args()
+    if len(set(args.models)) < len(args.models):
+        raise InputError("the same model is named twice")
+    data, device = Data(args.data), start(args.device)
+    losses, seq_len = {}, args.seq_len
+    for name in args.models:
+        model = load(name, device, vocab_size=data.vocab_size)
+        seq_len = seq_len or min(2048, model.config.max_position_embeddings)
+        losses[name] = evaluate(model, data, args.split, seq_len, autocast_dtype(args.dtype, device))
+    if rank_and_world()[0] == 0:
+        result = results(losses, data, args.split, seq_len)
+        if args.json:
+            write_text(Path(args.json), json.dumps(result, indent=1) + "\n")
+        print(f"{args.split} split of {args.data}, {seq_len} tokens a sequence")
+        print(table(result))
+    finish()
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,340 @@
+"""GPT-NeoX, the architecture of Pythia, written out; Pythia's safetensors in, a Hugging Face folder out.
+
+    python model.py out/mix "def main("             # what a model says
+    python model.py pythia-70m "The capital of" --temperature 0.8
+
+Modules carry the names that the files on disk use, so there is no table of keys to maintain.
+"""
+import json
+import math
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from prepare import ArgumentParser, InputError, Tokenizer, cli, hub_file, load_json, write_text
+
+
+@dataclass
+class Config:
+    """The shape of a GPT-NeoX, under the names of Hugging Face's config.json."""
+    vocab_size: int = 50304
+    hidden_size: int = 512
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 8
+    intermediate_size: int = 2048
+    max_position_embeddings: int = 2048  # the longest sequence
+    rotary_pct: float = 0.25  # share of each head's dimensions that is rotated
+    rotary_emb_base: float = 10000.0
+    layer_norm_eps: float = 1e-5
+    use_parallel_residual: bool = True
+    tie_word_embeddings: bool = False
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def rotary_dims(self) -> int:
+        return int(self.head_dim * self.rotary_pct)
+
+
+def shape(layers: int, hidden: int, heads: int, vocab_size: int = 50304, context: int = 2048) -> Config:
+    return Config(vocab_size, hidden, layers, heads, 4 * hidden, context)
+
+
+SHAPES = {
+    "tiny": shape(4, 128, 4, 4096, 256),
+    "pythia-14m": shape(6, 128, 4), "pythia-31m": shape(6, 256, 8),
+    "pythia-70m": shape(6, 512, 8), "pythia-160m": shape(12, 768, 12),
+    "pythia-410m": shape(24, 1024, 16), "pythia-1b": shape(16, 2048, 8),
+    "pythia-1.4b": shape(24, 2048, 16), "pythia-2.8b": shape(32, 2560, 32),
+    "pythia-6.9b": shape(32, 4096, 32, 50432), "pythia-12b": shape(36, 5120, 40, 50688),
+}
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding (2104.09864) of the first R dimensions, in halves, not pairs; x (B, H, T, D), cos and sin (T, R)."""
+    R = cos.size(-1)
+    rotated, rest = x[..., :R], x[..., R:]
+    a, b = rotated.chunk(2, dim=-1)
+    return torch.cat((rotated * cos + torch.cat((-b, a), dim=-1) * sin, rest), dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x, cos, sin):
+        B, T, C = x.shape
+        qkv = self.query_key_value(x).view(B, T, self.heads, -1).transpose(1, 2)  # fused per head: (B, H, T, 3D)
+        q, k, v = qkv.chunk(3, dim=-1)
+        y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
+        return self.dense(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.dense_4h_to_h = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x):
+        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x)))  # the exact (erf) GELU
+
+
+class Layer(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.parallel = config.use_parallel_residual
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.attention = Attention(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin):
+        attended = self.attention(self.input_layernorm(x), cos, sin)
+        if self.parallel:  # both branches read x
+            return x + attended + self.mlp(self.post_attention_layernorm(x))
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class GPTNeoX(nn.Module):
+    """GPT-NeoX (2204.06745). Weights are drawn on construction; `load` replaces them by a model's own."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.gpt_neox = nn.ModuleDict({
+            "embed_in": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers)),
+            "final_layer_norm": nn.LayerNorm(config.hidden_size, config.layer_norm_eps),
+        })
+        self.embed_out = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.embed_out.weight = self.gpt_neox.embed_in.weight
+        self.make_rotary()
+        small = math.sqrt(2 / (5 * config.hidden_size))  # 1910.05895
+        wang = 2 / (config.num_hidden_layers * math.sqrt(config.hidden_size))  # github.com/kingoflolz/mesh-transformer-jax
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, std=wang if name.endswith(("attention.dense.weight", "4h_to_h.weight")) else small)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def make_rotary(self) -> None:
+        """Fill the (T, R) tables of cosines and sines, fp32, computed on the CPU so that every device has the same."""
+        R, device = self.config.rotary_dims, self.embed_out.weight.device
+        with torch.device("cpu"):
+            frequency = self.config.rotary_emb_base ** (-torch.arange(0, R, 2, dtype=torch.float32) / R)
+            angle = torch.outer(torch.arange(self.config.max_position_embeddings, dtype=torch.float32), frequency).repeat(1, 2)
+        self.register_buffer("cos", angle.cos().to(device), persistent=False)
+        self.register_buffer("sin", angle.sin().to(device), persistent=False)
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        """tokens (B, T) int64 -> logits (B, T, V); with targets (B, T) int64 -> every token's loss (B, T), fp32, nats."""
+        T = tokens.size(1)
+        x = self.gpt_neox.embed_in(tokens)
+        cos, sin = self.cos[:T].to(x.dtype), self.sin[:T].to(x.dtype)
+        for layer in self.gpt_neox.layers:
+            x = layer(x, cos, sin)
+        logits = self.embed_out(self.gpt_neox.final_layer_norm(x))
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Floating-point operations of training on one token, forward and backward: 6 a weight that multiplies, and attention's
+        12 L d T, not halved for causality (PaLM, 2204.02311, appendix B)."""
+        c = self.config
+        matrices = sum(p.numel() for p in self.parameters())
+        if not c.tie_word_embeddings:
+            matrices -= self.gpt_neox.embed_in.weight.numel()  # a look-up multiplies nothing
+        return 6 * matrices + 12 * c.num_hidden_layers * c.hidden_size * seq_len
+
+    @torch.no_grad()
+    def generate(self, tokens: torch.Tensor, new_tokens: int, temperature: float = 0.0, end: int | None = None,
+                 generator: torch.Generator | None = None) -> torch.Tensor:
+        """Continue tokens (1, T) by up to new_tokens: greedily, or sampled where temperature > 0; stops before the token `end`."""
+        for _ in range(new_tokens):
+            logits = self(tokens[:, -self.config.max_position_embeddings:])[:, -1].float()  # (1, V)
+            if temperature > 0:
+                token = torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1, generator=generator)
+            else:
+                token = logits.argmax(-1, keepdim=True)
+            if token.item() == end:
+                break
+            tokens = torch.cat((tokens, token), dim=1)
+        return tokens
+
+
+# ---------------------------------------------------------------- in
+
+def read_config(path: Path) -> Config:
+    """The Config in a config.json; InputError if it is of another architecture or does not make sense."""
+    values = load_json(path)
+    if values.get("model_type") != "gpt_neox":
+        raise InputError(f"{path}: model_type is {values.get('model_type')!r}; this program knows gpt_neox (Pythia)")
+    rope = values.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default" or values.get("rope_scaling"):
+        raise InputError(f"{path}: only plain rotary embeddings are known, not {rope or values['rope_scaling']}")
+    if values.get("hidden_act", "gelu") != "gelu" or values.get("attention_bias", True) is not True:
+        raise InputError(f"{path}: only hidden_act gelu and attention_bias true are known")
+    known = {"rotary_pct": rope.get("partial_rotary_factor"), "rotary_emb_base": rope.get("rope_theta")}
+    settings = {}
+    for name, field in Config.__dataclass_fields__.items():
+        value = known.get(name)
+        value = values.get(name, field.default) if value is None else value
+        if isinstance(value, int) and not isinstance(value, bool) and field.type is float:
+            value = float(value)
+        if type(value) is not field.type or (field.type is not bool and not 0 < value < 1e9):
+            raise InputError(f"{path}: {name} is {value!r}, expected a {'' if field.type is bool else 'positive '}{field.type.__name__}")
+        settings[name] = value
+    config = Config(**settings)
+    if config.hidden_size % config.num_attention_heads or config.rotary_pct > 1 or config.rotary_dims % 2 or not config.rotary_dims:
+        raise InputError(f"{path}: hidden_size {config.hidden_size}, num_attention_heads {config.num_attention_heads} and rotary_pct "
+                         f"{config.rotary_pct} do not give heads with an even number of rotated dimensions")
+    return config
+
+
+def weight_files(name: str | Path) -> list[Path]:
+    """The safetensors files of a model: the shards that its index names, or the one file."""
+    find = (lambda file: Path(name) / file if (Path(name) / file).is_file() else None) if Path(name).is_dir() else (lambda file: hub_file(str(name), file))
+    index = find("model.safetensors.index.json")
+    if index is None:
+        single = find("model.safetensors")
+        if single is None:
+            raise InputError(f"{name}: has no model.safetensors")
+        return [single]
+    shards = load_json(index).get("weight_map")
+    shards = sorted(set(shards.values()), key=str) if isinstance(shards, dict) else []
+    if not shards or not all(isinstance(s, str) and re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", s) for s in shards):
+        raise InputError(f"{index}: its weight_map must name files like model-00001-of-00002.safetensors")
+    paths = [find(shard) for shard in shards]
+    if None in paths:
+        raise InputError(f"{name}: {shards[paths.index(None)]}, which its index names, is missing")
+    return paths
+
+
+def read_weights(files: list[Path], model: GPTNeoX, device, dtype: torch.dtype) -> None:
+    """Replace a model's parameters by the tensors of these files, which must be just the model's own."""
+    expected = {name: p.shape for name, p in model.state_dict(keep_vars=True).items()}
+    tied = model.config.tie_word_embeddings
+    weights = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():
+                    if name.endswith((".attention.bias", ".attention.masked_bias", ".attention.rotary_emb.inv_freq")):
+                        continue  # buffers of old checkpoints
+                    if name not in expected:
+                        raise InputError(f"{path}: unknown tensor {name}")
+                    shape = tuple(file.get_slice(name).get_shape())
+                    if shape != tuple(expected[name]):
+                        raise InputError(f"{path}: {name} has shape {shape}, config.json asks for {tuple(expected[name])}")
+                    weights[name] = file.get_tensor(name).to(device=device, dtype=dtype)
+        except SafetensorError as e:
+            raise InputError(f"{path}: not a whole safetensors file ({e})") from None
+    if tied:
+        weights["embed_out.weight"] = weights.get("gpt_neox.embed_in.weight")
+    missing = [name for name in expected if weights.get(name) is None]
+    if missing:
+        raise InputError(f"{files[0]}: {len(missing)} tensors are missing, the first is {missing[0]}")
+    model.load_state_dict(weights, assign=True)
+    if tied:
+        model.embed_out.weight = model.gpt_neox.embed_in.weight
+    model.make_rotary()
+    for p in model.parameters():
+        p.requires_grad_(True)
+
+
+def load(name: str | Path, device="cpu", dtype: torch.dtype = torch.float32, vocab_size: int | None = None, seed: int = 0) -> GPTNeoX:
+    """A model from a Hugging Face folder, the hub (`pythia-70m`, `ORG/NAME@REVISION`), or random weights (`scratch:SIZE`).
+
+    vocab_size and seed are for scratch: the vocabulary is rounded up to a multiple of 128, as Pythia's is. Raises InputError.
+    """
+    if str(name).startswith("scratch:"):
+        size = str(name)[len("scratch:"):]
+        if size not in SHAPES:
+            raise InputError(f"{name}: unknown size; the sizes are {', '.join(SHAPES)}")
+        config = Config(**asdict(SHAPES[size]))
+        if vocab_size is not None:
+            config.vocab_size = -(-vocab_size // 128) * 128
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return GPTNeoX(config).to(device=device, dtype=dtype)
+    if not Path(name).is_dir() and Path(name).exists():
+        raise InputError(f"{name}: is a file; a model is a folder with config.json and model.safetensors")
+    config = Path(name) / "config.json" if Path(name).is_dir() else hub_file(str(name), "config.json")
+    if config is None or not config.is_file():
+        raise InputError(f"{name}: not a model (no config.json)")
+    with torch.device("meta"):
+        model = GPTNeoX(read_config(config))
+    read_weights(weight_files(name), model, device, dtype)
+    return model
+
+
+# ---------------------------------------------------------------- out
+
+def save(model: GPTNeoX, folder: str | Path, tokenizer: str | Path | None = None, dtype: torch.dtype = torch.float32) -> None:
+    """Write a folder that transformers loads; every file appears whole, model.safetensors last. tokenizer: a tokenizer.json to put beside it."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    end = 0
+    if tokenizer is not None:
+        loaded = Tokenizer(tokenizer)
+        end = loaded.end_of_text
+        write_text(folder / "tokenizer.json", loaded.json)
+        from prepare import END_OF_TEXT
+        write_text(folder / "tokenizer_config.json", json.dumps(
+            {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT,
+             "model_max_length": model.config.max_position_embeddings}, indent=1))
+    config = {"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox", **asdict(model.config), "hidden_act": "gelu",
+              "attention_bias": True, "bos_token_id": end, "eos_token_id": end, "torch_dtype": str(dtype).removeprefix("torch.")}
+    write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
+    weights = {name: p.to(dtype).contiguous() for name, p in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del weights["embed_out.weight"]
+    write_safetensors(folder / "model.safetensors", weights)
+
+
+def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """save_file, but whole or not at all, on the disk when it returns, and with the mode that the umask gives."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.touch()
+    mode = partial.stat().st_mode
+    save_file(tensors, partial, metadata={"format": "pt"})
+    partial.chmod(mode)
+    with open(partial, "rb+") as f:
+        os.fsync(f.fileno())
+    os.replace(partial, path)
+
+
+def main():
+    parser = ArgumentParser(__doc__)
+    parser.add_argument("model", help="a folder or a name on the hub")
+    parser.add_argument("prompt")
+    parser.add_argument("--tokens", type=int, default=100, help="how many to add (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    model, tokenizer = load(args.model, args.device), Tokenizer(args.model)
+    prompt = tokenizer.encode(args.prompt or "\n").astype("int64")
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    tokens = model.generate(torch.from_numpy(prompt)[None].to(args.device), args.tokens, args.temperature, tokenizer.end_of_text, generator)
+    print(tokenizer.decode(tokens[0].tolist()))
+
+
+if __name__ == "__main__":
+    cli(main)
