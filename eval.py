@@ -6,9 +6,12 @@
 Every window of a split is scored once. Differences are paired and their intervals resample documents, not windows.
 """
 import contextlib
+import importlib.util
 import json
 import math
 import os
+import shutil
+import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +23,6 @@ from prepare import SAMPLE, SPLITS, ArgumentParser, Data, InputError, cli, write
 
 FEW_DOCUMENTS = 10  # an interval from fewer says little; such a domain is marked
 
-
-# ---------------------------------------------------------------- the machine
 
 def start(device: str | None = None) -> torch.device:
     """The device to run on (None: a GPU if there is one); under torchrun also joins the process group."""
@@ -75,13 +76,31 @@ def autocast(device: torch.device, dtype: torch.dtype):
     return torch.autocast(device.type, dtype=dtype) if dtype != torch.float32 else contextlib.nullcontext()
 
 
-# ---------------------------------------------------------------- losses
+def can_compile(device: torch.device) -> tuple[bool, str]:
+    """Whether torch.compile works here, and why."""
+    compiler = next(filter(shutil.which, [os.environ.get("CXX") or "g++", "clang++"]), None)
+    if device.type not in ("cpu", "cuda"):
+        return False, f"eager (torch.compile is not used on {device.type})"
+    if compiler is None:
+        return False, "eager (no C++ compiler found: install g++ for torch.compile)"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return False, "eager (no Python.h found: install Python's headers for torch.compile)"
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return False, "eager (no triton found)"
+    return True, f"torch.compile ({'triton' if device.type == 'cuda' else compiler} found; --no-compile for eager)"
+
+
+def say(*lines: str) -> None:
+    """Print on the first rank."""
+    if rank_and_world()[0] == 0:
+        print(*lines, sep="\n", flush=True)
+
 
 def window_count(data: Data, domain: str, split: str, seq_len: int) -> int:
     """How many windows of seq_len inputs, each with its target, the split holds; InputError if not one."""
     tokens = data.size(domain, split)["tokens"]
     if seq_len < 1 or tokens <= seq_len:
-        raise InputError(f"--seq-len {seq_len}: the {split} split of {domain} has {tokens:,} tokens, too few for one sequence")
+        raise InputError(f"--seq-len {seq_len}: too long for {domain}'s {split} split, which has {tokens:,} tokens")
     return (tokens - 1) // seq_len
 
 
@@ -89,12 +108,12 @@ def check_fit(model: GPTNeoX, data: Data, seq_len: int) -> None:
     if seq_len > model.config.max_position_embeddings:
         raise InputError(f"--seq-len {seq_len}: the model reads at most {model.config.max_position_embeddings} tokens")
     if data.vocab_size > model.config.vocab_size:
-        raise InputError(f"{data.folder}: its tokenizer has {data.vocab_size:,} tokens, the model only {model.config.vocab_size:,}; "
-                         "prepare the data with the model's tokenizer")
+        raise InputError(f"{data.folder}: its tokenizer has {data.vocab_size:,} tokens, the model only "
+                         f"{model.config.vocab_size:,}; prepare the data with the model's tokenizer")
 
 
 def rows_at_once(model: GPTNeoX, seq_len: int, device: torch.device) -> int:
-    """How many sequences make a batch whose logits, the largest tensor there is, stay moderate: 4 GB in fp32 on a GPU, 128 MB else."""
+    """How many sequences make a batch whose logits, the largest tensor, take 4 GB on a GPU, 128 MB elsewhere."""
     logits = 2**30 if device.type == "cuda" else 2**25
     return max(1, logits // (seq_len * model.config.vocab_size))
 
@@ -104,8 +123,8 @@ def evaluate(model: GPTNeoX, data: Data, split: str, seq_len: int, dtype: torch.
              limit: int | None = None) -> dict[str, np.ndarray]:
     """Mean loss of every sequence (window of seq_len) of every domain's split: {domain: (n,) float64}, nats per token.
 
-    limit: only the first so many sequences of each domain. Under torchrun the ranks share the work and all return everything.
-    Neither the model's mode nor any random state is touched. Raises InputError where a split is shorter than one sequence.
+    limit: only the first so many sequences of each domain. Under torchrun the ranks share the work and return the same.
+    Touches no random state. Raises InputError where a split is shorter than one sequence.
     """
     from tqdm import tqdm
     check_fit(model, data, seq_len)
@@ -135,8 +154,6 @@ def mean_loss(losses: dict[str, np.ndarray]) -> float:
     return float(np.mean([values.mean() for values in losses.values()]))
 
 
-# ---------------------------------------------------------------- intervals and the table
-
 def documents_of(data: Data, domain: str, split: str, seq_len: int, n: int) -> np.ndarray:
     """For each of the first n windows, the number of the document that it begins in: (n,) int64."""
     ends = np.flatnonzero(data.tokens(domain, split) == data.meta["tokenizer"]["end_of_text"])
@@ -160,7 +177,7 @@ def interval(means: np.ndarray) -> list[float]:
 
 
 def compare(base: dict[str, np.ndarray], other: dict[str, np.ndarray], data: Data, split: str, seq_len: int) -> dict:
-    """other − base in nats per token, with 95% intervals: {domain or "mean": {"change", "interval"}}, then improved and worst."""
+    """other - base in nats per token: {domain or "mean": {"change", "interval"}, "improved": domains, "worst"}."""
     rows, resampled = {}, []
     for k, d in enumerate(base):
         difference = other[d] - base[d]
@@ -173,7 +190,7 @@ def compare(base: dict[str, np.ndarray], other: dict[str, np.ndarray], data: Dat
 
 
 def results(losses: dict[str, dict[str, np.ndarray]], data: Data, split: str, seq_len: int) -> dict:
-    """All that the table shows, ready for JSON. losses: {model: what evaluate returned}; the first model is the baseline."""
+    """All that the table shows. losses: {model: what evaluate returned}; the first model is the baseline."""
     base = next(iter(losses.values()))
     out = {"data": str(data.folder), "split": split, "seq_len": seq_len, "domains": {}, "models": {}}
     for d in base:
@@ -200,21 +217,22 @@ def table(result: dict) -> str:
     models, base = result["models"], next(iter(result["models"]))
     few = [d for d, n in result["domains"].items() if n["documents"] < FEW_DOCUMENTS]
     width = max(map(len, [*result["domains"], "domains better"])) + 2
-    top = " " * (width + 21) + "".join(f"  {name[-48:]:<{16 if name == base else 46}}" for name in models)
+    top = " " * (width + 21) + "".join(f"  {name[-18:]:>18}" + " " * 28 * (name != base) for name in models)
     head = f"{'domain':<{width}}{'sequences':>10} {'documents':>10}"
-    head += "".join(f"  {'nats':>7}{'bits/byte':>9}" + f"  {'change in nats [95%]':<28}" * (name != base) for name in models)
+    for name in models:
+        head += f"  {'nats':>7}{'bits/byte':>11}" + f"  {'change in nats [95%]':<26}" * (name != base)
     lines = [top.rstrip(), head.rstrip()]
     for d in [*result["domains"], "mean"]:
         n = result["domains"].get(d)
         line = f"{d + '*' * (d in few):<{width}}" + (f"{n['sequences']:>10,} {n['documents']:>10,}" if n else " " * 21)
         for m in models.values():
-            line += f"  {m['nats'][d]:>7.4f}{m['bits_per_byte'][d]:>9.4f}"
-            line += f"  {signed(m['difference'][d]):<28}" if "difference" in m else ""
+            line += f"  {m['nats'][d]:>7.4f}{m['bits_per_byte'][d]:>11.4f}"
+            line += f"  {signed(m['difference'][d]):<26}" if "difference" in m else ""
         lines.append(line.rstrip())
-    line = f"{'domains better':<{width + 21}}{' ' * 18}"
+    line = f"{'domains better':<{width + 41}}"
     for m in list(models.values())[1:]:
         better = f"{m['difference']['improved']} of {len(result['domains'])}, worst {m['difference']['worst']:+.4f}"
-        line += f"{' ' * 20}{better:<28}"
+        line += f"{' ' * 22}{better:<26}"
     lines += [line.rstrip()] * (len(models) > 1)
     lines += [f"* fewer than {FEW_DOCUMENTS} documents: too few to say anything"] * bool(few)
     return "\n".join(lines)
@@ -222,10 +240,10 @@ def table(result: dict) -> str:
 
 def main():
     parser = ArgumentParser(__doc__)
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="a folder or a name on the hub; the first is the baseline")
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="a folder or a name on the hub, the baseline first")
     parser.add_argument("--data", default=SAMPLE, help="a folder that prepare.py wrote (default: %(default)s)")
     parser.add_argument("--split", default="test", choices=SPLITS, help="(default: %(default)s)")
-    parser.add_argument("--seq-len", type=int, metavar="T", help="tokens a sequence (default: the model's, at most 2048)")
+    parser.add_argument("--seq-len", type=int, metavar="T", help="tokens a sequence (default: the baseline's context)")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
     parser.add_argument("--device")
     parser.add_argument("--dtype", help="float32 or bfloat16 (default: bfloat16 where the hardware has it)")
@@ -236,7 +254,7 @@ def main():
     losses, seq_len = {}, args.seq_len
     for name in args.models:
         model = load(name, device, vocab_size=data.vocab_size)
-        seq_len = seq_len or min(2048, model.config.max_position_embeddings)
+        seq_len = seq_len or model.config.max_position_embeddings
         losses[name] = evaluate(model, data, args.split, seq_len, autocast_dtype(args.dtype, device))
     if rank_and_world()[0] == 0:
         result = results(losses, data, args.split, seq_len)

@@ -1,11 +1,12 @@
-"""Find the mixture of domains that a model is missing: train on a mixture, measure every domain, move the mixture, repeat.
+"""Find the mixture of domains that a model is missing: train on a mixture, measure every domain, move it, repeat.
 
-    python mix.py                                                          # the whole method on a laptop, in minutes
-    python mix.py --data data/pile --model pythia-70m --sequences 2000 --rounds 5 --out out/pile
-    python mix.py --rule share --rate 1 --out out/share                    # another reading of the rule
+    python mix.py                                                    # the whole method on a laptop, in minutes
+    python mix.py --data data/pile --model pythia-70m --sequences 2000 --out out/pile
+    python mix.py --rule share --out out/share                       # another reading of the rule
 
-Ends with the table that counts: untouched, uniform and reweighted, trained on equally many sequences, on the test split.
+Ends with the table that counts: untouched, uniform and reweighted, on the test split, trained on as many sequences.
 """
+import contextlib
 import hashlib
 import json
 import time
@@ -14,19 +15,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eval import compare, evaluate, finish, mean_loss, rank_and_world, results, signed, table
-from model import GPTNeoX, save
-from prepare import SAMPLE, ArgumentParser, Data, InputError, cli, load_json, make_sample, write_text
-from train import (add_options, claim, load_weights, open_run, parse_mixture, passes_of, rescale, say, this_pass, times_seen, train)
+from eval import barrier, compare, evaluate, finish, mean_loss, rank_and_world, results, say, signed, start, table
+from model import GPTNeoX
+from prepare import (SAMPLE, SAMPLE_FRACTION, ArgumentParser, Data, InputError, cli, load_json, prepare, publish,
+                     write_text)
+from train import (add_options, claim, defaults, keep, load_weights, open_run, parse_mixture, passes_of, rescale,
+                   this_pass, times_seen, train)
 
-RATES = {"multiplicative": 5.0, "additive": 500.0, "share": 1.0}  # found by trying; README.md has the evidence
+RATES = {"multiplicative": 2.0, "additive": 800.0, "share": 1.0}  # found by trying; README.md has the evidence
 
 
 def update(quantities: np.ndarray, losses: np.ndarray, rate: float, rule: str = "multiplicative") -> np.ndarray:
-    """One step of the seed's `A=A+sm(LA×r`, whose closing bracket is lost, by one of its three readings.
+    """One step of the seed's `A=A+sm(LA×r`, which lost at least a bracket, by one of its three readings.
 
-    quantities: (K,) of each domain. losses: (K,) nats per token. rate: r; a share for multiplicative and share, a number of
-    sequences for additive. Returns the new (K,) quantities. Raises InputError for an unknown rule.
+    quantities: (K,). losses: (K,), nats per token. rate: r; for `additive` a number of sequences, else a share.
+    Returns the new (K,) quantities. Raises InputError for an unknown rule.
     """
     A, L, r = np.asarray(quantities, dtype=np.float64), np.asarray(losses, dtype=np.float64), rate
     softmax = np.exp(L - L.max()) / np.exp(L - L.max()).sum()
@@ -39,156 +42,195 @@ def update(quantities: np.ndarray, losses: np.ndarray, rate: float, rule: str = 
     raise InputError(f"--rule {rule}: choose {', '.join(RATES)}")
 
 
-# ---------------------------------------------------------------- the base
-
 def lopsided(data: Data, sequences: int) -> dict[str, int]:
-    """A mixture that leaves something missing: each domain, by name, half as much as the one before it."""
-    return rescale({d: 0.5**i for i, d in enumerate(data.domains)}, sequences)
+    """A mixture that leaves something missing: by the size of each domain, halved for every domain that is larger."""
+    sizes = {d: data.size(d, "train")["tokens"] for d in data.domains}
+    ranked = sorted(sizes, key=lambda d: (-sizes[d], d))
+    return rescale({d: sizes[d] / 2**i for i, d in enumerate(ranked)}, sequences)
 
 
-def pretrain(model: GPTNeoX, data: Data, args, hyper: dict) -> Path:
-    """Pretrain random weights briefly, in place, on a lopsided mixture; reuses the folder of an earlier time."""
-    hyper = hyper | {"lr": args.base_lr, "warmup": 0.1}
+def pretrain(model: GPTNeoX, data: Data, hyper: dict, args) -> Path:
+    """Pretrain random weights briefly, in place, on a lopsided mixture; one of the same data and settings is reused."""
+    hyper = hyper | {"lr": args.base_lr or defaults(model)["base_lr"], "warmup": 0.1}
     counts = lopsided(data, args.base_sequences)
-    record = {"settings": {"model": args.model, **hyper, "dtype": str(hyper["dtype"])}, "passes": [this_pass(data, hyper, counts)]}
+    record = {"settings": {"model": args.model, **hyper, "dtype": str(hyper["dtype"])},
+              "passes": [this_pass(data, hyper, counts)]}
     digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:8]
     folder = Path(args.out).parent / f"base-{args.model.partition(':')[2]}-{digest}"
-    if (folder / "model.safetensors").is_file():
-        load_weights(model, folder)
-        say(f"base    {folder}, pretrained before")
-        return folder
-    say(f"base    {folder}: pretraining on {sum(counts.values()):,} sequences, " + ", ".join(f"{d} {n:,}" for d, n in counts.items()))
-    if rank_and_world()[0] == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-    train(model, data, counts, **hyper, save_every=args.save_every, out=folder, title="pretrain")
-    if rank_and_world()[0] == 0:
-        write_text(folder / "run.json", json.dumps(record, indent=1) + "\n")
-        save(model, folder, data.folder / "tokenizer.json")
+    say(f"base    {folder}, lr {hyper['lr']:g}, sequences: " + ", ".join(f"{d} {n:,}" for d, n in counts.items()))
+    trained(model, data, counts, hyper, folder, "pretrain", args, record=record)
     return folder
 
 
-# ---------------------------------------------------------------- the search
-
-def search(model: GPTNeoX, data: Data, args, hyper: dict, seen: dict) -> list[dict]:
-    """The rounds: every one starts from the same weights and differs in nothing but the mixture. Returns the history."""
-    out, T = Path(args.out), hyper["seq_len"]
-    path = out / "history.jsonl"
-    history = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    weights = {name: w.clone() for name, w in model.state_dict().items()}
-
-    def measure(counts, quantities):
-        losses = evaluate(model, data, "val", T, hyper["dtype"], args.eval_sequences)
-        history.append({"round": len(history), "counts": counts, "quantities": quantities,
-                        "losses": {d: float(v.mean()) for d, v in losses.items()}, "mean": mean_loss(losses)})
-        if rank_and_world()[0] == 0:
-            write_text(path, "".join(json.dumps(line) + "\n" for line in history))
-        report(history[-1], data)
-
-    report(None, data)
-    for line in history:
-        report(line, data)
-    if not history:
-        measure(None, None)
-    start = parse_mixture(args.start, data, args.sequences, T)
-    while len(history) <= args.rounds and not settled(history):
-        last = history[-1]
-        quantities = {d: float(start.get(d, 0)) for d in data.domains}
-        if last["quantities"]:
-            moved = update(*(np.array([last[key][d] for d in data.domains]) for key in ("quantities", "losses")), args.rate, args.rule)
-            quantities = dict(zip(data.domains, moved.tolist()))
-        counts = rescale(quantities, round(sum(quantities.values())) if args.grow else args.sequences)
-        model.load_state_dict(weights)
-        number = len(history)
-        run(model, data, counts, hyper, seen, out / f"round-{number}", f"round {number}", args)
-        measure(counts, quantities)
-    return history
-
-
-def run(model, data, counts, hyper, seen, folder, title, args) -> None:
-    """One training, kept as a folder."""
+def trained(model: GPTNeoX, data: Data, counts: dict[str, int], hyper: dict, folder: Path, title: str, args,
+            seen: dict | None = None, record: dict | None = None) -> None:
+    """Train the model, in place, and keep it as a folder; where that was done before, load it from there instead."""
+    if (folder / "model.safetensors").is_file():
+        load_weights(model, folder)
+        return
     if rank_and_world()[0] == 0:
         folder.mkdir(parents=True, exist_ok=True)
     train(model, data, counts, **hyper, seen=seen, save_every=args.save_every, out=folder, title=title)
     if rank_and_world()[0] == 0:
-        save(model, folder, data.folder / "tokenizer.json")
+        if record:
+            write_text(folder / "run.json", json.dumps(record, indent=1) + "\n")
+        keep(model, data, folder)
 
 
-def settled(history: list[dict]) -> bool:
-    """Whether the last two rounds brought no better mean validation loss."""
-    return len(history) > 3 and best_round(history)["round"] < history[-1]["round"] - 1
+def search(model: GPTNeoX, data: Data, start: dict[str, int], hyper: dict, seen: dict, args) -> list[dict]:
+    """The rounds. Each starts from the same weights, on as many sequences; they differ in nothing but the mixture.
+
+    Returns a dict a round, round 0 being the untouched model. Rounds that history.jsonl holds already are not redone.
+    """
+    out, T, domains = Path(args.out), hyper["seq_len"], data.domains
+    path = out / "history.jsonl"
+    history = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    untouched = {name: weight.clone() for name, weight in model.state_dict().items()}
+    A = np.array([start.get(d, 0) for d in domains], dtype=np.float64)
+    say("", "share of the mixture and validation loss, nats per token",
+        f"{'round':>5}{'mean':>9}" + "".join(f"{d[:16]:>18}" for d in domains))
+    for number in range(args.rounds + 1):
+        if number > 2 and number - 1 - best_round(history[:number])["round"] >= 2:
+            say("stopped: the mean validation loss has not improved for two rounds")
+            break
+        if number == len(history):
+            counts = None
+            if number > 0:
+                counts = rescale(dict(zip(domains, A.tolist())), round(A.sum()) if args.grow else args.sequences)
+                trained(model, data, counts, hyper, out / f"round-{number}", f"round {number}", args, seen)
+            losses = evaluate(model, data, "val", T, hyper["dtype"], args.eval_sequences)
+            history.append({"round": number, "quantities": A.tolist(), "counts": counts, "mean": mean_loss(losses),
+                            "losses": {d: float(values.mean()) for d, values in losses.items()}})
+            model.load_state_dict(untouched)
+            if rank_and_world()[0] == 0:
+                write_text(path, "".join(json.dumps(line) + "\n" for line in history))
+                for line in history[2:]:  # of weights, the first round's and the best one's are needed again
+                    if line["round"] != best_round(history)["round"]:
+                        (out / f"round-{line['round']}" / "model.safetensors").unlink(missing_ok=True)
+        line = history[number]
+        shares = {d: f"{n / sum(line['counts'].values()):.1%}" for d, n in (line["counts"] or {}).items()}
+        cells = [f"{shares.get(d, ''):>10}{line['losses'][d]:>8.4f}" for d in domains]
+        say(f"{number:>5}{line['mean']:>9.4f}" + "".join(cells))
+        if number > 0:
+            A = update(line["quantities"], [line["losses"][d] for d in domains], args.rate, args.rule)
+    return history
 
 
 def best_round(history: list[dict]) -> dict:
+    """The round with the lowest mean validation loss; the earlier one of equals."""
     return min(history[1:], key=lambda line: line["mean"])
 
 
-def report(line: dict | None, data: Data) -> None:
-    """A row of the table of rounds; None prints its head."""
-    width = max(12, *(len(d) + 2 for d in data.domains))
-    if line is None:
-        say("", f"{'round':<11}" + "".join(f"{d:>{width}}" for d in data.domains) + f"{'mean':>10}   share of the mixture, validation loss in nats")
-        return
-    if line["counts"]:
-        total = sum(line["counts"].values())
-        say(f"{line['round']:<3} mixture" + "".join(f"{line['counts'].get(d, 0) / total:>{width}.1%}" for d in data.domains))
-    name = "loss" if line["counts"] else "untouched"
-    say(f"{'' if line['counts'] else name:<3} {name if line['counts'] else '':<7}"[:11].ljust(11)
-        + "".join(f"{line['losses'][d]:>{width}.4f}" for d in data.domains) + f"{line['mean']:>10.4f}")
-
-
-# ---------------------------------------------------------------- the comparison
-
-def main():
-    started = time.perf_counter()
-    stages = {}
-
-    def stage(name):
-        nonlocal started
-        stages[name] = stages.get(name, 0) + time.perf_counter() - started
-        started = time.perf_counter()
-
-    parser = ArgumentParser(__doc__)
-    add_options(parser, "out/mix")
-    parser.add_argument("--method", default="reweight", choices=("reweight",))
-    parser.add_argument("--rule", default="multiplicative", choices=tuple(RATES))
-    parser.add_argument("--rate", type=float, help="r of the rule (default: the rule's)")
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--grow", action="store_true")
-    parser.add_argument("--start", default="uniform")
-    parser.add_argument("--save-every", type=int, default=100, metavar="N")
-    parser.add_argument("--base-sequences", type=int, default=8000)
-    parser.add_argument("--base-lr", type=float, default=2e-3)
-    args = parser.parse_args()
-    args.sequences = args.sequences or 800
-    args.rate = RATES[args.rule] if args.rate is None else args.rate
-    if args.data == SAMPLE and not Path(args.data, "meta.json").is_file():
-        make_sample()
-        stage("sample")
-    data, model, hyper = open_run(args)
-    out = Path(args.out)
-    T = hyper["seq_len"]
-    stage("load")
-    base = pretrain(model, data, args, hyper) if args.model.startswith("scratch:") else args.model
-    stage("base")
-    passes = passes_of(base)
-    claim(out, args, data, hyper, {}, passes)
-    seen = times_seen(data, T, passes)
-    untouched = {name: w.clone() for name, w in model.state_dict().items()}
-    history = search(model, data, args, hyper, seen)
-    stage("rounds")
-    best = best_round(history)
-    losses = {}
-    model.load_state_dict(untouched)
-    losses["untouched"] = evaluate(model, data, "test", T, hyper["dtype"], args.eval_sequences)
-    load_weights(model, out / "round-1")
+def comparison(model: GPTNeoX, data: Data, history: list[dict], hyper: dict, seen: dict, args) -> dict:
+    """Untouched, uniform with as many sequences, and the best round on the test split; the model ends as the last."""
+    out, T, best = Path(args.out), hyper["seq_len"], best_round(history)
+    losses = {"untouched": evaluate(model, data, "test", T, hyper["dtype"], args.eval_sequences)}
+    uniform = parse_mixture("uniform", data, sum(best["counts"].values()), T)
+    folder = out / ("round-1" if history[1]["counts"] == uniform else "uniform")
+    trained(model, data, uniform, hyper, folder, "uniform", args, seen)
     losses["uniform"] = evaluate(model, data, "test", T, hyper["dtype"], args.eval_sequences)
     load_weights(model, out / f"round-{best['round']}")
     losses["reweighted"] = evaluate(model, data, "test", T, hyper["dtype"], args.eval_sequences)
-    say(table(results(losses, data, "test", T)))
-    c = compare(losses['uniform'], losses['reweighted'], data, 'test', T)
-    say(*[f"{d} {signed(c[d])}" for d in [*data.domains, 'mean']])
-    stage("comparison")
-    say(", ".join(f"{k} {v:.0f} s" for k, v in stages.items()))
+    result = results(losses, data, "test", T)
+    return result | {"reweighted - uniform": compare(losses["uniform"], losses["reweighted"], data, "test", T)}
+
+
+def verdict(result: dict) -> str:
+    """What the table says of reweighted and uniform, in words."""
+    difference = result["reweighted - uniform"]
+    low, high = difference["mean"]["interval"]
+    words = "better than" if high < 0 else "worse than" if low > 0 else "not distinguishable from"
+    return (f"reweighted - uniform: {signed(difference['mean'])} nats, better in {difference['improved']} of "
+            f"{len(result['domains'])} domains: {words} uniform, by this seed")
+
+
+def picture(history: list[dict], domains: list[str], path: Path) -> None:
+    """Two panels by round: the mixture, and how far each domain's validation loss is from the untouched model's."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    numbers = [line["round"] for line in history]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    for k, d in enumerate(domains):
+        style = {"color": f"C{k % 10}", "marker": "os^Dv"[k // 10 % 5], "label": d}
+        shares = [100 * line["counts"].get(d, 0) / sum(line["counts"].values()) for line in history[1:]]
+        left.plot(numbers[1:], shares, **style)
+        right.plot(numbers, [line["losses"][d] - history[0]["losses"][d] for line in history], **style)
+    right.plot(numbers, [line["mean"] - history[0]["mean"] for line in history], "k--", linewidth=2, label="mean")
+    right.axhline(0, color="0.7", linewidth=1, zorder=0)
+    left.set(title="The mixture", xlabel="round", ylabel="share of the sequences (%)", xticks=numbers[1:])
+    left.set_ylim(bottom=0)
+    right.set(title="Validation loss", xlabel="round (0: untouched)", ylabel="change in nats per token", xticks=numbers)
+    for axes in (left, right):
+        axes.axvline(best_round(history)["round"], color="0.88", linewidth=10, zorder=0, label="best round")
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = right.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(7, len(labels)), frameon=False)
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, dpi=120, format="png")
+    publish(partial, path)
+
+
+def main():
+    parser = ArgumentParser(__doc__)
+    add_options(parser, "out/mix")
+    add = parser.add_argument
+    add("--method", default="reweight", choices=("reweight",), help="(default: %(default)s)")
+    add("--rule", default="multiplicative", choices=tuple(RATES), help="reading of the formula (default: %(default)s)")
+    add("--rate", type=float, metavar="R", help=f"r (default: {', '.join(f'{k} {r:g}' for k, r in RATES.items())})")
+    add("--rounds", type=int, default=4, metavar="N", help="at most (default: %(default)s)")
+    add("--grow", action="store_true", help="train on the growing quantities, not on --sequences in their proportions")
+    add("--start", default="uniform", help="the first mixture, like train.py's --mix (default: %(default)s)")
+    add("--base-sequences", type=int, default=6400, metavar="N", help="to pretrain scratch on (default: %(default)s)")
+    add("--base-lr", type=float, help="peak learning rate of that (default: the model's)")
+    parser.set_defaults(sequences=800)
+    args = parser.parse_args()
+    args.rate = RATES[args.rule] if args.rate is None else args.rate
+    if args.rounds < 1 or args.base_sequences < 1 or args.rate <= 0:
+        raise InputError("--rounds, --base-sequences and --rate: expected more than 0")
+    out, stages = Path(args.out), {}
+
+    @contextlib.contextmanager
+    def stage(name: str):
+        began = time.perf_counter()
+        yield
+        stages[name] = time.perf_counter() - began
+
+    start(args.device)
+    with stage("sample"):
+        if args.data == SAMPLE and not Path(args.data).exists() and rank_and_world()[0] == 0:
+            prepare(args.data, val_fraction=SAMPLE_FRACTION, test_fraction=SAMPLE_FRACTION)
+        barrier()
+    data, model, hyper = open_run(args)
+    first = parse_mixture(args.start, data, args.sequences, hyper["seq_len"])
+    own = ("method", "rule", "rate", "grow", "sequences", "eval_sequences", "base_sequences", "base_lr")
+    claim(out, args, data, hyper, {"start": first, **{name: vars(args)[name] for name in own}}, [])
+    with stage("base"):
+        base = pretrain(model, data, hyper, args) if args.model.startswith("scratch:") else Path(args.model)
+    passes = passes_of(base)
+    if not (out / "model.safetensors").is_file():
+        seen = times_seen(data, hyper["seq_len"], passes)
+        with stage("rounds"):
+            history = search(model, data, first, hyper, seen, args)
+        with stage("comparison"):
+            result = comparison(model, data, history, hyper, seen, args)
+        if rank_and_world()[0] == 0:
+            best = best_round(history)
+            settings = {name: vars(args)[name] for name in ("method", "rule", "rate", "seed", "data", "model")}
+            mixture = {"counts": best["counts"], "unit": "sequences", "seq_len": hyper["seq_len"], **settings}
+            write_text(out / "mix.json", json.dumps(mixture | {"round": best["round"]}, indent=1) + "\n")
+            write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
+            picture(history, data.domains, out / "mix.png")
+            record = load_json(out / "run.json")
+            record["passes"] = passes + [this_pass(data, hyper, best["counts"])]
+            write_text(out / "run.json", json.dumps(record, indent=1) + "\n")
+            keep(model, data, out, getattr(torch, args.save_dtype))
+    if rank_and_world()[0] == 0:
+        result = load_json(out / "result.json")
+        say("", f"test split, {result['seq_len']} tokens a sequence", table(result), verdict(result), "",
+            f"{out} holds the mixture (mix.json), the picture (mix.png) and the model",
+            "wall time: " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in stages.items())
+            + f", all {sum(stages.values()):.0f} s")
     finish()
 
 

@@ -7,7 +7,6 @@ Modules carry the names that the files on disk use, so there is no table of keys
 """
 import json
 import math
-import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from prepare import ArgumentParser, InputError, Tokenizer, cli, hub_file, load_json, write_text
+from prepare import END_OF_TEXT, ArgumentParser, InputError, Tokenizer, cli, hub_file, load_json, publish, write_text
 
 
 @dataclass
@@ -60,10 +59,10 @@ SHAPES = {
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding (2104.09864) of the first R dimensions, in halves, not pairs; x (B, H, T, D), cos and sin (T, R)."""
+    """Rotary position embedding (2104.09864) of the first R of D dimensions; x (B, H, T, D), cos and sin (T, R)."""
     R = cos.size(-1)
     rotated, rest = x[..., :R], x[..., R:]
-    a, b = rotated.chunk(2, dim=-1)
+    a, b = rotated.chunk(2, dim=-1)  # a pair is (i, i + R/2)
     return torch.cat((rotated * cos + torch.cat((-b, a), dim=-1) * sin, rest), dim=-1)
 
 
@@ -124,8 +123,8 @@ class GPTNeoX(nn.Module):
         if config.tie_word_embeddings:
             self.embed_out.weight = self.gpt_neox.embed_in.weight
         self.make_rotary()
-        small = math.sqrt(2 / (5 * config.hidden_size))  # 1910.05895
-        wang = 2 / (config.num_hidden_layers * math.sqrt(config.hidden_size))  # github.com/kingoflolz/mesh-transformer-jax
+        small = math.sqrt(2 / (5 * config.hidden_size))  # as Pythia: 1910.05895, and for what a branch adds 2204.06745
+        wang = 2 / (config.num_hidden_layers * math.sqrt(config.hidden_size))
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=wang if name.endswith(("attention.dense.weight", "4h_to_h.weight")) else small)
@@ -134,15 +133,15 @@ class GPTNeoX(nn.Module):
 
     def make_rotary(self) -> None:
         """Fill the (T, R) tables of cosines and sines, fp32, computed on the CPU so that every device has the same."""
-        R, device = self.config.rotary_dims, self.embed_out.weight.device
+        R, T, device = self.config.rotary_dims, self.config.max_position_embeddings, self.embed_out.weight.device
         with torch.device("cpu"):
             frequency = self.config.rotary_emb_base ** (-torch.arange(0, R, 2, dtype=torch.float32) / R)
-            angle = torch.outer(torch.arange(self.config.max_position_embeddings, dtype=torch.float32), frequency).repeat(1, 2)
+            angle = torch.outer(torch.arange(T, dtype=torch.float32), frequency).repeat(1, 2)
         self.register_buffer("cos", angle.cos().to(device), persistent=False)
         self.register_buffer("sin", angle.sin().to(device), persistent=False)
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
-        """tokens (B, T) int64 -> logits (B, T, V); with targets (B, T) int64 -> every token's loss (B, T), fp32, nats."""
+        """tokens (B, T) int64 -> logits (B, T, V); with targets, likewise, -> every token's loss (B, T), fp32, nats."""
         T = tokens.size(1)
         x = self.gpt_neox.embed_in(tokens)
         cos, sin = self.cos[:T].to(x.dtype), self.sin[:T].to(x.dtype)
@@ -154,8 +153,8 @@ class GPTNeoX(nn.Module):
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Floating-point operations of training on one token, forward and backward: 6 a weight that multiplies, and attention's
-        12 L d T, not halved for causality (PaLM, 2204.02311, appendix B)."""
+        """Floating-point operations of training on one token: 6 for each weight that multiplies, and 12 L d T for
+        attention, not halved for its causality (2204.02311, appendix B)."""
         c = self.config
         matrices = sum(p.numel() for p in self.parameters())
         if not c.tie_word_embeddings:
@@ -165,7 +164,7 @@ class GPTNeoX(nn.Module):
     @torch.no_grad()
     def generate(self, tokens: torch.Tensor, new_tokens: int, temperature: float = 0.0, end: int | None = None,
                  generator: torch.Generator | None = None) -> torch.Tensor:
-        """Continue tokens (1, T) by up to new_tokens: greedily, or sampled where temperature > 0; stops before the token `end`."""
+        """Continue tokens (1, T) by up to new_tokens: greedily, or sampled if temperature > 0; stops before `end`."""
         for _ in range(new_tokens):
             logits = self(tokens[:, -self.config.max_position_embeddings:])[:, -1].float()  # (1, V)
             if temperature > 0:
@@ -177,8 +176,6 @@ class GPTNeoX(nn.Module):
             tokens = torch.cat((tokens, token), dim=1)
         return tokens
 
-
-# ---------------------------------------------------------------- in
 
 def read_config(path: Path) -> Config:
     """The Config in a config.json; InputError if it is of another architecture or does not make sense."""
@@ -198,29 +195,36 @@ def read_config(path: Path) -> Config:
         if isinstance(value, int) and not isinstance(value, bool) and field.type is float:
             value = float(value)
         if type(value) is not field.type or (field.type is not bool and not 0 < value < 1e9):
-            raise InputError(f"{path}: {name} is {value!r}, expected a {'' if field.type is bool else 'positive '}{field.type.__name__}")
+            raise InputError(f"{path}: {name} is {value!r}, expected a sensible {field.type.__name__}")
         settings[name] = value
     config = Config(**settings)
-    if config.hidden_size % config.num_attention_heads or config.rotary_pct > 1 or config.rotary_dims % 2 or not config.rotary_dims:
-        raise InputError(f"{path}: hidden_size {config.hidden_size}, num_attention_heads {config.num_attention_heads} and rotary_pct "
+    R = config.rotary_dims
+    if config.hidden_size % config.num_attention_heads or R % 2 or not 0 < R <= config.head_dim:
+        raise InputError(f"{path}: hidden_size {config.hidden_size}, {config.num_attention_heads} heads and rotary_pct "
                          f"{config.rotary_pct} do not give heads with an even number of rotated dimensions")
     return config
 
 
+def model_file(name: str | Path, filename: str) -> Path | None:
+    """A file of a model in a folder or on the hub; None if it has no such file."""
+    if not Path(name).exists():
+        return hub_file(str(name), filename)
+    return Path(name, filename) if Path(name, filename).is_file() else None
+
+
 def weight_files(name: str | Path) -> list[Path]:
     """The safetensors files of a model: the shards that its index names, or the one file."""
-    find = (lambda file: Path(name) / file if (Path(name) / file).is_file() else None) if Path(name).is_dir() else (lambda file: hub_file(str(name), file))
-    index = find("model.safetensors.index.json")
+    index = model_file(name, "model.safetensors.index.json")
     if index is None:
-        single = find("model.safetensors")
+        single = model_file(name, "model.safetensors")
         if single is None:
             raise InputError(f"{name}: has no model.safetensors")
         return [single]
-    shards = load_json(index).get("weight_map")
-    shards = sorted(set(shards.values()), key=str) if isinstance(shards, dict) else []
-    if not shards or not all(isinstance(s, str) and re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", s) for s in shards):
+    weight_map = load_json(index).get("weight_map")
+    shards = sorted({str(shard) for shard in weight_map.values()}) if isinstance(weight_map, dict) else []
+    if not shards or not all(re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", shard) for shard in shards):
         raise InputError(f"{index}: its weight_map must name files like model-00001-of-00002.safetensors")
-    paths = [find(shard) for shard in shards]
+    paths = [model_file(name, shard) for shard in shards]
     if None in paths:
         raise InputError(f"{name}: {shards[paths.index(None)]}, which its index names, is missing")
     return paths
@@ -228,7 +232,7 @@ def weight_files(name: str | Path) -> list[Path]:
 
 def read_weights(files: list[Path], model: GPTNeoX, device, dtype: torch.dtype) -> None:
     """Replace a model's parameters by the tensors of these files, which must be just the model's own."""
-    expected = {name: p.shape for name, p in model.state_dict(keep_vars=True).items()}
+    expected = {name: list(p.shape) for name, p in model.state_dict(keep_vars=True).items()}
     tied = model.config.tie_word_embeddings
     weights = {}
     for path in files:
@@ -239,9 +243,9 @@ def read_weights(files: list[Path], model: GPTNeoX, device, dtype: torch.dtype) 
                         continue  # buffers of old checkpoints
                     if name not in expected:
                         raise InputError(f"{path}: unknown tensor {name}")
-                    shape = tuple(file.get_slice(name).get_shape())
-                    if shape != tuple(expected[name]):
-                        raise InputError(f"{path}: {name} has shape {shape}, config.json asks for {tuple(expected[name])}")
+                    found = list(file.get_slice(name).get_shape())
+                    if found != expected[name]:
+                        raise InputError(f"{path}: {name} has shape {found}, config.json asks for {expected[name]}")
                     weights[name] = file.get_tensor(name).to(device=device, dtype=dtype)
         except SafetensorError as e:
             raise InputError(f"{path}: not a whole safetensors file ({e})") from None
@@ -258,10 +262,12 @@ def read_weights(files: list[Path], model: GPTNeoX, device, dtype: torch.dtype) 
         p.requires_grad_(True)
 
 
-def load(name: str | Path, device="cpu", dtype: torch.dtype = torch.float32, vocab_size: int | None = None, seed: int = 0) -> GPTNeoX:
-    """A model from a Hugging Face folder, the hub (`pythia-70m`, `ORG/NAME@REVISION`), or random weights (`scratch:SIZE`).
+def load(name: str | Path, device="cpu", dtype: torch.dtype = torch.float32, vocab_size: int | None = None,
+         seed: int = 0) -> GPTNeoX:
+    """A model from a Hugging Face folder, from the hub (`pythia-70m`, `ORG/NAME@REVISION`), or random (`scratch:SIZE`).
 
-    vocab_size and seed are for scratch: the vocabulary is rounded up to a multiple of 128, as Pythia's is. Raises InputError.
+    vocab_size and seed are for scratch; the vocabulary is rounded up to a multiple of 128, like Pythia's. Raises
+    InputError where there is no such model, or a tensor is unknown, missing or of another shape.
     """
     if str(name).startswith("scratch:"):
         size = str(name)[len("scratch:"):]
@@ -273,21 +279,18 @@ def load(name: str | Path, device="cpu", dtype: torch.dtype = torch.float32, voc
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return GPTNeoX(config).to(device=device, dtype=dtype)
-    if not Path(name).is_dir() and Path(name).exists():
-        raise InputError(f"{name}: is a file; a model is a folder with config.json and model.safetensors")
-    config = Path(name) / "config.json" if Path(name).is_dir() else hub_file(str(name), "config.json")
-    if config is None or not config.is_file():
-        raise InputError(f"{name}: not a model (no config.json)")
+    config = model_file(name, "config.json")
+    if config is None:
+        raise InputError(f"{name}: not a model (no config.json); expected a Hugging Face folder or a name on the hub")
     with torch.device("meta"):
         model = GPTNeoX(read_config(config))
     read_weights(weight_files(name), model, device, dtype)
     return model
 
 
-# ---------------------------------------------------------------- out
-
-def save(model: GPTNeoX, folder: str | Path, tokenizer: str | Path | None = None, dtype: torch.dtype = torch.float32) -> None:
-    """Write a folder that transformers loads; every file appears whole, model.safetensors last. tokenizer: a tokenizer.json to put beside it."""
+def save(model: GPTNeoX, folder: str | Path, tokenizer: str | Path | None = None,
+         dtype: torch.dtype = torch.float32) -> None:
+    """Write a folder that transformers loads, model.safetensors last. tokenizer: a tokenizer.json to put beside it."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     end = 0
@@ -295,12 +298,13 @@ def save(model: GPTNeoX, folder: str | Path, tokenizer: str | Path | None = None
         loaded = Tokenizer(tokenizer)
         end = loaded.end_of_text
         write_text(folder / "tokenizer.json", loaded.json)
-        from prepare import END_OF_TEXT
+        special = {f"{role}_token": END_OF_TEXT for role in ("bos", "eos", "unk")}
         write_text(folder / "tokenizer_config.json", json.dumps(
-            {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT,
-             "model_max_length": model.config.max_position_embeddings}, indent=1))
-    config = {"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox", **asdict(model.config), "hidden_act": "gelu",
-              "attention_bias": True, "bos_token_id": end, "eos_token_id": end, "torch_dtype": str(dtype).removeprefix("torch.")}
+            {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.config.max_position_embeddings,
+             **special}, indent=1) + "\n")
+    config = {"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox", **asdict(model.config),
+              "hidden_act": "gelu", "attention_bias": True, "bos_token_id": end, "eos_token_id": end,
+              "torch_dtype": str(dtype).removeprefix("torch.")}
     write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
     weights = {name: p.to(dtype).contiguous() for name, p in model.state_dict().items()}
     if model.config.tie_word_embeddings:
@@ -315,9 +319,7 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     mode = partial.stat().st_mode
     save_file(tensors, partial, metadata={"format": "pt"})
     partial.chmod(mode)
-    with open(partial, "rb+") as f:
-        os.fsync(f.fileno())
-    os.replace(partial, path)
+    publish(partial, path)
 
 
 def main():
@@ -332,7 +334,8 @@ def main():
     model, tokenizer = load(args.model, args.device), Tokenizer(args.model)
     prompt = tokenizer.encode(args.prompt or "\n").astype("int64")
     generator = torch.Generator(args.device).manual_seed(args.seed)
-    tokens = model.generate(torch.from_numpy(prompt)[None].to(args.device), args.tokens, args.temperature, tokenizer.end_of_text, generator)
+    tokens = torch.from_numpy(prompt)[None].to(args.device)
+    tokens = model.generate(tokens, args.tokens, args.temperature, tokenizer.end_of_text, generator)
     print(tokenizer.decode(tokens[0].tolist()))
 
 

@@ -1,10 +1,8 @@
 """Text in, token bins out: one raw uint16 file per domain and split, and the classes that read them back.
 
-    python prepare.py                                    # data/sample, from text that pip has already installed; seconds
-    python prepare.py --out data/mine arxiv=papers/*.jsonl.gz web=crawl/ --tokenizer train:4096
+    python prepare.py                                      # data/sample, from text that pip already installed; seconds
+    python prepare.py --out data/mine arxiv=papers/ web='crawl/*.jsonl.gz' --tokenizer train:4096
     python prepare.py --out data/pile pile.jsonl --domain-key meta.pile_set_name --tokenizer pythia-70m
-
-A folder of bins is described by its meta.json, which is there only when every bin is. Imports neither torch nor a file of ours.
 """
 import argparse
 import ast
@@ -12,13 +10,14 @@ import contextlib
 import glob
 import gzip
 import hashlib
-import importlib.util
 import json
 import os
 import re
 import shutil
 import sys
 import sysconfig
+import zlib
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +25,10 @@ import numpy as np
 FORMAT = 1  # of meta.json and the bins beside it
 SPLITS = ("train", "val", "test")
 END_OF_TEXT = "<|endoftext|>"
-SAMPLE = "data/sample"
+SAMPLE, SAMPLE_FRACTION = "data/sample", 0.1  # of its text, for val and as much for test; it is small
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
 PYTHIA_SIZES = ("14m", "31m", "70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b")
 
-
-# ---------------------------------------------------------------- shared by all scripts
 
 class InputError(Exception):
     """What the user gave cannot be used; the message is one line: what is wrong, where, and what to do."""
@@ -51,115 +48,109 @@ def cli(main) -> None:
     """Run a script's main function; bad input ends in one line on stderr and exit status 2."""
     try:
         main()
-    except InputError as e:
-        message = str(e)
-    except OSError as e:
-        if e.filename is None:  # not about a file: a defect of ours, so show where
-            raise
-        message = f"{e.filename}: {e.strerror}"
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command with --resume continues a run", file=sys.stderr)
+        print("\ninterrupted; a run goes on with --resume", file=sys.stderr)
         sys.exit(130)
-    else:
-        return
-    print("error:", message, file=sys.stderr)
-    sys.exit(2)
+    except (InputError, OSError) as e:
+        if isinstance(e, OSError) and e.filename is None:  # not about a file, so not the user's
+            raise
+        print("error:", f"{e.filename}: {e.strerror}" if isinstance(e, OSError) else e, file=sys.stderr)
+        sys.exit(2)
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Put a finished file in its place, which holds the old one or the new one, whatever happens."""
+    with open(partial, "rb+") as f:
+        os.fsync(f.fileno())
+    os.replace(partial, path)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is either the old one or the new one, whatever happens meanwhile."""
     partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(partial, path)
+    partial.write_text(text, encoding="utf-8")
+    publish(partial, path)
 
 
 @contextlib.contextmanager
 def new_folder(path: Path):
     """A folder to fill that becomes `path`, in the place of what was there, only when the block ends well."""
     partial, old = (path.with_name(f".{path.name}.{what}") for what in ("partial", "old"))
-    for leftover in (partial, old):  # of a run that was killed
+    if old.exists() and not path.exists():  # killed between the two renames below
+        os.rename(old, path)
+    for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
-        if path.exists():
-            os.rename(path, old)
-        os.rename(partial, path)
-    finally:
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        raise
+    if path.exists():
+        os.rename(path, old)
+    os.rename(partial, path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def load_json(path: Path) -> dict:
     """The JSON object in a file; anything else is an InputError."""
     try:
         value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"{path}: not JSON ({e})") from None
+    except (ValueError, RecursionError):
+        value = None
     if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object, found a {type(value).__name__}")
+        raise InputError(f"{path}: not a JSON object; it is damaged, or not what it should be")
     return value
 
 
 def hub_file(name: str, filename: str) -> Path | None:
-    """A file of a model on the hub (`pythia-70m`, `ORG/NAME`, `ORG/NAME@REVISION`), from the cache if it is there; None if the model has no such file."""
+    """A file of a model on the hub (`pythia-70m`, `ORG/NAME@REVISION`) or in its cache; None if it is not there."""
+    from huggingface_hub import errors, hf_hub_download
     repo, _, revision = name.partition("@")
     if "/" not in repo:
-        if repo.removesuffix("-deduped") not in {f"pythia-{size}" for size in PYTHIA_SIZES}:
-            raise InputError(f"{name}: neither a folder nor a Pythia size (pythia-{', pythia-'.join(PYTHIA_SIZES)}); "
-                             "a hub name is ORG/NAME")
+        if not re.fullmatch(rf"pythia-({'|'.join(PYTHIA_SIZES)})(-deduped)?", repo):
+            raise InputError(f"{name}: no such folder or model; on the hub ORG/NAME or pythia-{'|'.join(PYTHIA_SIZES)}")
         repo = f"EleutherAI/{repo}"
-    import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     try:
-        return Path(huggingface_hub.hf_hub_download(repo, filename, revision=revision or None))
-    except LocalEntryNotFoundError:
-        raise InputError(f"{name}: {filename} is not in the cache and the hub cannot be reached") from None
-    except EntryNotFoundError:
+        return Path(hf_hub_download(repo, filename, revision=revision or None))
+    except errors.RemoteEntryNotFoundError:
         return None
-    except (HfHubHTTPError, HFValidationError, OSError) as e:
-        raise InputError(f"{name}: cannot be had from the hub ({str(e).splitlines()[0]})") from None
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as e:
+        raise InputError(f"{name}: cannot get {filename} from the hub ({str(e).splitlines()[0]})") from None
 
-
-# ---------------------------------------------------------------- tokens
 
 class Tokenizer:
-    """A tokenizer.json: text to uint16 ids and back. Special tokens that occur in the text are plain text.
+    """A tokenizer.json, given as a file, a model's folder or a model on the hub: text to uint16 ids and back.
 
-    file_or_name: a tokenizer.json, a folder that holds one, or a model's name on the hub. Raises InputError.
+    Special tokens that occur in the text are plain text. Raises InputError.
     """
 
     def __init__(self, file_or_name: str | Path):
         import tokenizers
         path = Path(file_or_name)
         if path.is_dir():
-            path = path / "tokenizer.json"
-        if not path.is_file():
-            if path.suffix == ".json":
-                raise InputError(f"{path}: no such tokenizer file")
+            path /= "tokenizer.json"
+        elif not path.exists() and path.suffix != ".json":
             path = hub_file(str(file_or_name), "tokenizer.json")
-            if path is None:
-                raise InputError(f"{file_or_name}: has no tokenizer.json")
+        if path is None or not path.is_file():
+            raise InputError(f"{path or file_or_name}: not a tokenizer.json, a model or train:N")
         self.json = path.read_text(encoding="utf-8", errors="replace")
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(self.json)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as e:  # the library's Rust panics are not Exceptions
+        except BaseException as e:  # a panic of the library's Rust is not an Exception
             raise InputError(f"{path}: not a tokenizer.json ({str(e).splitlines()[0]})") from None
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self.sha256 = hashlib.sha256(self.json.encode()).hexdigest()
-        self.vocab_size = 1 + max(self._tokenizer.get_vocab().values(), default=0)
         self.end_of_text = self._tokenizer.token_to_id(END_OF_TEXT)
+        vocab_size = 1 + max(self._tokenizer.get_vocab().values(), default=0)
         if self.end_of_text is None:
             raise InputError(f"{path}: has no {END_OF_TEXT} token, which ends every document")
-        if self.vocab_size > 2**16:
-            raise InputError(f"{path}: {self.vocab_size:,} tokens do not fit the bins' uint16; use a tokenizer of at most 65,536")
+        if vocab_size > 2**16:
+            raise InputError(f"{path}: its {vocab_size:,} tokens do not fit uint16; the most is 65,536")
+        self.meta = {"sha256": hashlib.sha256(self.json.encode()).hexdigest(), "vocab_size": vocab_size,
+                     "end_of_text": self.end_of_text}
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
@@ -192,28 +183,18 @@ class Data:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         if not (self.folder / "meta.json").is_file():
-            raise InputError(f"{self.folder}: not a data set (no meta.json); python prepare.py --out {self.folder} name=path … makes one")
+            raise InputError(f"{self.folder}: not a data set (no meta.json); prepare.py --out {self.folder} makes one")
         self.meta = load_json(self.folder / "meta.json")
         if self.meta.get("format") != FORMAT:
-            raise InputError(f"{self.folder}/meta.json: format {self.meta.get('format')}, this program reads {FORMAT}; prepare the data again")
+            raise InputError(f"{self.folder}: its format is {self.meta.get('format')}, not {FORMAT}; prepare it again")
         for name, file in self.meta["files"].items():
             path = self.folder / f"{name}.bin"
             if not path.is_file() or path.stat().st_size != 2 * file["tokens"]:
-                raise InputError(f"{path}: missing or not of the {2 * file['tokens']:,} bytes that meta.json says; prepare the data again")
-
-    @property
-    def domains(self) -> list[str]:
-        return sorted({name.rpartition(".")[0] for name in self.meta["files"]})
-
-    @property
-    def vocab_size(self) -> int:
-        return self.meta["tokenizer"]["vocab_size"]
-
-    @property
-    def identity(self) -> str:
-        """16 hex digits that change when any token of any domain does."""
-        hashes = {name: file["sha256"] for name, file in self.meta["files"].items()}
-        return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:16]
+                raise InputError(f"{path}: missing, or not of {2 * file['tokens']:,} bytes; prepare the data again")
+        self.vocab_size = self.meta["tokenizer"]["vocab_size"]
+        self.domains = sorted({name.rpartition(".")[0] for name in self.meta["files"]})
+        hashes = sorted((name, file["sha256"]) for name, file in self.meta["files"].items())
+        self.identity = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]  # changes when any token does
 
     def tokens(self, domain: str, split: str) -> np.memmap:
         """The domain's documents one after the other, each ended by the end-of-text id: (n,) uint16, read-only."""
@@ -224,41 +205,33 @@ class Data:
         return self.meta["files"][f"{domain}.{split}"]
 
 
-# ---------------------------------------------------------------- text
-
 def source_files(source: str) -> list[Path]:
     """The files behind a path, a folder (everything readable below it) or a glob, sorted."""
-    if Path(source).is_dir():
-        files = [p for p in sorted(Path(source).rglob("*")) if p.name.endswith(SUFFIXES) and p.is_file()]
-    else:
-        files = [Path(p) for p in sorted(glob.glob(source, recursive=True))] or [Path(source)]
-    for path in files:
-        if not path.is_file():
-            raise InputError(f"{source}: no such file, folder or glob")
-        if not path.name.endswith(SUFFIXES):
-            raise InputError(f"{path}: unknown format; these are read: {', '.join(SUFFIXES)}")
+    found = Path(source).rglob("*") if Path(source).is_dir() else map(Path, glob.glob(source, recursive=True))
+    files = sorted(path for path in found if path.name.endswith(SUFFIXES))
     if not files:
-        raise InputError(f"{source}: no {', '.join(SUFFIXES)} file in this folder")
+        raise InputError(f"{source}: no file there that ends in {', '.join(SUFFIXES)}")
     return files
 
 
 def read_records(path: Path):
     """Yield (where, record) for every document of a file; where is file:line. A .txt file is one document."""
+    where = str(path)
     try:
         if path.name.endswith(".txt"):
-            yield str(path), {"text": path.read_bytes().decode("utf-8-sig")}
+            yield where, {"text": path.read_bytes().decode("utf-8-sig")}
             return
         with (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 where = f"{path}:{number}"
                 if line.strip():
                     yield where, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-    except UnicodeDecodeError as e:
-        raise InputError(f"{where if 'where' in locals() else path}: not UTF-8 (byte {e.start}); convert it first") from None
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"{where}: not a JSON record ({str(e)[:100]})") from None
-    except (EOFError, gzip.BadGzipFile, gzip.zlib.error) as e:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise InputError(f"{path}: not a whole gzip file ({e}); get it again") from None
+    except UnicodeDecodeError as e:
+        raise InputError(f"{where}: not UTF-8 (byte {e.start}); mend or remove it") from None
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{where}: not a JSON record ({str(e)[:100]}); mend or remove it") from None
 
 
 def lookup(record, key: str, where: str) -> str:
@@ -267,11 +240,9 @@ def lookup(record, key: str, where: str) -> str:
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     if not isinstance(value, str):
-        raise InputError(f"{where}: no string at {key!r} (--text-key and --domain-key name the keys)")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{where}: {key!r} holds a lone surrogate, which is not text; mend the record") from None
+        raise InputError(f"{where}: no string under {key!r}; --text-key and --domain-key say where to look")
+    if re.search("[\ud800-\udfff]", value):
+        raise InputError(f"{where}: {key!r} holds a lone surrogate, which is not text; mend the record")
     return value
 
 
@@ -279,17 +250,16 @@ def read_sources(sources: dict[str, list[Path]], text_key: str, domain_key: str 
     """Yield (domain, text) for every document of every source, in order."""
     from tqdm import tqdm
     for domain, files in sources.items():
-        for path in tqdm(files, desc=f"read {domain or ''}", unit="file", disable=None, leave=False):
-            for where, record in read_records(path):
+        for path in files:
+            records = tqdm(read_records(path), f"read {path.name}", unit=" documents", disable=None, leave=False)
+            for where, record in records:
                 if domain_key is not None:
                     domain = re.sub(r"[^a-z0-9]+", "_", lookup(record, domain_key, where).lower()).strip("_")
                 yield domain, lookup(record, text_key if not path.name.endswith(".txt") else "text", where)
 
 
-# ---------------------------------------------------------------- the sample
-
 def pieces(text: str, limit: int = 4096):
-    """Cut a text at blank lines followed by an unindented line, so that a large file is many documents of about `limit` characters."""
+    """Cut a large file into documents of about `limit` characters, at blank lines before an unindented one."""
     piece = ""
     for block in re.split(r"(?<=\n)\n+(?=\S)", text):
         if piece and len(piece) + len(block) > limit:
@@ -301,34 +271,25 @@ def pieces(text: str, limit: int = 4096):
 
 def sample_texts(domain: str):
     """Yield the raw documents of one sample domain, from files that every installation of the requirements has."""
-    stdlib = Path(sysconfig.get_path("stdlib"))
-    library = {name: Path(importlib.util.find_spec(name).origin).parent for name in ("torch", "numpy", "matplotlib")}  # imports none of them
-
-    def files(folder, pattern):  # in an order that mixes the folders, and is the same everywhere
-        paths = [p for p in folder.rglob(pattern) if "site-packages" not in p.relative_to(folder).parts]
-        return sorted(paths, key=lambda p: hashlib.sha256(p.relative_to(folder).as_posix().encode()).digest())
-
-    def read(paths):
-        for path in paths:
-            yield from pieces(path.read_text(encoding="utf-8", errors="ignore"))
-
-    if domain == "python":
-        yield from read(files(stdlib, "*.py"))
-    elif domain == "cpp":
-        yield from read(files(library["torch"] / "include", "*.h"))
-    elif domain == "stubs":
-        for folder in library.values():
-            yield from read(files(folder, "*.pyi"))
-    elif domain == "manual":
+    if domain == "manual":
         from pydoc_data.topics import topics
         for name in sorted(topics):
             yield from pieces(topics[name])
-    elif domain == "docstrings":
-        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        for path in files(library["numpy"], "*.py") + files(library["torch"], "*.py"):
-            with contextlib.suppress(SyntaxError):  # a test file for a newer Python
-                nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8", errors="ignore")))
-                yield from filter(None, (ast.get_docstring(node) for node in nodes if isinstance(node, kinds)))
+        return
+    numpy, torch, matplotlib = (Path(find_spec(p).origin).parent for p in ("numpy", "torch", "matplotlib"))
+    folders, pattern = {"cpp": ([torch / "include"], "*.h"), "docstrings": ([numpy, torch], "*.py"),
+                        "python": ([Path(sysconfig.get_path("stdlib"))], "*.py"),
+                        "stubs": ([numpy, torch, matplotlib], "*.pyi")}[domain]
+    for folder in folders:
+        names = [p.relative_to(folder).as_posix() for p in folder.rglob(pattern)]
+        for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest()):  # mixed, everywhere alike
+            text = "" if "site-packages" in name else (folder / name).read_text(encoding="utf-8", errors="ignore")
+            if domain != "docstrings":
+                yield from pieces(text)
+                continue
+            with contextlib.suppress(SyntaxError):  # of a newer Python
+                documented = [n for n in ast.walk(ast.parse(text)) if isinstance(n, (ast.ClassDef, ast.FunctionDef))]
+                yield from filter(None, map(ast.get_docstring, documented))
 
 
 def ngrams(text: str, n: int = 13) -> set[int]:
@@ -336,8 +297,8 @@ def ngrams(text: str, n: int = 13) -> set[int]:
     return {hash(tuple(words[i:i + n])) for i in range(len(words) - n + 1)}
 
 
-def without_near_duplicates(texts, most_shared: float, max_bytes: int):
-    """Keep a document if at most this share of its 13-grams of words stood in those kept before it; stop at max_bytes."""
+def without_near_duplicates(texts, most_shared: float = 0.5, max_bytes: int = 4_000_000):
+    """Yield a text if at most this share of its 13-grams of words stood in earlier ones; stop at max_bytes."""
     seen, size = set(), 0
     for text in texts:
         grams = ngrams(text)
@@ -349,170 +310,142 @@ def without_near_duplicates(texts, most_shared: float, max_bytes: int):
                 return
 
 
-def sample_documents(max_bytes: int = 4_000_000) -> list[tuple[str, str]]:
-    """The sample's (domain, text) pairs."""
-    from tqdm import tqdm
-    domains = ("cpp", "docstrings", "manual", "python", "stubs")
-    return [(domain, text) for domain in tqdm(domains, desc="read the sample", unit="domain", disable=None, leave=False)
-            for text in without_near_duplicates(sample_texts(domain), 0.2, max_bytes)]
-
-
-def overlap(documents, split_of) -> dict[str, float]:
+def overlap(documents, fractions: dict[str, float]) -> dict[str, float]:
     """For each domain, the share of its test split's distinct 13-grams of words that its train split has too."""
-    grams: dict = {}
+    grams = {}
     for domain, text in documents:
-        grams.setdefault(domain, {split: set() for split in SPLITS})[split_of(text)].update(ngrams(text))
-    return {d: len(g["test"] & g["train"]) / max(1, len(g["test"])) for d, g in grams.items()}
+        grams.setdefault((domain, split_of(text, **fractions)), set()).update(ngrams(text))
+    return {d: len(test & grams[d, "train"]) / len(test) for (d, split), test in grams.items() if split == "test"}
 
-
-# ---------------------------------------------------------------- bins
 
 def text_hash(text: str) -> int:
     """128 bits of the text alone: they decide its split and whether it is an exact duplicate."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
 
 
-def splitter(val_fraction: float, test_fraction: float):
-    """A function from text to the name of its split."""
-    if val_fraction <= 0 or test_fraction <= 0 or val_fraction + test_fraction >= 1:
-        raise InputError(f"--val-fraction {val_fraction} --test-fraction {test_fraction}: each split needs a share above 0")
-
-    def split_of(text: str) -> str:
-        u = (text_hash(text) >> 64) / 2**64  # uniform in [0, 1)
-        return "test" if u < test_fraction else "val" if u < test_fraction + val_fraction else "train"
-    return split_of
+def split_of(text: str, val: float, test: float) -> str:
+    """The split of a text, given the fractions of val and test: a function of the text alone."""
+    u = (text_hash(text) >> 64) / 2**64  # uniform in [0, 1)
+    return "test" if u < test else "val" if u < test + val else "train"
 
 
-def write_bins(folder: Path, documents, tokenizer: Tokenizer, split_of, limit_tokens: int | None) -> dict:
+def write_bins(folder: Path, documents, tokenizer: Tokenizer, fractions: dict, limit_tokens: int | None) -> dict:
     """Tokenize (domain, text) pairs into folder/DOMAIN.SPLIT.bin; returns what meta.json says of each file."""
-    files, seen, used = {}, {}, {}
+    files, bins, seen, used = {}, {}, {}, {}
 
-    def write(batch):
+    def write(batch) -> None:
         for (domain, text), ids in zip(batch, tokenizer.encode_batch([text for _, text in batch])):
-            if limit_tokens is not None and used.get(domain, 0) >= limit_tokens:
-                continue
-            used[domain] = used.get(domain, 0) + len(ids) + 1
-            file = files[domain][split_of(text)]
-            tokens = np.append(ids, np.uint16(tokenizer.end_of_text)).astype("<u2").tobytes()
-            file["handle"].write(tokens)
-            file["hash"].update(tokens)
-            file["documents"] += 1
-            file["tokens"] += len(ids) + 1
-            file["bytes"] += len(text.encode())
+            if used[domain] < limit:
+                name = f"{domain}.{split_of(text, **fractions)}"
+                np.append(ids, np.uint16(tokenizer.end_of_text)).astype("<u2").tofile(bins[name])
+                for key, n in (("documents", 1), ("tokens", len(ids) + 1), ("bytes", len(text.encode()))):
+                    files[name][key] += n
+                used[domain] += len(ids) + 1
 
+    limit, batch, characters = limit_tokens or float("inf"), [], 0
     with contextlib.ExitStack() as stack:
-        batch, characters = [], 0
         for domain, text in documents:
-            if domain not in files:
+            if domain not in seen:
                 if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", domain):
                     raise InputError(f"{domain!r} cannot name a domain's files; use letters, digits, '-' and '_'")
-                files[domain] = {split: {"handle": stack.enter_context(open(folder / f"{domain}.{split}.bin", "wb")),
-                                         "hash": hashlib.sha256(), "documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
-                seen[domain] = set()
+                seen[domain], used[domain] = set(), 0
+                for name in (f"{domain}.{split}" for split in SPLITS):
+                    bins[name] = stack.enter_context(open(folder / f"{name}.bin", "wb"))
+                    files[name] = {"documents": 0, "tokens": 0, "bytes": 0}
             key = text_hash(text)
-            if not text or key in seen[domain] or (limit_tokens is not None and used.get(domain, 0) >= limit_tokens):
-                continue
-            seen[domain].add(key)
-            batch.append((domain, text))
-            characters += len(text)
+            if text and key not in seen[domain] and used[domain] < limit:
+                seen[domain].add(key)
+                batch.append((domain, text))
+                characters += len(text)
             if characters > 1_000_000:
                 write(batch)
                 batch, characters = [], 0
         write(batch)
-    for domain, by_split in files.items():
-        for split, file in by_split.items():
-            if not file["documents"]:
-                raise InputError(f"{domain}: no document fell into its {split} split, it has {sum(f['documents'] for f in by_split.values())} "
-                                 "in all; add documents or raise --val-fraction and --test-fraction")
-    return {f"{domain}.{split}": {key: file[key] for key in ("documents", "tokens", "bytes")} | {"sha256": file["hash"].hexdigest()}
-            for domain, by_split in sorted(files.items()) for split, file in by_split.items()}
+    for name, file in files.items():
+        domain, _, split = name.rpartition(".")
+        if not file["documents"]:
+            raise InputError(f"{domain}: its {split} split is empty, of {len(seen[domain])} documents in all; "
+                             "add some, or raise --val-fraction and --test-fraction")
+        file["sha256"] = hashlib.sha256(np.memmap(folder / f"{name}.bin", mode="r")).hexdigest()
+    return dict(sorted(files.items()))
 
 
-def prepare(out: str | Path, sources: dict[str, list[Path]] | None = None, tokenizer: str = "train:4096", text_key: str = "text",
-            domain_key: str | None = None, val_fraction: float = 0.05, test_fraction: float = 0.05, limit_tokens: int | None = None) -> Data:
-    """Write a data set to the folder `out`, in the place of one that stood there. sources: {domain: files}; None makes the sample.
+def prepare(out: str | Path, sources: dict[str, list[Path]] | None = None, tokenizer: str = "train:4096",
+            text_key: str = "text", domain_key: str | None = None, val_fraction: float = 0.05,
+            test_fraction: float = 0.05, limit_tokens: int | None = None) -> Data:
+    """Write a data set to the folder `out`, in the place of one that stood there. Raises InputError.
 
-    With domain_key, the one source's domain is None and each record names its own. Raises InputError.
+    sources: {domain: files}, or {None: files} with domain_key, where each record names its domain; None is the sample.
     """
-    split_of = splitter(val_fraction, test_fraction)
-    out, shared = Path(out), None
+    from tqdm import tqdm
+    fractions, sample = {"val": val_fraction, "test": test_fraction}, None
+    if min(fractions.values()) <= 0 or sum(fractions.values()) >= 1:
+        raise InputError(f"--val-fraction {val_fraction} --test-fraction {test_fraction}: every split needs a share")
     if sources is None:
-        sample = sample_documents()
-        shared = overlap(sample, split_of)
+        domains = tqdm(("cpp", "docstrings", "manual", "python", "stubs"), "read the sample", disable=None, leave=False)
+        sample = [(d, text) for d in domains for text in without_near_duplicates(sample_texts(d))]
 
     def documents():
-        return iter(sample) if sources is None else read_sources(sources, text_key, domain_key)
+        return sample if sources is None else read_sources(sources, text_key, domain_key)
 
-    with new_folder(out) as folder:
+    with new_folder(Path(out)) as folder:
         path = folder / "tokenizer.json"
-        if tokenizer.startswith("train:"):
-            if not tokenizer[6:].isdecimal():
-                raise InputError(f"--tokenizer {tokenizer}: expected train:N, N the size of the vocabulary")
-            train_tokenizer((text for _, text in documents() if split_of(text) == "train"), int(tokenizer[6:]), path)
+        if vocabulary := re.fullmatch(r"train:(\d{1,9})", tokenizer):
+            texts = (text for _, text in documents() if split_of(text, **fractions) == "train")
+            train_tokenizer(texts, int(vocabulary[1]), path)
         else:
             path.write_text(Tokenizer(tokenizer).json, encoding="utf-8")
         encoder = Tokenizer(path)
-        files = write_bins(folder, documents(), encoder, split_of, limit_tokens)
-        if not files:
-            raise InputError("the sources hold no documents")
-        meta = {"format": FORMAT, "tokenizer": {"sha256": encoder.sha256, "vocab_size": encoder.vocab_size, "end_of_text": encoder.end_of_text},
-                "files": files, "fractions": {"val": val_fraction, "test": test_fraction},
-                "sources": {d or domain_key: [str(p) for p in paths] for d, paths in sources.items()} if sources else "the installed Python, torch, numpy and matplotlib",
-                "test_13gram_overlap": shared}
+        meta = {"format": FORMAT, "fractions": fractions, "tokenizer": encoder.meta,
+                "files": write_bins(folder, documents(), encoder, fractions, limit_tokens)}
+        if not meta["files"]:
+            raise InputError("the sources hold no documents; nothing was written")
+        if sample:
+            meta |= {"sources": "the installed Python and its packages", "overlap": overlap(sample, fractions)}
+        else:
+            meta["sources"] = {domain or domain_key: [str(p) for p in paths] for domain, paths in sources.items()}
         write_text(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
     return Data(out)
 
 
 def describe(data: Data) -> str:
     """A table of what a data set holds."""
-    lines = [f"{'domain':<16}{'documents':>10}{'train':>13}{'val':>11}{'test':>11}  tokens{'bytes/token':>14}"]
-    for domain in data.domains:
-        size = {split: data.size(domain, split) for split in SPLITS}
-        total = {key: sum(s[key] for s in size.values()) for key in ("documents", "tokens", "bytes")}
-        lines.append(f"{domain:<16}{total['documents']:>10,}{size['train']['tokens']:>13,}{size['val']['tokens']:>11,}"
-                     f"{size['test']['tokens']:>11,}{total['bytes'] / total['tokens']:>22.2f}")
-    if data.meta.get("test_13gram_overlap"):
-        shares = ", ".join(f"{d} {s:.0%}" for d, s in sorted(data.meta["test_13gram_overlap"].items()))
-        lines.append(f"13-grams of the test split that the train split has too: {shares}")
-    return "\n".join(lines)
-
-
-def make_sample(out: str | Path = SAMPLE) -> Data:
-    """The sample data set, with a tenth of it in each of val and test, for its domains are small."""
-    return prepare(out, val_fraction=0.1, test_fraction=0.1)
+    lines = [f"{'domain':<16}{'split':<7}{'documents':>11}{'tokens':>13}{'bytes/token':>13}"]
+    for name, file in data.meta["files"].items():
+        lines.append("{:<16}{:<7}".format(*name.split(".")) + f"{file['documents']:>11,}{file['tokens']:>13,}"
+                     + f"{file['bytes'] / file['tokens']:>13.2f}")
+    shares = ", ".join(f"{domain} {share:.0%}" for domain, share in data.meta.get("overlap", {}).items())
+    return "\n".join(lines) + (f"\n13-grams of the test split that the train split has too: {shares}" if shares else "")
 
 
 def main():
     parser = ArgumentParser(__doc__)
-    parser.add_argument("sources", nargs="*", metavar="name=source", help="a .txt, .jsonl or .jsonl.gz file, a folder or a glob; nothing: the sample")
-    parser.add_argument("--out", default=SAMPLE, help="folder to write (default: %(default)s)")
-    parser.add_argument("--tokenizer", help="a Pythia (pythia-70m), a tokenizer.json, or train:N to train a byte-level BPE of N tokens (default: pythia-70m)")
-    parser.add_argument("--text-key", default="text", help="dotted key of a record's text (default: %(default)s)")
-    parser.add_argument("--domain-key", help="dotted key of a record's domain; the source is then given without a name")
-    parser.add_argument("--val-fraction", type=float, default=0.05)
-    parser.add_argument("--test-fraction", type=float, default=0.05)
-    parser.add_argument("--limit-tokens", type=int, metavar="N", help="stop a domain after N tokens")
-    parser.add_argument("--workers", type=int, metavar="N", help="threads that tokenize (default: all cores); the bins do not depend on it")
-    parser.add_argument("--overwrite", action="store_true", help="replace a data set that is already there")
+    add = parser.add_argument
+    add("sources", nargs="*", metavar="name=source", help=f"{', '.join(SUFFIXES)}, folder or glob; nothing: the sample")
+    add("--out", default=SAMPLE, help="folder to write (default: %(default)s)")
+    add("--tokenizer", help="a model, a tokenizer.json, or train:N to train one (default: pythia-70m)")
+    add("--text-key", default="text", help="dotted key of a record's text (default: %(default)s)")
+    add("--domain-key", help="dotted key of a record's domain; sources are then given without a name")
+    add("--val-fraction", type=float, help="(default: 0.05; the sample: 0.1)")
+    add("--test-fraction", type=float, help="likewise")
+    add("--limit-tokens", type=int, metavar="N", help="stop a domain after N tokens")
+    add("--workers", type=int, metavar="N", help="threads that tokenize (default: all cores)")
+    add("--overwrite", action="store_true", help="replace what is there")
     args = parser.parse_args()
     if args.workers is not None:
         os.environ["RAYON_NUM_THREADS"] = str(max(1, args.workers))  # read when tokenizers first runs
     if Path(args.out).exists() and not args.overwrite:
         raise InputError(f"{args.out} exists; choose another --out, or --overwrite to replace it")
-    if not args.sources:
-        print(describe(make_sample(args.out)))
-        return
     sources = {}
     for source in args.sources:
-        name, equals, path = source.partition("=")
-        if args.domain_key is not None:
-            name, path = None, source
-        elif not equals or not path:
+        name, equals, path = (None, "=", source) if args.domain_key else source.partition("=")
+        if not equals:
             raise InputError(f"{source}: expected name=path, or --domain-key for records that name their domain")
         sources.setdefault(name, []).extend(source_files(path))
-    data = prepare(args.out, sources, args.tokenizer or "pythia-70m", args.text_key, args.domain_key,
-                   args.val_fraction, args.test_fraction, args.limit_tokens)
-    print(describe(data))
+    tokenizer, share = ("pythia-70m", 0.05) if sources else ("train:4096", SAMPLE_FRACTION)
+    val, test = (share if given is None else given for given in (args.val_fraction, args.test_fraction))
+    print(describe(prepare(args.out, sources or None, args.tokenizer or tokenizer, args.text_key, args.domain_key,
+                           val, test, args.limit_tokens)))
 
 
 if __name__ == "__main__":

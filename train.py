@@ -1,19 +1,16 @@
 """One model, one mixture, one short pass: continued pretraining on exactly the sequences that the mixture counts.
 
-    python train.py --mix uniform --sequences 800                         # scratch:tiny on data/sample; seconds on a CPU
+    python train.py --mix uniform --sequences 800                   # scratch:tiny on data/sample; seconds on a CPU
     python train.py --data data/pile --model pythia-1b --mix out/mix/mix.json --out out/pythia-1b
     torchrun --nproc_per_node=8 train.py --data data/pile --model pythia-1b --mix horizon --out out/horizon
 
 The order of the pass is a pure function of data, counts and seed; ranks, micro-batches and restarts only slice it.
 """
 import hashlib
-import importlib.util
 import json
 import math
-import os
 import re
 import shutil
-import sysconfig
 import time
 from pathlib import Path
 
@@ -23,17 +20,14 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
-from eval import (autocast, autocast_dtype, barrier, check_fit, evaluate, finish, mean_loss, rank_and_world, results,
-                  rows_at_once, start, table, window_count)
+from eval import (autocast, autocast_dtype, barrier, can_compile, check_fit, evaluate, finish, mean_loss,
+                  rank_and_world, results, rows_at_once, say, start, table, window_count)
 from model import SHAPES, GPTNeoX, load, save, write_safetensors
-from prepare import SAMPLE, ArgumentParser, Data, InputError, cli, load_json, new_folder, write_text
+from prepare import SAMPLE, SPLITS, ArgumentParser, Data, InputError, cli, load_json, new_folder, write_text
 
-HORIZON = {"arxiv": 608, "books": 613, "github": 226, "web": 8516, "wikipedia": 1438}  # the published mixture, sequences
-PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12}  # dense bf16 FLOP/s
-RUN_FILES = ("log.jsonl", "history.jsonl", "result.json", "mix.json", "mix.png")  # of a run, besides run.json and the model
+HORIZON = {"arxiv": 608, "books": 613, "github": 226, "web": 8516, "wikipedia": 1438}  # the published mixture
+PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12}  # bf16, dense
 
-
-# ---------------------------------------------------------------- the mixture
 
 def splitmix64(x: np.ndarray) -> np.ndarray:
     """The finalizer of splitmix64 (Steele, Lea & Flood 2014, section 5), elementwise on uint64; wraps."""
@@ -45,33 +39,32 @@ def splitmix64(x: np.ndarray) -> np.ndarray:
 class Mixture:
     """The sequences of one pass over `counts`, {domain: number of sequences}, in their order. Integers only.
 
-    Draw k of a domain with n windows is window perm(k // n)[k % n]: no window comes twice within an epoch, and a larger count
-    holds a smaller one's draws. seen: {domain: (n,) how often each window was trained on before}; the least seen come first.
-    Raises InputError for counts that make no mixture of this data.
+    Draw k of a domain with n windows is window perm(k // n)[k % n]: no window comes twice within an epoch, and a larger
+    count holds a smaller one's draws. seen: {domain: (n,) how often each window was trained on before}; the least seen
+    come first. Raises InputError for counts that make no mixture of this data.
     """
 
-    def __init__(self, data: Data, counts: dict[str, int], seq_len: int, seed: int = 0, seen: dict[str, np.ndarray] | None = None):
+    def __init__(self, data: Data, counts: dict[str, int], seq_len: int, seed: int = 0,
+                 seen: dict[str, np.ndarray] | None = None):
         for d, count in counts.items():
             if d not in data.domains:
                 raise InputError(f"mixture: {data.folder} has no domain {d!r}; it has {', '.join(data.domains)}")
-            if not isinstance(count, (int, np.integer)) or isinstance(count, bool) or not 0 <= count < 2**31:
-                raise InputError(f"mixture: {d} has {count!r} sequences, expected a whole number from 0 to 2,147,483,647")
+            if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count < 2**31:
+                raise InputError(f"mixture: {d} has {count!r} sequences; expected a whole number from 0 to 2^31 - 1")
         if not any(counts.values()):
             raise InputError("mixture: every count is zero; there is nothing to train on")
         self.data, self.seq_len, self.seed, self.seen = data, seq_len, seed, seen or {}
-        self.counts = {d: int(counts[d]) for d in sorted(counts) if counts[d]}
+        self.counts = {d: counts[d] for d in sorted(counts) if counts[d]}
         self.windows = {d: window_count(data, d, "train", seq_len) for d in self.counts}
         self._tokens = {d: data.tokens(d, "train") for d in self.counts}
         self._names, self._perms = list(self.counts), {}
-        # Draw k of A sits at (k + 1/2) / A. Compared exactly, as floor((2k + 1) 2^62 / A), a division in two words of 31 bits.
-        places = []
-        for A in self.counts.values():
-            high, rest = np.divmod((2 * np.arange(A, dtype=np.uint64) + np.uint64(1)) << np.uint64(31), np.uint64(A))
-            places.append((high << np.uint64(31)) | (rest << np.uint64(31)) // np.uint64(A))
-        self._domain = np.repeat(np.arange(len(places)), list(self.counts.values()))
+        places, word = [], np.uint64(31)
+        for A in self.counts.values():  # draw k sits at (k + 1/2) / A: compared exactly, as floor((2k + 1) 2^62 / A)
+            high, rest = np.divmod((2 * np.arange(A, dtype=np.uint64) + np.uint64(1)) << word, np.uint64(A))
+            places.append((high << word) | (rest << word) // np.uint64(A))
         order = np.argsort(np.concatenate(places), kind="stable")  # stable: ties by name
+        self._domain = np.repeat(np.arange(len(places)), list(self.counts.values()))[order]
         self._draw = np.concatenate([np.arange(A) for A in self.counts.values()])[order]
-        self._domain = self._domain[order]
 
     def __len__(self) -> int:
         return len(self._draw)
@@ -108,14 +101,15 @@ def times_seen(data: Data, seq_len: int, passes: list[dict]) -> dict[str, np.nda
     seen = {d: np.zeros(window_count(data, d, "train", seq_len), dtype=np.int64) for d in data.domains}
     for p in passes:
         if (p["data"], p["seq_len"]) == (data.identity, seq_len):
-            mixture = Mixture(data, p["counts"], seq_len, p["seed"], {d: s.copy() for d, s in seen.items()})
+            mixture = Mixture(data, p["counts"], seq_len, p["seed"], dict(seen))
             for d, count in mixture.counts.items():
-                np.add.at(seen[d], [mixture.window(d, k) for k in range(count)], 1)
+                windows = [mixture.window(d, k) for k in range(count)]
+                seen[d] = seen[d] + np.bincount(windows, minlength=len(seen[d]))
     return seen
 
 
 def rescale(weights: dict[str, float], sequences: int) -> dict[str, int]:
-    """Whole counts in the proportions of the weights that sum to `sequences`, by the largest remainder, ties by name."""
+    """Whole counts in the proportions of the weights, `sequences` in all: largest remainders first, ties by name."""
     names, total = sorted(weights), sum(weights.values())
     exact = {d: weights[d] * sequences / total for d in names}
     counts = {d: math.floor(exact[d]) for d in names}
@@ -131,7 +125,8 @@ def parse_mixture(text: str, data: Data, sequences: int | None, seq_len: int) ->
     if text in ("uniform", "natural"):
         if sequences is None:
             raise InputError(f"--mix {text} needs --sequences, the number of sequences to train on")
-        return rescale({d: 1 if text == "uniform" else data.size(d, "train")["tokens"] for d in data.domains}, sequences)
+        weights = {d: 1 if text == "uniform" else data.size(d, "train")["tokens"] for d in data.domains}
+        return rescale(weights, sequences)
     if text == "horizon":
         counts = HORIZON
     elif text.endswith(".json"):
@@ -140,12 +135,12 @@ def parse_mixture(text: str, data: Data, sequences: int | None, seq_len: int) ->
         counts = load_json(Path(text))
         if "counts" in counts:
             if counts.get("seq_len", seq_len) != seq_len and sequences is None:
-                raise InputError(f"{text}: counts sequences of {counts['seq_len']} tokens, this run's have {seq_len}; give --sequences too")
+                raise InputError(f"{text}: made for --seq-len {counts['seq_len']}, not {seq_len}; give --sequences too")
             counts = counts["counts"]
     else:
         pairs = [re.fullmatch(r"([^=]+)=(-?\d+)", pair.strip()) for pair in text.split(",")]
         if not all(pairs):
-            raise InputError(f"--mix {text}: expected uniform, natural, horizon, a .json file or counts like arxiv=608,github=226")
+            raise InputError(f"--mix {text}: expected uniform, natural, horizon, FILE.json or arxiv=608,github=226")
         counts = {pair[1]: int(pair[2]) for pair in pairs}
     if not isinstance(counts, dict):
         raise InputError(f"--mix {text}: expected counts by domain")
@@ -153,26 +148,26 @@ def parse_mixture(text: str, data: Data, sequences: int | None, seq_len: int) ->
     return dict(counts) if sequences is None else rescale(counts, sequences)
 
 
-# ---------------------------------------------------------------- the loop
-
 def defaults(model: GPTNeoX) -> dict:
-    """Learning rate and batch size that belong to a model; the sequence length is its context."""
-    tiny = SHAPES["tiny"]
-    if (model.config.num_hidden_layers, model.config.hidden_size) == (tiny.num_hidden_layers, tiny.hidden_size):
-        return {"lr": 5e-4, "batch_size": 16, "seq_len": model.config.max_position_embeddings}
-    return {"lr": 1e-5, "batch_size": 64, "seq_len": model.config.max_position_embeddings}
+    """Settings that belong to a model: the post's, or for tiny found by trying. base_lr is for random weights."""
+    c, tiny = model.config, SHAPES["tiny"]
+    if (c.num_hidden_layers, c.hidden_size) == (tiny.num_hidden_layers, tiny.hidden_size):
+        return {"lr": 2e-3, "batch_size": 16, "seq_len": c.max_position_embeddings, "base_lr": 1e-2}
+    return {"lr": 1e-5, "batch_size": 64, "seq_len": c.max_position_embeddings, "base_lr": 1e-3}
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     """Linear from 0 over the first `warmup` share of the pass, then a cosine to 0; taken at the middle of the step."""
     x = (step + 0.5) / steps
-    return peak * x / warmup if x < warmup else peak * 0.5 * (1 + math.cos(math.pi * (x - warmup) / (1 - warmup)))
+    if x < warmup:
+        return peak * x / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (x - warmup) / (1 - warmup)))
 
 
 def micro_batches(mixture: Mixture, step: int, batch_size: int, micro_batch_size: int):
-    """This rank's part of sequences [step B, (step + 1) B), M rows at a time: tokens (M, T + 1) int64 and weights (M, 1) fp32.
+    """This rank's part of sequences [step B, (step + 1) B), M at a time: tokens (M, T + 1) int64, weights (M, 1) fp32.
 
-    Every rank gets equally many, each of M rows; rows beyond the batch repeat its first one with weight 0.
+    Every rank gets as many micro-batches, each of M rows; rows that fill one up have weight 0.
     """
     rank, world = rank_and_world()
     batch = range(step * batch_size, min((step + 1) * batch_size, len(mixture)))
@@ -193,14 +188,15 @@ def make_optimizer(model: GPTNeoX, device: torch.device) -> torch.optim.AdamW:
 
 
 def train(model: GPTNeoX, data: Data, counts: dict[str, int], *, seq_len: int, batch_size: int, lr: float,
-          micro_batch_size: int | None = None, warmup: float = 0.2, seed: int = 0, seen: dict[str, np.ndarray] | None = None,
-          dtype: torch.dtype = torch.float32, eval_every: int = 0, save_every: int = 0, out: str | Path | None = None,
+          micro_batch_size: int | None = None, warmup: float = 0.2, seed: int = 0,
+          seen: dict[str, np.ndarray] | None = None, dtype: torch.dtype = torch.float32, eval_every: int = 0,
+          eval_sequences: int | None = None, save_every: int = 0, out: Path | None = None,
           title: str = "train") -> GPTNeoX:
     """Train the model, in place, on one pass over the mixture; returns it.
 
-    counts: {domain: sequences of seq_len tokens}. lr: the schedule's peak. warmup: share of the pass. dtype: of autocast; the
-    weights stay as they are. out: a folder for log.jsonl and checkpoints; from the newest checkpoint in it the run goes on.
-    eval_every, save_every: in steps, 0 for never. Raises InputError for bad counts, and when the loss is not finite.
+    counts: {domain: sequences of seq_len tokens}. lr: the schedule's peak. warmup: share of the pass. dtype: of
+    autocast; the weights stay as they are. out: a folder for log.jsonl and checkpoints; the run goes on from the newest
+    one there. eval_every, save_every: in steps, 0 for never. Raises InputError for bad counts and infinite gradients.
     """
     from tqdm import tqdm
     check_fit(model, data, seq_len)
@@ -212,9 +208,9 @@ def train(model: GPTNeoX, data: Data, counts: dict[str, int], *, seq_len: int, b
     optimizer = make_optimizer(model, device)
     first, log = 0, None
     if out is not None:
-        first = load_checkpoint(Path(out), model, optimizer)
-        log = open_log(Path(out) / "log.jsonl", first) if rank == 0 else None
-    parallel = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else model
+        first = load_checkpoint(out, model, optimizer)
+        log = open_log(out / "log.jsonl", first) if rank == 0 else None
+    parallel = DistributedDataParallel(model) if world > 1 else model
     flops, peak = model.flops_per_token(seq_len), peak_flops(device, dtype) * world
     bar = tqdm(total=steps, initial=first, desc=title, unit="step", disable=None if rank == 0 else True, leave=False)
     for step in range(first, steps):
@@ -228,7 +224,7 @@ def train(model: GPTNeoX, data: Data, counts: dict[str, int], *, seq_len: int, b
                 parallel.require_backward_grad_sync = i == len(parts) - 1  # read by DDP's forward, so set before it
             with autocast(device, dtype):
                 losses = parallel(tokens[:, :-1], tokens[:, 1:])  # (M, T)
-            loss = (losses * weights).sum() / (sequences * seq_len)  # by the true number of tokens, on all ranks together
+            loss = (losses * weights).sum() / (sequences * seq_len)  # the true number of tokens, on all ranks together
             (loss * world).backward()  # DDP divides by world
             total += loss.detach()
         if world > 1:
@@ -247,16 +243,15 @@ def train(model: GPTNeoX, data: Data, counts: dict[str, int], *, seq_len: int, b
                             f"MFU {line['tokens_per_second'] * flops / peak if peak else 0:.0%}", refresh=False)
         bar.update()
         if eval_every and (step + 1) % eval_every == 0:
-            losses = evaluate(model, data, "val", seq_len, dtype)
-            line["val"] = {d: float(values.mean()) for d, values in losses.items()}
+            losses = evaluate(model, data, "val", seq_len, dtype, eval_sequences)
+            line["val"] = {d: float(values.mean()) for d, values in losses.items()} | {"mean": mean_loss(losses)}
             if rank == 0:
-                bar.write(f"step {step + 1}: val " + ", ".join(f"{d} {v:.3f}" for d, v in line["val"].items())
-                          + f", mean {mean_loss(losses):.4f}")
+                bar.write(f"step {step + 1}: val " + ", ".join(f"{d} {v:.4f}" for d, v in line["val"].items()))
         if log:
             log.write(json.dumps(line) + "\n")
             log.flush()
         if save_every and out is not None and (step + 1) % save_every == 0 and step + 1 < steps and rank == 0:
-            save_checkpoint(Path(out), model, optimizer, step + 1)
+            save_checkpoint(out, model, optimizer, step + 1)
     bar.close()
     if log:
         log.close()
@@ -272,8 +267,6 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" and dtype == torch.bfloat16 else ""
     return next((peak for known, peak in PEAK.items() if known in name), 0.0)
 
-
-# ---------------------------------------------------------------- stopping and going on
 
 def checkpoints(out: Path) -> list[Path]:
     return sorted(out.glob("checkpoint-*"))
@@ -305,79 +298,67 @@ def load_checkpoint(out: Path, model: GPTNeoX, optimizer: torch.optim.Optimizer)
     return load_json(found[-1] / "state.json")["step"]
 
 
+def keep(model: GPTNeoX, data: Data, out: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Save the finished model with its tokenizer; its checkpoints are no longer needed."""
+    save(model, out, data.folder / "tokenizer.json", dtype)
+    for folder in checkpoints(out):
+        shutil.rmtree(folder)
+
+
 def open_log(path: Path, first: int):
     """Open log.jsonl to append, without the lines of steps that will be done again."""
-    kept = path.read_text().splitlines(keepends=True) if path.exists() and first else []
-    write_text(path, "".join(line for line in kept if json.loads(line)["step"] < first))
+    lines = path.read_text().splitlines(keepends=True) if path.exists() and first else []
+    write_text(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first))
     return open(path, "a")
-
-
-# ---------------------------------------------------------------- running it
-
-def can_compile(device: torch.device) -> tuple[bool, str]:
-    """Whether torch.compile works here, and why."""
-    compiler = next(filter(shutil.which, [os.environ.get("CXX") or "g++", "clang++"]), None)
-    if device.type not in ("cpu", "cuda"):
-        return False, f"eager (torch.compile is not used on {device.type})"
-    if compiler is None:
-        return False, "eager (no C++ compiler found: install g++ for torch.compile)"
-    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
-        return False, "eager (no Python.h found: install Python's headers for torch.compile)"
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        return False, "eager (no triton found)"
-    return True, f"torch.compile ({'triton' if device.type == 'cuda' else compiler} found; --no-compile for eager)"
-
-
-def say(*lines: str) -> None:
-    """Print on the first rank."""
-    if rank_and_world()[0] == 0:
-        print(*lines, sep="\n", flush=True)
 
 
 def add_options(parser: ArgumentParser, out: str) -> None:
     """The options that train.py and mix.py share."""
-    parser.add_argument("--data", default=SAMPLE, help="a folder that prepare.py wrote (default: %(default)s)")
-    parser.add_argument("--model", default="scratch:tiny", help="a folder, a name on the hub, or scratch:SIZE (default: %(default)s)")
-    parser.add_argument("--out", default=out, help="folder of the run (default: %(default)s)")
-    parser.add_argument("--sequences", type=int, metavar="N", help="length of the pass")
-    parser.add_argument("--seq-len", type=int, metavar="T", help="tokens a sequence (default: the model's context)")
-    parser.add_argument("--batch-size", type=int, metavar="B", help="sequences a step, on all ranks together (default: the model's)")
-    parser.add_argument("--micro-batch-size", type=int, metavar="M", help="sequences at a time on a rank (default: by memory)")
-    parser.add_argument("--lr", type=float, help="peak learning rate (default: the model's)")
-    parser.add_argument("--warmup", type=float, default=0.2, help="share of the steps (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--eval-sequences", type=int, default=512, metavar="N", help="at most so many a domain (default: %(default)s)")
-    parser.add_argument("--device", help="(default: cuda where there is one, else cpu)")
-    parser.add_argument("--dtype", help="float32 or bfloat16, of autocast (default: bfloat16 where the hardware has it)")
-    parser.add_argument("--save-dtype", default="float32", choices=("float32", "float16", "bfloat16"), help="(default: %(default)s)")
-    parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument("--overwrite", action="store_true", help="start anew, over the run in --out")
+    add = parser.add_argument
+    add("--data", default=SAMPLE, help="a folder that prepare.py wrote (default: %(default)s)")
+    add("--model", default="scratch:tiny", help="a folder, a name on the hub, or scratch:SIZE (default: %(default)s)")
+    add("--out", default=out, help="folder of the run (default: %(default)s)")
+    add("--sequences", type=int, metavar="N", help="length of the pass")
+    add("--seq-len", type=int, metavar="T", help="tokens a sequence (default: the model's context)")
+    add("--batch-size", type=int, metavar="B", help="sequences a step, on all ranks together (default: the model's)")
+    add("--micro-batch-size", type=int, metavar="M", help="sequences at a time on a rank (default: by memory)")
+    add("--lr", type=float, help="peak learning rate (default: the model's)")
+    add("--warmup", type=float, default=0.2, help="share of the steps (default: %(default)s)")
+    add("--seed", type=int, default=0)
+    add("--eval-sequences", type=int, default=512, metavar="N", help="of a domain, at most (default: %(default)s)")
+    add("--save-every", type=int, default=100, metavar="N", help="a checkpoint every N steps (default: %(default)s)")
+    add("--save-dtype", default="float32", choices=("float32", "float16", "bfloat16"), help="(default: %(default)s)")
+    add("--device", help="(default: cuda where there is one, else cpu)")
+    add("--dtype", help="of autocast: float32 or bfloat16 (default: bfloat16 where the hardware has it)")
+    add("--no-compile", action="store_true")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--overwrite", action="store_true", help="start anew, over the run in --out")
 
 
 def open_run(args) -> tuple[Data, GPTNeoX, dict]:
     """Load what the options name; returns the data, the model and train's keyword arguments."""
+    for name, low in (("seq_len", 1), ("batch_size", 1), ("micro_batch_size", 1), ("eval_sequences", 1), ("lr", 0),
+                      ("warmup", 0), ("save_every", 0)):
+        value, high = vars(args)[name], 1 if name in ("lr", "warmup") else 2**31
+        if value is not None and not low <= value <= high:
+            raise InputError(f"--{name.replace('_', '-')} {value}: expected {low} to {high}")
     data, device = Data(args.data), start(args.device)
     model = load(args.model, device, vocab_size=data.vocab_size, seed=args.seed)
     own = defaults(model)
-    hyper = {"seq_len": args.seq_len or own["seq_len"], "batch_size": args.batch_size or own["batch_size"],
-             "lr": own["lr"] if args.lr is None else args.lr, "micro_batch_size": args.micro_batch_size,
-             "warmup": args.warmup, "seed": args.seed, "dtype": autocast_dtype(args.dtype, device)}
-    for name, low, high in (("batch_size", 1, 2**31), ("micro_batch_size", 1, 2**31), ("lr", 0, 1), ("warmup", 0, 1),
-                            ("eval_sequences", 1, 2**31), ("seed", 0, 2**63)):
-        value = hyper.get(name, vars(args).get(name))
-        if value is not None and not low <= value <= high:
-            raise InputError(f"--{name.replace('_', '-')} {value}: expected {low} to {high}")
+    hyper = {key: own[key] if vars(args)[key] is None else vars(args)[key] for key in ("seq_len", "batch_size", "lr")}
+    hyper |= {"micro_batch_size": args.micro_batch_size, "warmup": args.warmup, "seed": args.seed,
+              "dtype": autocast_dtype(args.dtype, device)}
     check_fit(model, data, hyper["seq_len"])
+    train_tokens = sum(data.size(d, "train")["tokens"] for d in data.domains)
     for d in data.domains:
-        for split in ("train", "val", "test"):
+        for split in SPLITS:
             window_count(data, d, split, hyper["seq_len"])
     compiled, why = (False, "eager (--no-compile)") if args.no_compile else can_compile(device)
     if compiled:
         model.compile(dynamic=False)
-    parameters = sum(p.numel() for p in model.parameters())
-    say(f"data    {args.data}: {len(data.domains)} domains, {sum(data.size(d, 'train')['tokens'] for d in data.domains):,} training tokens",
-        f"model   {args.model}: {parameters:,} parameters on {device.type}, {str(hyper['dtype']).removeprefix('torch.')}, {why}")
+    say(f"data    {args.data}: {len(data.domains)} domains, {train_tokens:,} training tokens",
+        f"model   {args.model}: {sum(p.numel() for p in model.parameters()):,} parameters on {device.type}, "
+        f"{str(hyper['dtype']).removeprefix('torch.')}, {why}")
     return data, model, hyper
 
 
@@ -403,18 +384,19 @@ def claim(out: Path, args, data: Data, hyper: dict, more: dict, passes: list[dic
     record = out / "run.json"
     if record.is_file() and args.resume:
         old = load_json(record)["settings"]
-        different = [f"{k} was {old.get(k)}, is {settings.get(k)}" for k in {**old, **settings} if old.get(k) != settings.get(k)]
+        different = [f"{key} was {old.get(key)}, is {settings.get(key)}" for key in {**old, **settings}
+                     if old.get(key) != settings.get(key)]
         if different:
             raise InputError(f"{out}: --resume with other settings: {'; '.join(different)}")
         return
     if out.exists() and any(out.iterdir()) and not args.resume and not args.overwrite:
         raise InputError(f"{out} already holds a run; --resume continues it, --overwrite starts anew")
+    barrier()  # every rank has looked before the first one changes anything
     if rank_and_world()[0] == 0:
         out.mkdir(parents=True, exist_ok=True)
-        for name in ("model.safetensors", "run.json", *RUN_FILES):  # first what makes it a finished run, then what makes it a run
-            (out / name).unlink(missing_ok=True)
-        for folder in (*checkpoints(out), *out.glob("round-*"), *out.glob(".*.partial")):
-            shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
+        stale = ("model.safetensors", "run.json", "log.jsonl", "history.jsonl", "checkpoint-*", "round-*", "uniform")
+        for old in (path for pattern in stale for path in out.glob(pattern)):  # first what makes it a finished run
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
         write_text(record, json.dumps({"settings": settings, "passes": passes}, indent=1) + "\n")
     barrier()
 
@@ -422,29 +404,28 @@ def claim(out: Path, args, data: Data, hyper: dict, more: dict, passes: list[dic
 def main():
     parser = ArgumentParser(__doc__)
     add_options(parser, "out/train")
-    parser.add_argument("--mix", default="uniform", help="uniform, natural, horizon, a .json file, or counts like arxiv=608,github=226 "
-                                                         "(default: %(default)s)")
-    parser.add_argument("--eval-every", type=int, default=0, metavar="N", help="validation losses every N steps (default: at the end)")
-    parser.add_argument("--save-every", type=int, default=100, metavar="N", help="a checkpoint every N steps (default: %(default)s)")
+    parser.add_argument("--mix", default="uniform", help="uniform, natural, horizon, FILE.json, or counts like "
+                                                         "arxiv=608,github=226 (default: %(default)s)")
+    parser.add_argument("--eval-every", type=int, default=0, metavar="N", help="validation losses every N steps")
     args = parser.parse_args()
     data, model, hyper = open_run(args)
-    T, out = hyper["seq_len"], Path(args.out)
+    T, dtype, out = hyper["seq_len"], hyper["dtype"], Path(args.out)
     counts = parse_mixture(args.mix, data, args.sequences, T)
+    repeats = Mixture(data, counts, T).repeats()
     passes = passes_of(args.model)
     claim(out, args, data, hyper, {"counts": counts}, passes + [this_pass(data, hyper, counts)])
     if not (out / "model.safetensors").is_file():
-        repeats = Mixture(data, counts, T).repeats()
-        say(f"pass    {sum(counts.values()):,} sequences of {T} tokens, {hyper['batch_size']} a step, peak learning rate {hyper['lr']:g}",
-            "        times through each domain: " + ", ".join(f"{d} {r:.2f}" for d, r in repeats.items()))
-        losses = {"before": evaluate(model, data, "val", T, hyper["dtype"], args.eval_sequences)}
-        train(model, data, counts, **hyper, seen=times_seen(data, T, passes), eval_every=args.eval_every, save_every=args.save_every, out=out)
-        losses["after"] = evaluate(model, data, "val", T, hyper["dtype"], args.eval_sequences)
+        say(f"pass    {sum(counts.values()):,} sequences of {T} tokens, {hyper['batch_size']} a step, "
+            f"lr {hyper['lr']:g}; times through a domain: " + ", ".join(f"{d} {r:.2f}" for d, r in repeats.items()))
+        losses = {"before": evaluate(model, data, "val", T, dtype, args.eval_sequences)}
+        train(model, data, counts, **hyper, seen=times_seen(data, T, passes), eval_every=args.eval_every,
+              eval_sequences=args.eval_sequences, save_every=args.save_every, out=out)
+        losses["after"] = evaluate(model, data, "val", T, dtype, args.eval_sequences)
         if rank_and_world()[0] == 0:
             write_text(out / "result.json", json.dumps(results(losses, data, "val", T), indent=1) + "\n")
-            save(model, out, data.folder / "tokenizer.json", getattr(torch, args.save_dtype))
-            for folder in checkpoints(out):
-                shutil.rmtree(folder)
-    say(table(load_json(out / "result.json")) if rank_and_world()[0] == 0 else "", f"model and log in {out}")
+            keep(model, data, out, getattr(torch, args.save_dtype))
+        barrier()
+    say(f"validation losses, {T} tokens a sequence", table(load_json(out / "result.json")), f"model and log in {out}")
     finish()
 
 

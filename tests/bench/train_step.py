@@ -18,7 +18,7 @@ from transformers import GPTNeoXForCausalLM
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from eval import autocast, autocast_dtype, rows_at_once, start  # noqa: E402
+from eval import autocast, autocast_dtype, start  # noqa: E402
 from model import load, save  # noqa: E402
 from train import make_optimizer, peak_flops  # noqa: E402
 
