@@ -22,7 +22,7 @@ from prepare import (SAMPLE, SAMPLE_FRACTION, ArgumentParser, Data, InputError, 
 from train import (add_options, claim, defaults, keep, load_weights, open_run, parse_mixture, passes_of, rescale,
                    this_pass, times_seen, train)
 
-RATES = {"multiplicative": 2.0, "additive": 800.0, "share": 1.0}  # found by trying; README.md has the evidence
+RATES = {"multiplicative": 2.0, "additive": 800.0, "share": 0.5}  # found by trying; README.md has the evidence
 
 
 def update(quantities: np.ndarray, losses: np.ndarray, rate: float, rule: str = "multiplicative") -> np.ndarray:
@@ -183,7 +183,7 @@ def main():
     add("--start", default="uniform", help="the first mixture, like train.py's --mix (default: %(default)s)")
     add("--base-sequences", type=int, default=6400, metavar="N", help="to pretrain scratch on (default: %(default)s)")
     add("--base-lr", type=float, help="peak learning rate of that (default: the model's)")
-    parser.set_defaults(sequences=800)
+    parser.set_defaults(sequences=1600)
     args = parser.parse_args()
     args.rate = RATES[args.rule] if args.rate is None else args.rate
     if args.rounds < 1 or args.base_sequences < 1 or args.rate <= 0:

@@ -1,0 +1,102 @@
+"""What the tests share: text made on the spot, a small model, and two ways of running a script."""
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a network; those of the hub serve one on loopback
+
+from model import Config, GPTNeoX, save  # noqa: E402
+from prepare import Data, cli, prepare  # noqa: E402
+
+SMALL = ["--device", "cpu", "--dtype", "float32", "--no-compile"]
+
+
+def made_documents(domain: str, n: int, seed: int = 0) -> list[str]:
+    """Documents of a kind that a small model can learn: sentences, sums, or code, by domain."""
+    rng = random.Random(f"{domain}{seed}")
+    words = "the a small large red old river stone house bird walks sees finds under over near and then".split()
+    made = []
+    for i in range(n):
+        lines = []
+        for _ in range(rng.randint(4, 12)):
+            if domain == "prose":
+                lines.append(" ".join(rng.choices(words, k=rng.randint(5, 12))).capitalize() + ".")
+            elif domain == "sums":
+                a, b = rng.randint(0, 999), rng.randint(0, 999)
+                lines.append(f"{a} + {b} = {a + b}")
+            else:
+                lines.append(f"def {rng.choice(words)}_{rng.randint(0, 99)}(x):\n    return x * {rng.randint(0, 999)}\n")
+        made.append(f"{domain} {i}\n" + "\n".join(lines) + "\n")
+    return made
+
+
+def write_jsonl(path: Path, documents: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Data:
+    """Three made domains, split 60/20/20, with a tokenizer of 400."""
+    folder = tmp_path_factory.mktemp("made")
+    sources = {d: [write_jsonl(folder / f"{d}.jsonl", made_documents(d, 120))] for d in ("code", "prose", "sums")}
+    return prepare(folder / "data", sources, "train:400", val_fraction=0.2, test_fraction=0.2)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory, data) -> Path:
+    """A folder with a small random model that has the vocabulary of `data` and a context of 32."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("small")
+    save(GPTNeoX(Config(512, 32, 2, 4, 64, 32)), folder, data.folder / "tokenizer.json")
+    return folder
+
+
+def bins(folder: Path, lengths: dict[str, int]) -> Data:
+    """A data set of counted-up tokens, written without prepare.py: train splits of these lengths, val and test of 100."""
+    folder.mkdir()
+    files = {}
+    for domain, length in lengths.items():
+        for split in ("train", "val", "test"):
+            tokens = (np.arange(length if split == "train" else 100) % 1000).astype("<u2")
+            tokens.tofile(folder / f"{domain}.{split}.bin")
+            files[f"{domain}.{split}"] = {"documents": 1, "tokens": len(tokens), "bytes": len(tokens),
+                                          "sha256": hashlib.sha256(tokens.tobytes()).hexdigest()}
+    tokenizer = {"sha256": "", "vocab_size": 1000, "end_of_text": 0}
+    (folder / "meta.json").write_text(json.dumps({"format": 1, "tokenizer": tokenizer, "files": files}))
+    return Data(folder)
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """Run a script in this process: script("train", "--out", …) -> (exit status, stdout, stderr)."""
+    def run(name: str, *argv) -> tuple[int, str, str]:
+        module = __import__(name)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, argv)])
+        capsys.readouterr()
+        try:
+            cli(module.main)
+            status = 0
+        except SystemExit as e:
+            status = e.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+    return run
+
+
+def command(*argv, ranks: int = 0, **kwargs) -> subprocess.CompletedProcess:
+    """Run a script as a user does: command("train.py", …), under torchrun with `ranks` processes if given."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+    env = {**os.environ, "OMP_NUM_THREADS": "1"} if ranks else None
+    return subprocess.run([sys.executable, *torchrun, str(ROOT / argv[0]), *map(str, argv[1:])], text=True, timeout=600,
+                          env=env, capture_output=True, **kwargs)

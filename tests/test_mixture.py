@@ -1,0 +1,131 @@
+"""The order of the pass, against what DESIGN promises of it, checked by brute force."""
+import hashlib
+from collections import Counter
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import train
+from conftest import bins
+
+from prepare import InputError
+from train import Mixture, micro_batches, parse_mixture, rescale, times_seen
+
+T = 10
+LENGTHS = {"a": 1001, "b": 301, "c": 2500, "d": 75, "e": 4001}  # windows: 100, 30, 249, 7, 400
+COUNTS = [{"a": 30, "b": 20, "c": 50}, {"a": 1, "b": 1, "c": 1, "d": 1, "e": 1}, {"a": 7, "b": 0, "c": 13, "d": 29, "e": 111},
+          {"d": 40}, {"e": 100, "a": 99, "b": 101}, {"a": 250, "b": 3, "c": 1000}]
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory):
+    return bins(tmp_path_factory.mktemp("bins") / "data", LENGTHS)
+
+
+def drawn(mixture) -> list[tuple[str, int]]:
+    """The pass as (domain, window), read off the tokens: window c begins with token 10 c modulo 1000."""
+    out = []
+    for i in range(len(mixture)):
+        d, inputs, targets = mixture[i]
+        assert inputs.dtype == targets.dtype == np.uint16 and inputs.shape == targets.shape == (T,)
+        matches = [c for c in range((LENGTHS[d] - 1) // T) if c * T % 1000 == inputs[0]]
+        assert (targets.astype(int) - 1) % 1000 == pytest.approx(inputs)
+        out.append((d, matches[0] if len(matches) == 1 else mixture.window(d, int(mixture._draw[i]))))
+    return out
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+def test_counts_are_exact_and_no_window_repeats_within_an_epoch(counted, counts):
+    order = drawn(Mixture(counted, counts, T, seed=3))
+    assert Counter(d for d, _ in order) == {d: n for d, n in counts.items() if n}
+    for d in counts:
+        windows, n = [w for name, w in order if name == d], (LENGTHS[d] - 1) // T
+        for epoch in range(0, len(windows), n):
+            part = windows[epoch:epoch + n]
+            assert len(set(part)) == len(part) and set(part) <= set(range(n))
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+def test_every_prefix_holds_each_domain_near_its_share(counted, counts):
+    order, counts = [d for d, _ in drawn(Mixture(counted, counts, T))], {d: n for d, n in counts.items() if n}
+    bound, total = max(Fraction(1, 2), Fraction(len(counts) - 1, 2)), sum(counts.values())
+    for length in range(1, len(order) + 1):
+        so_far = Counter(order[:length])
+        assert all(abs(so_far[d] - Fraction(length * n, total)) <= bound for d, n in counts.items())
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+def test_domains_interleave_by_the_middle_of_their_draws_ties_by_name(counted, counts):
+    expected = sorted((Fraction(2 * k + 1, 2 * n), d) for d, n in counts.items() for k in range(n))
+    assert [d for d, _ in drawn(Mixture(counted, counts, T))] == [d for _, d in expected]
+
+
+def test_a_larger_mixture_holds_the_draws_of_a_smaller_one(counted):
+    small, large = Mixture(counted, {"a": 60, "d": 9}, T, 1), Mixture(counted, {"a": 180, "b": 5, "d": 30}, T, 1)
+    assert Counter(drawn(small)) <= Counter(drawn(large))
+
+
+def test_seed_decides_the_windows_but_not_the_places(counted):
+    first, again, other = (drawn(Mixture(counted, COUNTS[0], T, seed)) for seed in (1, 1, 2))
+    assert first == again != other and [d for d, _ in first] == [d for d, _ in other]
+
+
+def test_the_order_never_changes(counted):
+    """The digest pins the order for good: a checkpoint holds nothing but the step."""
+    digest = hashlib.sha256(repr([drawn(Mixture(counted, counts, T, seed=5)) for counts in COUNTS]).encode()).hexdigest()
+    assert digest == "5079cc84edd8cc6053adcef8f50e3fe38958866be5c5011ff88e7478d3690be0"
+
+
+def test_windows_that_earlier_passes_saw_come_last(counted):
+    passes = [{"data": counted.identity, "seq_len": T, "seed": 0, "counts": {"a": 40, "d": 9}},
+              {"data": counted.identity, "seq_len": T, "seed": 8, "counts": {"a": 30}},
+              {"data": "another", "seq_len": T, "seed": 8, "counts": {"b": 30}}]
+    seen = times_seen(counted, T, passes)
+    assert {d: int(n.sum()) for d, n in seen.items()} == {"a": 70, "b": 0, "c": 0, "d": 9, "e": 0}
+    assert seen["a"].max() == 1 and sorted(seen["d"]) == [1] * 5 + [2] * 2  # the second pass avoided what the first had seen
+    order = [w for _, w in drawn(Mixture(counted, {"a": 100}, T, 4, seen))]
+    assert not seen["a"][order[:30]].any() and seen["a"][order[30:]].all()
+    fresh = [w for _, w in drawn(Mixture(counted, {"a": 100}, T, 4))]
+    assert [w for w in fresh if not seen["a"][w]] == order[:30]
+
+
+@pytest.mark.parametrize("world, batch_size, micro", [(1, 16, 16), (1, 16, 5), (2, 16, 4), (3, 16, 2), (4, 10, 3), (8, 6, 1)])
+def test_ranks_and_micro_batches_only_slice_the_batch(counted, monkeypatch, world, batch_size, micro):
+    mixture = Mixture(counted, COUNTS[0], T)
+    for step in range(-(-len(mixture) // batch_size)):
+        rows, sizes = [], set()
+        for rank in range(world):
+            monkeypatch.setattr(train, "rank_and_world", lambda: (rank, world))
+            parts = list(micro_batches(mixture, step, batch_size, micro))
+            sizes.add((len(parts), *{tokens.shape for tokens, _ in parts}))
+            rows += [tuple(row) for tokens, weights in parts for row, w in zip(tokens.tolist(), weights[:, 0]) if w]
+        expected = [tuple(mixture.row(i)[1]) for i in range(step * batch_size, min((step + 1) * batch_size, len(mixture)))]
+        assert sorted(rows) == sorted(expected)
+        assert len(sizes) == 1  # every rank runs as many micro-batches, all of one shape
+
+
+@pytest.mark.parametrize("counts, message", [
+    ({"a": 0, "b": 0}, "every count is zero"), ({}, "every count is zero"), ({"a": -1}, "-1"), ({"a": 1.5}, "1.5"),
+    ({"a": True}, "True"), ({"a": "7"}, "'7'"), ({"x": 3}, "no domain 'x'"), ({"a": 2**40}, "sequences"),
+])
+def test_what_is_no_mixture_is_refused(counted, counts, message):
+    with pytest.raises(InputError, match=message):
+        Mixture(counted, counts, T)
+
+
+def test_rescale_uses_the_largest_remainders_ties_by_name():
+    assert rescale({"a": 1, "b": 1, "c": 1}, 8) == {"a": 3, "b": 3, "c": 2}
+    assert rescale({"a": 0.5, "b": 0.3, "c": 0.2}, 9) == {"a": 4, "b": 3, "c": 2}  # 4.5, 2.7, 1.8
+    assert rescale({"arxiv": 608, "github": 226, "books": 613, "wikipedia": 1438, "web": 8516}, 11401)["web"] == 8516
+
+
+def test_mixtures_by_name_file_and_string(counted, tmp_path):
+    assert parse_mixture("uniform", counted, 10, T) == dict.fromkeys("abcde", 2)
+    assert parse_mixture("natural", counted, 787, T) == {"a": 100, "b": 30, "c": 250, "d": 7, "e": 400}  # of 7,878 tokens
+    assert parse_mixture("a=3, c=4", counted, None, T) == {"a": 3, "c": 4}
+    (tmp_path / "mix.json").write_text('{"counts": {"a": 30, "b": 10}, "seq_len": 20}')
+    assert parse_mixture(str(tmp_path / "mix.json"), counted, 8, T) == {"a": 6, "b": 2}
+    with pytest.raises(InputError, match="--sequences"):
+        parse_mixture(str(tmp_path / "mix.json"), counted, None, T)
+
+
