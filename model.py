@@ -213,13 +213,13 @@ def model_file(name: str | Path, filename: str) -> Path | None:
 
 
 def weight_files(name: str | Path) -> list[Path]:
-    """The safetensors files of a model: the shards that its index names, or the one file."""
+    """The safetensors files of a model: the one file, or the shards that its index names."""
+    single = model_file(name, "model.safetensors")
+    if single:
+        return [single]
     index = model_file(name, "model.safetensors.index.json")
     if index is None:
-        single = model_file(name, "model.safetensors")
-        if single is None:
-            raise InputError(f"{name}: has no model.safetensors")
-        return [single]
+        raise InputError(f"{name}: has no model.safetensors")
     weight_map = load_json(index).get("weight_map")
     shards = sorted({str(shard) for shard in weight_map.values()}) if isinstance(weight_map, dict) else []
     if not shards or not all(re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", shard) for shard in shards):

@@ -74,7 +74,7 @@ def write_text(path: Path, text: str) -> None:
 @contextlib.contextmanager
 def new_folder(path: Path):
     """A folder to fill that becomes `path`, in the place of what was there, only when the block ends well."""
-    partial, old = (path.with_name(f".{path.name}.{what}") for what in ("partial", "old"))
+    partial, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
     if old.exists() and not path.exists():  # killed between the two renames below
         os.rename(old, path)
     for leftover in (partial, old):
@@ -149,8 +149,8 @@ class Tokenizer:
             raise InputError(f"{path}: has no {END_OF_TEXT} token, which ends every document")
         if vocab_size > 2**16:
             raise InputError(f"{path}: its {vocab_size:,} tokens do not fit uint16; the most is 65,536")
-        self.meta = {"sha256": hashlib.sha256(self.json.encode()).hexdigest(), "vocab_size": vocab_size,
-                     "end_of_text": self.end_of_text}
+        sha256 = hashlib.sha256(self.json.encode()).hexdigest()
+        self.meta = {"sha256": sha256, "vocab_size": vocab_size, "end_of_text": self.end_of_text}
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]

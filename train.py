@@ -152,7 +152,7 @@ def defaults(model: GPTNeoX) -> dict:
     """Settings that belong to a model: the post's, or for tiny found by trying. base_lr is for random weights."""
     c, tiny = model.config, SHAPES["tiny"]
     if (c.num_hidden_layers, c.hidden_size) == (tiny.num_hidden_layers, tiny.hidden_size):
-        return {"lr": 2e-3, "batch_size": 16, "seq_len": c.max_position_embeddings, "base_lr": 1e-2}
+        return {"lr": 4e-3, "batch_size": 16, "seq_len": c.max_position_embeddings, "base_lr": 1e-2}
     return {"lr": 1e-5, "batch_size": 64, "seq_len": c.max_position_embeddings, "base_lr": 1e-3}
 
 

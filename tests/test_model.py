@@ -120,6 +120,7 @@ def test_a_config_that_makes_no_sense_is_refused(tmp_path, change):
 
 def test_an_index_may_only_name_shards(tmp_path):
     theirs(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"embed_out.weight": "../../x.safetensors"}}))
     with pytest.raises(InputError, match="weight_map"):
         load(tmp_path)

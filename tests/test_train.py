@@ -27,6 +27,15 @@ def same_weights(a, b) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def assert_same_training(found, expected, atol):
+    """Weights agree, but for the key biases: their gradient is zero, and Adam makes whole steps of its rounding errors."""
+    for name, weight in found.items():
+        difference = (weight - expected[name]).detach()
+        if name.endswith("query_key_value.bias"):
+            difference.view(4, 3, 8)[:, 1] = 0  # heads, (query, key, value), head dimension
+        assert difference.abs().max() <= atol, name
+
+
 def argv(data, small, out, *more):
     return ["--data", data.folder, "--model", small, "--out", out, "--mix", "uniform", "--sequences", 44, "--batch-size", 8,
             "--lr", 1e-3, "--eval-sequences", 8, *SMALL, *more]
@@ -56,8 +65,7 @@ def test_a_run_equals_a_loop_written_with_transformers(data, small):
                 p -= rate * (m / (1 - 0.9**(step + 1))) / ((v / (1 - 0.95**(step + 1))).sqrt() + 1e-8)
                 p.grad = None
     expected = {name.replace("lm_head", "embed_out"): p for name, p in oracle.named_parameters()}
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(p, expected[name], atol=2e-6, rtol=1e-4, msg=name)
+    assert_same_training(dict(model.named_parameters()), expected, atol=5e-5)
 
 
 def test_schedule_rises_from_zero_and_falls_to_zero():
@@ -80,8 +88,7 @@ def test_micro_batch_size_changes_nothing_but_rounding(data, small):
     weights = [train(load(small), data, {"code": 5, "sums": 6}, seq_len=32, batch_size=4, lr=1e-2, micro_batch_size=m).state_dict()
                for m in (1, 3, 4)]
     for other in weights[1:]:
-        for name, p in other.items():
-            torch.testing.assert_close(p, weights[0][name], atol=2e-6, rtol=1e-4)
+        assert_same_training(other, weights[0], atol=5e-5)
 
 
 def test_the_run_folder_is_a_hugging_face_folder_with_a_log(data, small, tmp_path, script):
@@ -141,8 +148,8 @@ def test_overwrite_starts_anew(data, small, tmp_path, script):
 
 def test_a_tuned_model_remembers_its_passes(data, small, tmp_path, script):
     """Training on from it draws windows that it has not seen, as long as there are some."""
-    assert script("train", *argv(data, small, tmp_path / "one", "--mix", "sums=20"))[0] == 0
-    assert script("train", *argv(data, tmp_path / "one", tmp_path / "two", "--mix", "sums=15"))[0] == 0
+    assert script("train", *argv(data, small, tmp_path / "one", "--mix", "sums=1", "--sequences", 20))[0] == 0
+    assert script("train", *argv(data, tmp_path / "one", tmp_path / "two", "--mix", "sums=1", "--sequences", 15))[0] == 0
     passes = json.loads((tmp_path / "two" / "run.json").read_text())["passes"]
     assert [p["counts"] for p in passes] == [{"sums": 20}, {"sums": 15}] and passes[0]["data"] == Data(data.folder).identity
 
@@ -169,9 +176,7 @@ def test_two_processes_train_and_evaluate_like_one(data, small, tmp_path):
     assert len(a) == len(b) == 6
     for x, y in zip(a, b):
         assert y["loss"] == pytest.approx(x["loss"], abs=1e-5) and y["grad_norm"] == pytest.approx(x["grad_norm"], abs=1e-4)
-    one_weights, two_weights = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
-    for name, weight in one_weights.items():
-        torch.testing.assert_close(two_weights[name], weight, atol=1e-5, rtol=1e-4, msg=name)
+    assert_same_training(load_file(two / "model.safetensors"), load_file(one / "model.safetensors"), atol=1e-5)
     tables = []
     for ranks in (0, 2):
         result = tmp_path / f"{ranks}.json"
