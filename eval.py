@@ -32,7 +32,7 @@ def start(device: str | None = None) -> torch.device:
         device = torch.device(f"cuda:{rank}" if device == "cuda" else device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:
-        raise InputError(f"--device {device}: {str(e).splitlines()[0]}") from None
+        raise InputError(f"--device {device}: {str(e)[:100]}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")

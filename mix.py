@@ -19,8 +19,8 @@ from eval import barrier, compare, evaluate, finish, mean_loss, rank_and_world, 
 from model import GPTNeoX
 from prepare import (SAMPLE, SAMPLE_FRACTION, ArgumentParser, Data, InputError, cli, load_json, prepare, publish,
                      write_text)
-from train import (add_options, claim, defaults, keep, load_weights, open_run, parse_mixture, passes_of, rescale,
-                   this_pass, times_seen, train)
+from train import (Mixture, add_options, claim, defaults, keep, load_weights, open_run, parse_mixture, passes_of,
+                   rescale, this_pass, times_seen, train)
 
 RATES = {"multiplicative": 2.0, "additive": 800.0, "share": 0.5}  # found by trying; README.md has the evidence
 
@@ -75,9 +75,10 @@ def trained(model: GPTNeoX, data: Data, counts: dict[str, int], hyper: dict, fol
         if record:
             write_text(folder / "run.json", json.dumps(record, indent=1) + "\n")
         keep(model, data, folder)
+    barrier()  # the others may read what the first rank wrote
 
 
-def search(model: GPTNeoX, data: Data, start: dict[str, int], hyper: dict, seen: dict, args) -> list[dict]:
+def search(model: GPTNeoX, data: Data, first: dict[str, int], hyper: dict, seen: dict, args) -> list[dict]:
     """The rounds. Each starts from the same weights, on as many sequences; they differ in nothing but the mixture.
 
     Returns a dict a round, round 0 being the untouched model. Rounds that history.jsonl holds already are not redone.
@@ -86,7 +87,7 @@ def search(model: GPTNeoX, data: Data, start: dict[str, int], hyper: dict, seen:
     path = out / "history.jsonl"
     history = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     untouched = {name: weight.clone() for name, weight in model.state_dict().items()}
-    A = np.array([start.get(d, 0) for d in domains], dtype=np.float64)
+    A = np.array([first.get(d, 0) for d in domains], dtype=np.float64)
     say("", "share of the mixture and validation loss, nats per token",
         f"{'round':>5}{'mean':>9}" + "".join(f"{d[:16]:>18}" for d in domains))
     for number in range(args.rounds + 1):
@@ -110,7 +111,9 @@ def search(model: GPTNeoX, data: Data, start: dict[str, int], hyper: dict, seen:
         line = history[number]
         shares = {d: f"{n / sum(line['counts'].values()):.1%}" for d, n in (line["counts"] or {}).items()}
         cells = [f"{shares.get(d, ''):>10}{line['losses'][d]:>8.4f}" for d in domains]
-        say(f"{number:>5}{line['mean']:>9.4f}" + "".join(cells))
+        repeats = Mixture(data, line["counts"], T).repeats() if line["counts"] else {}
+        repeated = [f"  {d} {times:.1f} times" for d, times in repeats.items() if times > 1]
+        say(f"{number:>5}{line['mean']:>9.4f}" + "".join(cells + repeated))
         if number > 0:
             A = update(line["quantities"], [line["losses"][d] for d in domains], args.rate, args.rule)
     return history

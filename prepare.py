@@ -54,7 +54,8 @@ def cli(main) -> None:
     except (InputError, OSError) as e:
         if isinstance(e, OSError) and e.filename is None:  # not about a file, so not the user's
             raise
-        print("error:", f"{e.filename}: {e.strerror}" if isinstance(e, OSError) else e, file=sys.stderr)
+        message = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) else str(e)
+        print("error:", " ".join(message.split()), file=sys.stderr)  # one line, whatever a library said
         sys.exit(2)
 
 
@@ -115,14 +116,12 @@ def hub_file(name: str, filename: str) -> Path | None:
     except errors.RemoteEntryNotFoundError:
         return None
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as e:
-        raise InputError(f"{name}: cannot get {filename} from the hub ({str(e).splitlines()[0]})") from None
+        raise InputError(f"{name}: cannot get {filename} from the hub ({str(e)[:200]})") from None
 
 
 class Tokenizer:
-    """A tokenizer.json, given as a file, a model's folder or a model on the hub: text to uint16 ids and back.
-
-    Special tokens that occur in the text are plain text. Raises InputError.
-    """
+    """A tokenizer.json (a file, in a model's folder, or of a model on the hub): text to uint16 ids and back. Special
+    tokens that occur in the text are plain text. Raises InputError."""
 
     def __init__(self, file_or_name: str | Path):
         import tokenizers
@@ -139,7 +138,7 @@ class Tokenizer:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as e:  # a panic of the library's Rust is not an Exception
-            raise InputError(f"{path}: not a tokenizer.json ({str(e).splitlines()[0]})") from None
+            raise InputError(f"{path}: not a tokenizer.json ({str(e)[:100]})") from None
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -396,14 +395,13 @@ def prepare(out: str | Path, sources: dict[str, list[Path]] | None = None, token
         else:
             path.write_text(Tokenizer(tokenizer).json, encoding="utf-8")
         encoder = Tokenizer(path)
-        meta = {"format": FORMAT, "fractions": fractions, "tokenizer": encoder.meta,
+        paths = {domain or domain_key: [str(p) for p in files] for domain, files in (sources or {}).items()}
+        meta = {"format": FORMAT, "tokenizer": encoder.meta, "fractions": fractions, "sources": paths or "sample",
                 "files": write_bins(folder, documents(), encoder, fractions, limit_tokens)}
         if not meta["files"]:
             raise InputError("the sources hold no documents; nothing was written")
         if sample:
-            meta |= {"sources": "the installed Python and its packages", "overlap": overlap(sample, fractions)}
-        else:
-            meta["sources"] = {domain or domain_key: [str(p) for p in paths] for domain, paths in sources.items()}
+            meta["overlap"] = overlap(sample, fractions)
         write_text(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
     return Data(out)
 

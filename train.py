@@ -26,7 +26,8 @@ from model import SHAPES, GPTNeoX, load, save, write_safetensors
 from prepare import SAMPLE, SPLITS, ArgumentParser, Data, InputError, cli, load_json, new_folder, write_text
 
 HORIZON = {"arxiv": 608, "books": 613, "github": 226, "web": 8516, "wikipedia": 1438}  # the published mixture
-PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12}  # bf16, dense
+PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+        "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12}  # dense bf16 FLOP/s, by GPU; the first name that fits counts
 
 
 def splitmix64(x: np.ndarray) -> np.ndarray:

@@ -1,4 +1,5 @@
 """What the tests share: text made on the spot, a small model, and two ways of running a script."""
+
 import hashlib
 import json
 import os
@@ -35,7 +36,9 @@ def made_documents(domain: str, n: int, seed: int = 0) -> list[str]:
                 a, b = rng.randint(0, 999), rng.randint(0, 999)
                 lines.append(f"{a} + {b} = {a + b}")
             else:
-                lines.append(f"def {rng.choice(words)}_{rng.randint(0, 99)}(x):\n    return x * {rng.randint(0, 999)}\n")
+                lines.append(
+                    f"def {rng.choice(words)}_{rng.randint(0, 99)}(x):\n    return x * {rng.randint(0, 999)}\n"
+                )
         made.append(f"{domain} {i}\n" + "\n".join(lines) + "\n")
     return made
 
@@ -63,15 +66,19 @@ def small(tmp_path_factory, data) -> Path:
 
 
 def bins(folder: Path, lengths: dict[str, int]) -> Data:
-    """A data set of counted-up tokens, written without prepare.py: train splits of these lengths, val and test of 100."""
+    """Counted-up tokens, written without prepare.py: train splits of these lengths, val and test of 100."""
     folder.mkdir()
     files = {}
     for domain, length in lengths.items():
         for split in ("train", "val", "test"):
             tokens = (np.arange(length if split == "train" else 100) % 1000).astype("<u2")
             tokens.tofile(folder / f"{domain}.{split}.bin")
-            files[f"{domain}.{split}"] = {"documents": 1, "tokens": len(tokens), "bytes": len(tokens),
-                                          "sha256": hashlib.sha256(tokens.tobytes()).hexdigest()}
+            files[f"{domain}.{split}"] = {
+                "documents": 1,
+                "tokens": len(tokens),
+                "bytes": len(tokens),
+                "sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
+            }
     tokenizer = {"sha256": "", "vocab_size": 1000, "end_of_text": 0}
     (folder / "meta.json").write_text(json.dumps({"format": 1, "tokenizer": tokenizer, "files": files}))
     return Data(folder)
@@ -80,6 +87,7 @@ def bins(folder: Path, lengths: dict[str, int]) -> Data:
 @pytest.fixture
 def script(monkeypatch, capsys):
     """Run a script in this process: script("train", "--out", …) -> (exit status, stdout, stderr)."""
+
     def run(name: str, *argv) -> tuple[int, str, str]:
         module = __import__(name)
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, argv)])
@@ -91,6 +99,7 @@ def script(monkeypatch, capsys):
             status = e.code
         captured = capsys.readouterr()
         return status, captured.out, captured.err
+
     return run
 
 
@@ -98,5 +107,11 @@ def command(*argv, ranks: int = 0, **kwargs) -> subprocess.CompletedProcess:
     """Run a script as a user does: command("train.py", …), under torchrun with `ranks` processes if given."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
     env = {**os.environ, "OMP_NUM_THREADS": "1"} if ranks else None
-    return subprocess.run([sys.executable, *torchrun, str(ROOT / argv[0]), *map(str, argv[1:])], text=True, timeout=600,
-                          env=env, capture_output=True, **kwargs)
+    return subprocess.run(
+        [sys.executable, *torchrun, str(ROOT / argv[0]), *map(str, argv[1:])],
+        text=True,
+        timeout=600,
+        env=env,
+        capture_output=True,
+        **kwargs,
+    )

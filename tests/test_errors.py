@@ -1,4 +1,6 @@
 """Bad input ends with exit status 2 and one line that says what, where and what to do; what was there stays."""
+
+import gzip
 import json
 import shutil
 
@@ -16,11 +18,18 @@ def fails(result, *words) -> None:
         assert str(word) in err, err
 
 
-@pytest.mark.parametrize("lines, words", [
-    ([GOOD, "{broken"], (":2", "not a JSON record")), ([GOOD, GOOD, '{"text": null}'], (":3", "'text'")), ([GOOD, "[1]"], (":2", "'text'")),
-    (['{"body": "x"}'], (":1", "--text-key")), ([GOOD, '{"text": "\\ud800"}'], (":2", "surrogate")), (["[" * 100_000], (":1",)),
-    (["9" * 5000], (":1",)),
-])
+@pytest.mark.parametrize(
+    "lines, words",
+    [
+        ([GOOD, "{broken"], (":2", "not a JSON record")),
+        ([GOOD, GOOD, '{"text": null}'], (":3", "'text'")),
+        ([GOOD, "[1]"], (":2", "'text'")),
+        (['{"body": "x"}'], (":1", "--text-key")),
+        ([GOOD, '{"text": "\\ud800"}'], (":2", "surrogate")),
+        (["[" * 100_000], (":1",)),
+        (["9" * 5000], (":1",)),
+    ],
+)
 def test_a_bad_record_is_named_by_file_and_line(script, tmp_path, lines, words):
     source = tmp_path / "bad.jsonl"
     source.write_text("\n".join(lines) + "\n")
@@ -31,18 +40,30 @@ def test_a_bad_record_is_named_by_file_and_line(script, tmp_path, lines, words):
 def test_text_that_is_not_utf8_or_not_whole(script, tmp_path):
     (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
     (tmp_path / "latin.jsonl").write_bytes(GOOD.encode() + b'\n{"text": "na\xefve"}\n')
-    (tmp_path / "cut.jsonl.gz").write_bytes(__import__("gzip").compress(GOOD.encode() * 1000)[:-20])
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(GOOD.encode() * 1000)[:-20])
     for name, word in (("latin.txt", "not UTF-8"), ("latin.jsonl", "jsonl:2: not UTF-8"), ("cut.jsonl.gz", "gzip")):
-        fails(script("prepare", "--out", tmp_path / "d", f"a={tmp_path / name}", "--tokenizer", "train:300"), tmp_path / name, word)
+        fails(
+            script("prepare", "--out", tmp_path / "d", f"a={tmp_path / name}", "--tokenizer", "train:300"),
+            tmp_path / name,
+            word,
+        )
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["a=missing.jsonl"], ["missing.jsonl"]), (["a.jsonl"], ["name=path"]), (["../x=a.jsonl", "--tokenizer", "train:300"], ["'../x'"]),
-    (["a=a.jsonl", "--tokenizer", "missing.json"], ["missing.json"]), (["a=a.jsonl", "--tokenizer", "train:x"], ["train:x"]),
-    (["a=a.jsonl", "--tokenizer", "train:90000"], ["90000"]), (["a=few.jsonl", "--tokenizer", "train:300"], ["few", "2 documents", "--val-fraction"]),
-    (["a=a.jsonl", "--tokenizer", "train:300", "--val-fraction", "0.99"], ["--val-fraction"]), (["--bogus"], ["--bogus", "--help"]),
-    (["a=empty.jsonl", "--tokenizer", "train:300"], ["no documents"]),
-])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["a=missing.jsonl"], ["missing.jsonl"]),
+        (["a.jsonl"], ["name=path"]),
+        (["../x=a.jsonl", "--tokenizer", "train:300"], ["'../x'"]),
+        (["a=a.jsonl", "--tokenizer", "missing.json"], ["missing.json"]),
+        (["a=a.jsonl", "--tokenizer", "train:x"], ["train:x"]),
+        (["a=a.jsonl", "--tokenizer", "train:90000"], ["90000"]),
+        (["a=few.jsonl", "--tokenizer", "train:300"], ["few", "2 documents", "--val-fraction"]),
+        (["a=a.jsonl", "--tokenizer", "train:300", "--val-fraction", "0.99"], ["--val-fraction"]),
+        (["--bogus"], ["--bogus", "--help"]),
+        (["a=empty.jsonl", "--tokenizer", "train:300"], ["no documents"]),
+    ],
+)
 def test_prepare(script, tmp_path, monkeypatch, argv, words):
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "a.jsonl", made_documents("sums", 60))
@@ -53,23 +74,39 @@ def test_prepare(script, tmp_path, monkeypatch, argv, words):
 
 
 @pytest.mark.parametrize("name", ["train", "mix"])
-@pytest.mark.parametrize("argv, words", [
-    (["--data", "missing"], ["missing", "prepare.py"]), (["--model", "scratch:huge"], ["scratch:huge", "pythia-70m"]),
-    (["--model", "pythia-99m"], ["pythia-99m"]), (["--model", "missing/folder/of/mine"], ["missing/folder/of/mine"]),
-    (["--seq-len", "33"], ["33", "32"]), (["--batch-size", "0"], ["--batch-size 0"]), (["--lr", "nan"], ["--lr"]),
-    (["--device", "abacus"], ["abacus"]), (["--dtype", "float8"], ["float8"]), (["--sequences", "0"], ["--sequences 0"]),
-    (["--sequences", "many"], ["--sequences", "many"]),
-])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--data", "missing"], ["missing", "prepare.py"]),
+        (["--model", "scratch:huge"], ["scratch:huge", "pythia-70m"]),
+        (["--model", "pythia-99m"], ["pythia-99m"]),
+        (["--model", "missing/folder/of/mine"], ["missing/folder/of/mine"]),
+        (["--seq-len", "33"], ["33", "32"]),
+        (["--batch-size", "0"], ["--batch-size 0"]),
+        (["--lr", "nan"], ["--lr"]),
+        (["--device", "abacus"], ["abacus"]),
+        (["--dtype", "float8"], ["float8"]),
+        (["--sequences", "0"], ["--sequences 0"]),
+        (["--sequences", "many"], ["--sequences", "many"]),
+    ],
+)
 def test_training_options(script, data, small, tmp_path, name, argv, words):
     base = ["--data", data.folder, "--model", small, "--out", tmp_path / "run", "--sequences", 8, *SMALL]
     fails(script(name, *base, *argv), *words)
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("mixture, words", [
-    ("web=3", ["'web'", "code, prose, sums"]), ("code=-3", ["-3"]), ("code=0,sums=0", ["zero"]), ("code", ["--mix code"]),
-    ("missing.json", ["missing.json"]), ("horizon", ["'arxiv'"]),
-])
+@pytest.mark.parametrize(
+    "mixture, words",
+    [
+        ("web=3", ["'web'", "code, prose, sums"]),
+        ("code=-3", ["-3"]),
+        ("code=0,sums=0", ["zero"]),
+        ("code", ["--mix code"]),
+        ("missing.json", ["missing.json"]),
+        ("horizon", ["'arxiv'"]),
+    ],
+)
 def test_mixtures(script, data, small, tmp_path, mixture, words):
     base = ["--data", data.folder, "--model", small, "--out", tmp_path / "run", *SMALL]
     fails(script("train", *base, "--mix", mixture), *words)
@@ -84,31 +121,83 @@ def test_a_mixture_by_name_needs_a_length(script, data, small, tmp_path):
 @pytest.mark.parametrize("content", ["{", "[]", '{"code": "x"}', '{"counts": 3}', '{"counts": {"code": 2.5}}'])
 def test_mixture_files(script, data, small, tmp_path, content):
     (tmp_path / "mix.json").write_text(content)
-    fails(script("train", "--data", data.folder, "--model", small, "--out", tmp_path / "run", "--mix", tmp_path / "mix.json", *SMALL))
+    fails(
+        script(
+            "train",
+            "--data",
+            data.folder,
+            "--model",
+            small,
+            "--out",
+            tmp_path / "run",
+            "--mix",
+            tmp_path / "mix.json",
+            *SMALL,
+        )
+    )
 
 
 def test_a_split_shorter_than_a_sequence(script, tmp_path, small):
-    sources = [f"{d}={write_jsonl(tmp_path / f'{d}.jsonl', made_documents(d, n))}" for d, n in (("sums", 60), ("prose", 200))]
+    sources = [
+        f"{d}={write_jsonl(tmp_path / f'{d}.jsonl', made_documents(d, n))}" for d, n in (("sums", 60), ("prose", 200))
+    ]
     write_jsonl(tmp_path / "sums.jsonl", [f"{i}" for i in range(40)])
-    assert script("prepare", "--out", tmp_path / "d", *sources, "--tokenizer", f"{small}/tokenizer.json", "--val-fraction", 0.2,
-                  "--test-fraction", 0.2)[0] == 0
-    fails(script("train", "--data", tmp_path / "d", "--model", small, "--out", tmp_path / "run", "--sequences", 4, *SMALL), "--seq-len 32", "sums")
+    assert (
+        script(
+            "prepare",
+            "--out",
+            tmp_path / "d",
+            *sources,
+            "--tokenizer",
+            f"{small}/tokenizer.json",
+            "--val-fraction",
+            0.2,
+            "--test-fraction",
+            0.2,
+        )[0]
+        == 0
+    )
+    fails(
+        script(
+            "train", "--data", tmp_path / "d", "--model", small, "--out", tmp_path / "run", "--sequences", 4, *SMALL
+        ),
+        "--seq-len 32",
+        "sums",
+    )
 
 
 @pytest.mark.parametrize("name", ["train", "mix"])
 def test_an_out_that_holds_something_is_left_alone(script, data, small, tmp_path, name):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("years of work")
-    fails(script(name, "--data", data.folder, "--model", small, "--out", tmp_path / "run", "--sequences", 8, *SMALL), "--resume", "--overwrite")
+    fails(
+        script(name, "--data", data.folder, "--model", small, "--out", tmp_path / "run", "--sequences", 8, *SMALL),
+        "--resume",
+        "--overwrite",
+    )
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
 
 @pytest.mark.parametrize("name", ["train", "mix"])
 def test_an_out_that_cannot_be_written(script, data, small, tmp_path, name):
     (tmp_path / "file").write_text("")
-    fails(script(name, "--data", data.folder, "--model", small, "--out", tmp_path / "file" / "run", "--sequences", 8, *SMALL), tmp_path / "file")
-    fails(script("prepare", "--out", tmp_path / "file" / "d", f"a={write_jsonl(tmp_path / 'a.jsonl', made_documents('sums', 60))}",
-                 "--tokenizer", "train:300"), tmp_path / "file")
+    fails(
+        script(
+            name, "--data", data.folder, "--model", small, "--out", tmp_path / "file" / "run", "--sequences", 8, *SMALL
+        ),
+        tmp_path / "file",
+    )
+    fails(
+        script(
+            "prepare",
+            "--out",
+            tmp_path / "file" / "d",
+            f"a={write_jsonl(tmp_path / 'a.jsonl', made_documents('sums', 60))}",
+            "--tokenizer",
+            "train:300",
+        ),
+        tmp_path / "file",
+    )
 
 
 @pytest.mark.parametrize("damage", ["truncate", "missing", "format"])
@@ -140,6 +229,7 @@ def test_damaged_models(script, data, small, tmp_path):
 
 def test_a_model_with_another_vocabulary(script, data, tmp_path):
     from model import Config, GPTNeoX, save
+
     save(GPTNeoX(Config(128, 16, 1, 2, 32, 32)), tmp_path / "m")
     fails(script("eval", tmp_path / "m", "--data", data.folder, "--device", "cpu"), "tokenizer", "128")
 

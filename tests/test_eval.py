@@ -1,4 +1,5 @@
 """Losses against transformers, bits per byte by hand, and intervals against a bootstrap written as a plain loop."""
+
 import json
 import math
 import random
@@ -20,8 +21,8 @@ def test_every_window_is_scored_once_and_as_transformers_does(data, small):
         n = (len(tokens) - 1) // 32
         assert losses[d].shape == (n,)
         for c in (0, 1, n - 1):
-            logits = oracle(tokens[None, c * 32:c * 32 + 32]).logits[0]
-            expected = torch.nn.functional.cross_entropy(logits, tokens[c * 32 + 1:c * 32 + 33]).item()
+            logits = oracle(tokens[None, c * 32 : c * 32 + 32]).logits[0]
+            expected = torch.nn.functional.cross_entropy(logits, tokens[c * 32 + 1 : c * 32 + 33]).item()
             assert losses[d][c] == pytest.approx(expected, abs=1e-5)
     limited = evaluate(load(small), data, "test", 32, limit=3)
     assert all(np.allclose(limited[d], losses[d][:3], atol=1e-6) for d in data.domains)
@@ -38,7 +39,7 @@ def test_evaluation_touches_no_random_state(data, small):
 
 def test_a_window_belongs_to_the_document_it_begins_in(data):
     tokens = data.tokens("prose", "test")
-    expected = [sum(int(t) == 0 for t in tokens[:c * 32]) for c in range(40)]
+    expected = [sum(int(t) == 0 for t in tokens[: c * 32]) for c in range(40)]
     assert documents_of(data, "prose", "test", 32, 40).tolist() == expected
 
 
@@ -47,12 +48,14 @@ def test_bits_per_byte_by_hand(data, small):
     shown = results({"a": losses}, data, "test", 32)["models"]["a"]
     for d in data.domains:
         size = data.size(d, "test")
-        assert shown["bits_per_byte"][d] == pytest.approx(losses[d].mean() * size["tokens"] / (math.log(2) * size["bytes"]))
+        assert shown["bits_per_byte"][d] == pytest.approx(
+            losses[d].mean() * size["tokens"] / (math.log(2) * size["bytes"])
+        )
     assert shown["nats"]["mean"] == pytest.approx(sum(losses[d].mean() for d in data.domains) / 3)
 
 
 def test_intervals_resample_documents():
-    """Twenty documents whose windows agree within themselves: windows alone would give an interval several times too narrow."""
+    """Twenty documents whose windows agree within themselves: resampling windows would look far too sure."""
     rng, loop = np.random.default_rng(1), random.Random(2)
     documents = np.repeat(np.arange(20), rng.integers(1, 15, 20))
     values = rng.normal(size=20)[documents] + 0.01 * rng.normal(size=len(documents))
@@ -67,8 +70,12 @@ def test_differences_are_paired_and_counted(data, small):
     base = evaluate(load(small), data, "test", 32)
     better = {d: values - 0.25 + (0.5 if d == "sums" else 0) for d, values in base.items()}
     difference = compare(base, better, data, "test", 32)
-    assert difference["code"]["change"] == pytest.approx(-0.25) and difference["code"]["interval"] == pytest.approx([-0.25, -0.25])
-    assert difference["mean"]["change"] == pytest.approx(-0.25 / 3) and difference["mean"]["interval"] == pytest.approx([-0.25 / 3] * 2)
+    assert difference["code"]["change"] == pytest.approx(-0.25) and difference["code"]["interval"] == pytest.approx(
+        [-0.25, -0.25]
+    )
+    assert difference["mean"]["change"] == pytest.approx(-0.25 / 3) and difference["mean"]["interval"] == pytest.approx(
+        [-0.25 / 3] * 2
+    )
     assert difference["improved"] == 2 and difference["worst"] == pytest.approx(0.25)
 
 
@@ -82,7 +89,9 @@ def test_the_table_lines_up_and_marks_domains_with_few_documents(data, small):
 
 
 def test_the_command_prints_the_table_and_writes_json(script, data, small, tmp_path):
-    status, out, err = script("eval", small, "--data", data.folder, "--device", "cpu", "--dtype", "float32", "--json", tmp_path / "r.json")
+    status, out, err = script(
+        "eval", small, "--data", data.folder, "--device", "cpu", "--dtype", "float32", "--json", tmp_path / "r.json"
+    )
     assert (status, err) == (0, "")
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["seq_len"] == 32 and f"{result['models'][str(small)]['nats']['mean']:.4f}" in out

@@ -1,4 +1,5 @@
 """Names on the hub, against a hub served on loopback: download, cache, revisions and what is missing."""
+
 import hashlib
 import os
 import subprocess
@@ -52,10 +53,21 @@ def hub(small):
 
 
 def evaluate(hub, data, cache, *argv, **env):
-    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0",
-                   "HF_HUB_DISABLE_PROGRESS_BARS": "1", **env}
-    return subprocess.run([sys.executable, ROOT / "eval.py", *argv, "--data", data.folder, "--device", "cpu"], env=environment, text=True,
-                          capture_output=True, timeout=120)
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+        "HF_HOME": str(cache),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        **env,
+    }
+    return subprocess.run(
+        [sys.executable, ROOT / "eval.py", *argv, "--data", data.folder, "--device", "cpu"],
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
 
 
 def test_a_size_is_fetched_once_and_then_works_offline(hub, data, tmp_path):
@@ -72,7 +84,9 @@ def test_a_size_is_fetched_once_and_then_works_offline(hub, data, tmp_path):
 @pytest.mark.parametrize("name", ["EleutherAI/nothing", "EleutherAI/pythia-14m@step7", "not a name/at all"])
 def test_what_the_hub_does_not_have_is_one_line(hub, data, tmp_path, name):
     done = evaluate(hub, data, tmp_path, name)
-    assert done.returncode == 2 and done.stderr.startswith(f"error: {name}: ") and done.stderr.count("\n") == 1, done.stderr
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {name}: ") and done.stderr.count("\n") == 1, (
+        done.stderr
+    )
 
 
 def test_an_unknown_size_asks_no_network(hub, data, tmp_path):

@@ -1,4 +1,5 @@
 """The search: its rules by hand, its rounds, its interruption, and python mix.py as a user runs it."""
+
 import json
 import signal
 import subprocess
@@ -16,11 +17,14 @@ from prepare import InputError
 LN = np.log
 
 
-@pytest.mark.parametrize("rule, rate, expected", [
-    ("multiplicative", 2.0, [100 + 100 * 0.5, 100 + 100 * 1.0, 100 + 100 * 0.5]),
-    ("additive", 100.0, [125, 150, 125]),
-    ("share", 1.0, [100 + 75, 100 + 150, 100 + 75]),
-])
+@pytest.mark.parametrize(
+    "rule, rate, expected",
+    [
+        ("multiplicative", 2.0, [100 + 100 * 0.5, 100 + 100 * 1.0, 100 + 100 * 0.5]),
+        ("additive", 100.0, [125, 150, 125]),
+        ("share", 1.0, [100 + 75, 100 + 150, 100 + 75]),
+    ],
+)
 def test_rules_by_hand(rule, rate, expected):
     """Losses ln 1, ln 2, ln 1: their softmax is 1/4, 1/2, 1/4."""
     assert update(np.array([100.0, 100, 100]), np.array([LN(1), LN(2), LN(1)]), rate, rule) == pytest.approx(expected)
@@ -39,7 +43,9 @@ def test_share_and_additive_settle_on_softmax_of_the_losses():
     A = B = np.array([1000.0, 10, 10])
     for _ in range(200):
         A, B = update(A, [0, LN(2), LN(1)], 0.5, "share"), update(B, [0, LN(2), LN(1)], 5000, "additive")
-    assert A / A.sum() == pytest.approx([0.25, 0.5, 0.25], abs=1e-6) and B / B.sum() == pytest.approx([0.25, 0.5, 0.25], abs=1e-2)
+    assert A / A.sum() == pytest.approx([0.25, 0.5, 0.25], abs=1e-6) and B / B.sum() == pytest.approx(
+        [0.25, 0.5, 0.25], abs=1e-2
+    )
 
 
 def test_an_unknown_rule_is_refused():
@@ -55,8 +61,28 @@ def test_the_lopsided_mixture_prefers_larger_domains(data):
 
 
 def argv(data, out, *more):
-    return ["--data", data.folder, "--out", out, "--model", "scratch:tiny", "--seq-len", 32, "--base-sequences", 128, "--batch-size", 8,
-            "--sequences", 48, "--rounds", 3, "--eval-sequences", 20, *SMALL, *more]
+    return [
+        "--data",
+        data.folder,
+        "--out",
+        out,
+        "--model",
+        "scratch:tiny",
+        "--seq-len",
+        32,
+        "--base-sequences",
+        128,
+        "--batch-size",
+        8,
+        "--sequences",
+        48,
+        "--rounds",
+        3,
+        "--eval-sequences",
+        20,
+        *SMALL,
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +100,20 @@ def history_of(out) -> list[dict]:
 
 def test_the_main_job_writes_what_it_promises(whole, data):
     out, text = whole
-    history, mixture, result = history_of(out), json.loads((out / "mix.json").read_text()), json.loads((out / "result.json").read_text())
+    history, mixture, result = (
+        history_of(out),
+        json.loads((out / "mix.json").read_text()),
+        json.loads((out / "result.json").read_text()),
+    )
     assert [line["round"] for line in history] == list(range(len(history))) and 3 <= len(history) <= 4
-    assert history[1]["counts"] == {"code": 16, "prose": 16, "sums": 16} and all(sum(line["counts"].values()) == 48 for line in history[1:])
-    assert mixture["counts"] == best_round(history)["counts"] and mixture["unit"] == "sequences" and mixture["seq_len"] == 32
+    assert history[1]["counts"] == {"code": 16, "prose": 16, "sums": 16} and all(
+        sum(line["counts"].values()) == 48 for line in history[1:]
+    )
+    assert (
+        mixture["counts"] == best_round(history)["counts"]
+        and mixture["unit"] == "sequences"
+        and mixture["seq_len"] == 32
+    )
     assert (mixture["rule"], mixture["seed"], mixture["data"]) == ("multiplicative", 0, str(data.folder))
     assert list(result["models"]) == ["untouched", "uniform", "reweighted"] and verdict(result) in text
     assert result["models"]["reweighted"]["difference"]["mean"]["change"] < 0
@@ -103,7 +139,9 @@ def test_the_result_is_a_mixture_for_train_and_a_model_for_eval(whole, data, tmp
     argv = ["--data", data.folder, "--batch-size", 8, "--seq-len", 32, "--eval-sequences", 20, *SMALL]
     assert script("train", "--mix", out / "mix.json", "--model", base, "--out", tmp_path / "again", *argv)[0] == 0
     assert same_weights(tmp_path / "again", out)  # the best round, trained once more
-    status, text, _ = script("eval", base, out, "--data", data.folder, "--seq-len", 32, "--device", "cpu", "--dtype", "float32")
+    status, text, _ = script(
+        "eval", base, out, "--data", data.folder, "--seq-len", 32, "--device", "cpu", "--dtype", "float32"
+    )
     assert status == 0 and "domains better" in text
 
 
@@ -129,7 +167,9 @@ def test_the_base_is_reused(whole, data, script):
     stamp = (bases[0] / "model.safetensors").stat().st_mtime_ns
     status, _, err = script("mix", *argv(data, out.parent / "second", "--rounds", 1))
     assert status == 0, err
-    assert list(out.parent.glob("base-tiny-*")) == bases and (bases[0] / "model.safetensors").stat().st_mtime_ns == stamp
+    assert (
+        list(out.parent.glob("base-tiny-*")) == bases and (bases[0] / "model.safetensors").stat().st_mtime_ns == stamp
+    )
 
 
 def test_grow_trains_on_the_growing_quantities_and_compares_at_equal_length(data, tmp_path, script, whole):

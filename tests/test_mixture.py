@@ -1,20 +1,27 @@
 """The order of the pass, against what DESIGN promises of it, checked by brute force."""
+
 import hashlib
 from collections import Counter
 from fractions import Fraction
 
 import numpy as np
 import pytest
-import train
 from conftest import bins
 
+import train
 from prepare import InputError
 from train import Mixture, micro_batches, parse_mixture, rescale, times_seen
 
 T = 10
 LENGTHS = {"a": 1001, "b": 301, "c": 2500, "d": 75, "e": 4001}  # windows: 100, 30, 249, 7, 400
-COUNTS = [{"a": 30, "b": 20, "c": 50}, {"a": 1, "b": 1, "c": 1, "d": 1, "e": 1}, {"a": 7, "b": 0, "c": 13, "d": 29, "e": 111},
-          {"d": 40}, {"e": 100, "a": 99, "b": 101}, {"a": 250, "b": 3, "c": 1000}]
+COUNTS = [
+    {"a": 30, "b": 20, "c": 50},
+    {"a": 1, "b": 1, "c": 1, "d": 1, "e": 1},
+    {"a": 7, "b": 0, "c": 13, "d": 29, "e": 111},
+    {"d": 40},
+    {"e": 100, "a": 99, "b": 101},
+    {"a": 250, "b": 3, "c": 1000},
+]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +48,7 @@ def test_counts_are_exact_and_no_window_repeats_within_an_epoch(counted, counts)
     for d in counts:
         windows, n = [w for name, w in order if name == d], (LENGTHS[d] - 1) // T
         for epoch in range(0, len(windows), n):
-            part = windows[epoch:epoch + n]
+            part = windows[epoch : epoch + n]
             assert len(set(part)) == len(part) and set(part) <= set(range(n))
 
 
@@ -72,24 +79,32 @@ def test_seed_decides_the_windows_but_not_the_places(counted):
 
 def test_the_order_never_changes(counted):
     """The digest pins the order for good: a checkpoint holds nothing but the step."""
-    digest = hashlib.sha256(repr([drawn(Mixture(counted, counts, T, seed=5)) for counts in COUNTS]).encode()).hexdigest()
+    digest = hashlib.sha256(
+        repr([drawn(Mixture(counted, counts, T, seed=5)) for counts in COUNTS]).encode()
+    ).hexdigest()
     assert digest == "5079cc84edd8cc6053adcef8f50e3fe38958866be5c5011ff88e7478d3690be0"
 
 
 def test_windows_that_earlier_passes_saw_come_last(counted):
-    passes = [{"data": counted.identity, "seq_len": T, "seed": 0, "counts": {"a": 40, "d": 9}},
-              {"data": counted.identity, "seq_len": T, "seed": 8, "counts": {"a": 30}},
-              {"data": "another", "seq_len": T, "seed": 8, "counts": {"b": 30}}]
+    passes = [
+        {"data": counted.identity, "seq_len": T, "seed": 0, "counts": {"a": 40, "d": 9}},
+        {"data": counted.identity, "seq_len": T, "seed": 8, "counts": {"a": 30}},
+        {"data": "another", "seq_len": T, "seed": 8, "counts": {"b": 30}},
+    ]
     seen = times_seen(counted, T, passes)
     assert {d: int(n.sum()) for d, n in seen.items()} == {"a": 70, "b": 0, "c": 0, "d": 9, "e": 0}
-    assert seen["a"].max() == 1 and sorted(seen["d"]) == [1] * 5 + [2] * 2  # the second pass avoided what the first had seen
+    assert (
+        seen["a"].max() == 1 and sorted(seen["d"]) == [1] * 5 + [2] * 2
+    )  # the second pass avoided what the first had seen
     order = [w for _, w in drawn(Mixture(counted, {"a": 100}, T, 4, seen))]
     assert not seen["a"][order[:30]].any() and seen["a"][order[30:]].all()
     fresh = [w for _, w in drawn(Mixture(counted, {"a": 100}, T, 4))]
     assert [w for w in fresh if not seen["a"][w]] == order[:30]
 
 
-@pytest.mark.parametrize("world, batch_size, micro", [(1, 16, 16), (1, 16, 5), (2, 16, 4), (3, 16, 2), (4, 10, 3), (8, 6, 1)])
+@pytest.mark.parametrize(
+    "world, batch_size, micro", [(1, 16, 16), (1, 16, 5), (2, 16, 4), (3, 16, 2), (4, 10, 3), (8, 6, 1)]
+)
 def test_ranks_and_micro_batches_only_slice_the_batch(counted, monkeypatch, world, batch_size, micro):
     mixture = Mixture(counted, COUNTS[0], T)
     for step in range(-(-len(mixture) // batch_size)):
@@ -99,15 +114,26 @@ def test_ranks_and_micro_batches_only_slice_the_batch(counted, monkeypatch, worl
             parts = list(micro_batches(mixture, step, batch_size, micro))
             sizes.add((len(parts), *{tokens.shape for tokens, _ in parts}))
             rows += [tuple(row) for tokens, weights in parts for row, w in zip(tokens.tolist(), weights[:, 0]) if w]
-        expected = [tuple(mixture.row(i)[1]) for i in range(step * batch_size, min((step + 1) * batch_size, len(mixture)))]
+        expected = [
+            tuple(mixture.row(i)[1]) for i in range(step * batch_size, min((step + 1) * batch_size, len(mixture)))
+        ]
         assert sorted(rows) == sorted(expected)
         assert len(sizes) == 1  # every rank runs as many micro-batches, all of one shape
 
 
-@pytest.mark.parametrize("counts, message", [
-    ({"a": 0, "b": 0}, "every count is zero"), ({}, "every count is zero"), ({"a": -1}, "-1"), ({"a": 1.5}, "1.5"),
-    ({"a": True}, "True"), ({"a": "7"}, "'7'"), ({"x": 3}, "no domain 'x'"), ({"a": 2**40}, "sequences"),
-])
+@pytest.mark.parametrize(
+    "counts, message",
+    [
+        ({"a": 0, "b": 0}, "every count is zero"),
+        ({}, "every count is zero"),
+        ({"a": -1}, "-1"),
+        ({"a": 1.5}, "1.5"),
+        ({"a": True}, "True"),
+        ({"a": "7"}, "'7'"),
+        ({"x": 3}, "no domain 'x'"),
+        ({"a": 2**40}, "sequences"),
+    ],
+)
 def test_what_is_no_mixture_is_refused(counted, counts, message):
     with pytest.raises(InputError, match=message):
         Mixture(counted, counts, T)
@@ -121,11 +147,15 @@ def test_rescale_uses_the_largest_remainders_ties_by_name():
 
 def test_mixtures_by_name_file_and_string(counted, tmp_path):
     assert parse_mixture("uniform", counted, 10, T) == dict.fromkeys("abcde", 2)
-    assert parse_mixture("natural", counted, 787, T) == {"a": 100, "b": 30, "c": 250, "d": 7, "e": 400}  # of 7,878 tokens
+    assert parse_mixture("natural", counted, 787, T) == {
+        "a": 100,
+        "b": 30,
+        "c": 250,
+        "d": 7,
+        "e": 400,
+    }  # of 7,878 tokens
     assert parse_mixture("a=3, c=4", counted, None, T) == {"a": 3, "c": 4}
     (tmp_path / "mix.json").write_text('{"counts": {"a": 30, "b": 10}, "seq_len": 20}')
     assert parse_mixture(str(tmp_path / "mix.json"), counted, 8, T) == {"a": 6, "b": 2}
     with pytest.raises(InputError, match="--sequences"):
         parse_mixture(str(tmp_path / "mix.json"), counted, None, T)
-
-

@@ -1,4 +1,5 @@
-"""The model against transformers' GPTNeoXForCausalLM: same logits, loss and gradients, in both directions of loading."""
+"""The model against transformers' GPTNeoXForCausalLM: same logits, loss and gradients, loaded either way."""
+
 import json
 
 import pytest
@@ -9,15 +10,29 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPT
 from model import SHAPES, Config, GPTNeoX, load, save
 from prepare import InputError, Tokenizer
 
-SWITCHES = [dict(use_parallel_residual=parallel, rotary_pct=pct, num_attention_heads=heads, tie_word_embeddings=tied)
-            for parallel in (True, False) for pct in (0.25, 1.0) for heads, tied in ((2, False), (6, True))]
+SWITCHES = [
+    dict(use_parallel_residual=parallel, rotary_pct=pct, num_attention_heads=heads, tie_word_embeddings=tied)
+    for parallel in (True, False)
+    for pct in (0.25, 1.0)
+    for heads, tied in ((2, False), (6, True))
+]
 
 
 def theirs(folder, dtype=torch.float32, **switches):
     """A random transformers model, saved to a folder as transformers saves it."""
     torch.manual_seed(0)
-    config = {"vocab_size": 211, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 100,
-              "max_position_embeddings": 64, "initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 0, **switches}
+    config = {
+        "vocab_size": 211,
+        "hidden_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 100,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        **switches,
+    }
     model = GPTNeoXForCausalLM(GPTNeoXConfig(**config))
     for name, p in model.named_parameters():
         if p.dim() == 1:  # biases and norms too must matter
@@ -74,17 +89,29 @@ def test_buffers_of_old_checkpoints_are_dropped(tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     for n in range(3):
         prefix = f"gpt_neox.layers.{n}.attention"
-        weights |= {f"{prefix}.bias": torch.ones(1, 1, 64, 64, dtype=torch.bool), f"{prefix}.masked_bias": torch.tensor(-1e9),
-                    f"{prefix}.rotary_emb.inv_freq": torch.ones(3)}
+        weights |= {
+            f"{prefix}.bias": torch.ones(1, 1, 64, 64, dtype=torch.bool),
+            f"{prefix}.masked_bias": torch.tensor(-1e9),
+            f"{prefix}.rotary_emb.inv_freq": torch.ones(3),
+        }
     save_file(weights, tmp_path / "model.safetensors")
     load(tmp_path)
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda w: w.update({"gpt_neox.layers.0.attention.extra.bias": torch.ones(1)}), "unknown tensor gpt_neox.layers.0.attention.extra.bias"),
-    (lambda w: w.pop("gpt_neox.layers.1.attention.dense.bias"), "the first is gpt_neox.layers.1.attention.dense.bias"),
-    (lambda w: w.update({"embed_out.weight": torch.ones(5, 48)}), "embed_out.weight has shape [5, 48]"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda w: w.update({"gpt_neox.layers.0.attention.extra.bias": torch.ones(1)}),
+            "unknown tensor gpt_neox.layers.0.attention.extra.bias",
+        ),
+        (
+            lambda w: w.pop("gpt_neox.layers.1.attention.dense.bias"),
+            "the first is gpt_neox.layers.1.attention.dense.bias",
+        ),
+        (lambda w: w.update({"embed_out.weight": torch.ones(5, 48)}), "embed_out.weight has shape [5, 48]"),
+    ],
+)
 def test_a_wrong_tensor_is_named(tmp_path, change, message):
     theirs(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
@@ -104,12 +131,25 @@ def test_truncated_weights_are_refused(tmp_path, content):
         load(tmp_path)
 
 
-@pytest.mark.parametrize("change", [
-    {"hidden_size": "many"}, {"hidden_size": -48}, {"hidden_size": 0}, {"num_hidden_layers": True}, {"vocab_size": 1e300},
-    {"num_attention_heads": 5}, {"rope_parameters": {"partial_rotary_factor": 2.0}}, {"model_type": "llama"}, {"hidden_act": "relu"},
-    {"rope_parameters": {"rope_type": "yarn"}}, {"rope_parameters": 7}, {"rope_scaling": {"type": "linear"}},
-    {"layer_norm_eps": None}, {"attention_bias": False},
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": "many"},
+        {"hidden_size": -48},
+        {"hidden_size": 0},
+        {"num_hidden_layers": True},
+        {"vocab_size": 1e300},
+        {"num_attention_heads": 5},
+        {"rope_parameters": {"partial_rotary_factor": 2.0}},
+        {"model_type": "llama"},
+        {"hidden_act": "relu"},
+        {"rope_parameters": {"rope_type": "yarn"}},
+        {"rope_parameters": 7},
+        {"rope_scaling": {"type": "linear"}},
+        {"layer_norm_eps": None},
+        {"attention_bias": False},
+    ],
+)
 def test_a_config_that_makes_no_sense_is_refused(tmp_path, change):
     theirs(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -121,17 +161,31 @@ def test_a_config_that_makes_no_sense_is_refused(tmp_path, change):
 def test_an_index_may_only_name_shards(tmp_path):
     theirs(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"embed_out.weight": "../../x.safetensors"}}))
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"embed_out.weight": "../../x.safetensors"}})
+    )
     with pytest.raises(InputError, match="weight_map"):
         load(tmp_path)
 
 
 def test_presets_have_the_published_parameter_counts():
-    published = {"14m": 14_067_712, "31m": 30_494_720, "70m": 70_426_624, "160m": 162_322_944, "410m": 405_334_016,
-                 "1b": 1_011_781_632, "1.4b": 1_414_647_808, "2.8b": 2_775_208_960, "6.9b": 6_857_302_016, "12b": 11_846_072_320}
+    published = {
+        "14m": 14_067_712,
+        "31m": 30_494_720,
+        "70m": 70_426_624,
+        "160m": 162_322_944,
+        "410m": 405_334_016,
+        "1b": 1_011_781_632,
+        "1.4b": 1_414_647_808,
+        "2.8b": 2_775_208_960,
+        "6.9b": 6_857_302_016,
+        "12b": 11_846_072_320,
+    }
     with torch.device("meta"):
         counted = {size: sum(p.numel() for p in GPTNeoX(SHAPES[f"pythia-{size}"]).parameters()) for size in published}
-        assert GPTNeoX(SHAPES["pythia-1b"]).flops_per_token(2048) == 6_257_860_608  # 6 x 908,759,040 + 12 x 16 x 2048 x 2048
+        assert (
+            GPTNeoX(SHAPES["pythia-1b"]).flops_per_token(2048) == 6_257_860_608
+        )  # 6 x 908,759,040 + 12 x 16 x 2048 x 2048
     assert counted == published
 
 
@@ -146,9 +200,9 @@ def test_greedy_generation_equals_that_of_transformers(tmp_path):
     prompt = torch.randint(1, 211, (1, 5))
     expected = oracle.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=210, pad_token_id=0)
     ours = model.generate(prompt, 20, end=210)
-    assert torch.equal(ours, expected[:, :ours.size(1)]) and ours.size(1) > 5
+    assert torch.equal(ours, expected[:, : ours.size(1)]) and ours.size(1) > 5
     sampled = [model.generate(prompt, 20, 1.0, generator=torch.Generator().manual_seed(3)) for _ in range(2)]
-    assert torch.equal(*sampled) and not torch.equal(sampled[0][:, :ours.size(1)], ours)
+    assert torch.equal(*sampled) and not torch.equal(sampled[0][:, : ours.size(1)], ours)
 
 
 def test_the_saved_tokenizer_is_the_same_in_transformers(small, data):

@@ -1,4 +1,5 @@
 """The training loop: exact under resuming and under ranks, and the same step that plain PyTorch takes."""
+
 import json
 import math
 import signal
@@ -28,7 +29,7 @@ def same_weights(a, b) -> bool:
 
 
 def assert_same_training(found, expected, atol):
-    """Weights agree, but for the key biases: their gradient is zero, and Adam makes whole steps of its rounding errors."""
+    """Weights agree, but for key biases: their gradient is zero, and Adam makes whole steps of its rounding."""
     for name, weight in found.items():
         difference = (weight - expected[name]).detach()
         if name.endswith("query_key_value.bias"):
@@ -37,8 +38,26 @@ def assert_same_training(found, expected, atol):
 
 
 def argv(data, small, out, *more):
-    return ["--data", data.folder, "--model", small, "--out", out, "--mix", "uniform", "--sequences", 44, "--batch-size", 8,
-            "--lr", 1e-3, "--eval-sequences", 8, *SMALL, *more]
+    return [
+        "--data",
+        data.folder,
+        "--model",
+        small,
+        "--out",
+        out,
+        "--mix",
+        "uniform",
+        "--sequences",
+        44,
+        "--batch-size",
+        8,
+        "--lr",
+        1e-3,
+        "--eval-sequences",
+        8,
+        *SMALL,
+        *more,
+    ]
 
 
 def test_a_run_equals_a_loop_written_with_transformers(data, small):
@@ -62,7 +81,7 @@ def test_a_run_equals_a_loop_written_with_transformers(data, small):
                 m.mul_(0.9).add_(0.1 * g)
                 v.mul_(0.95).add_(0.05 * g * g)
                 p.mul_(1 - rate * 0.1 * (p.dim() == 2))
-                p -= rate * (m / (1 - 0.9**(step + 1))) / ((v / (1 - 0.95**(step + 1))).sqrt() + 1e-8)
+                p -= rate * (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.95 ** (step + 1))).sqrt() + 1e-8)
                 p.grad = None
     expected = {name.replace("lm_head", "embed_out"): p for name, p in oracle.named_parameters()}
     assert_same_training(dict(model.named_parameters()), expected, atol=5e-5)
@@ -85,8 +104,12 @@ def test_training_helps_the_domain_it_is_given(data, small):
 
 
 def test_micro_batch_size_changes_nothing_but_rounding(data, small):
-    weights = [train(load(small), data, {"code": 5, "sums": 6}, seq_len=32, batch_size=4, lr=1e-2, micro_batch_size=m).state_dict()
-               for m in (1, 3, 4)]
+    weights = [
+        train(
+            load(small), data, {"code": 5, "sums": 6}, seq_len=32, batch_size=4, lr=1e-2, micro_batch_size=m
+        ).state_dict()
+        for m in (1, 3, 4)
+    ]
     for other in weights[1:]:
         assert_same_training(other, weights[0], atol=5e-5)
 
@@ -100,7 +123,9 @@ def test_the_run_folder_is_a_hugging_face_folder_with_a_log(data, small, tmp_pat
     assert [line["step"] for line in log if "val" in line] == [1, 3, 5] and {*log[1]["val"]} == {*data.domains, "mean"}
     assert not list((tmp_path / "run").glob("checkpoint-*"))
     tokens = torch.randint(400, (1, 32))
-    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "run")(tokens).logits, load(tmp_path / "run")(tokens))
+    torch.testing.assert_close(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "run")(tokens).logits, load(tmp_path / "run")(tokens)
+    )
     losses = evaluate(load(tmp_path / "run"), data, "val", 32, limit=8)
     assert log[-1]["val"]["mean"] == pytest.approx(mean_loss(losses), abs=1e-5)
 
@@ -109,7 +134,11 @@ def test_the_run_folder_is_a_hugging_face_folder_with_a_log(data, small, tmp_pat
 def test_killed_and_resumed_ends_with_the_same_weights(data, small, tmp_path, compiled):
     if compiled and not can_compile(torch.device("cpu"))[0]:
         pytest.skip(can_compile(torch.device("cpu"))[1])
-    base = [x for x in argv(data, small, "OUT", "--save-every", 2, "--sequences", 400) if not (compiled and x == "--no-compile")]
+    base = [
+        x
+        for x in argv(data, small, "OUT", "--save-every", 2, "--sequences", 400)
+        if not (compiled and x == "--no-compile")
+    ]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert command("train.py", *[whole if x == "OUT" else x for x in base]).returncode == 0
     mine = [broken if x == "OUT" else x for x in base]
@@ -124,8 +153,9 @@ def test_killed_and_resumed_ends_with_the_same_weights(data, small, tmp_path, co
     assert resumed.returncode == 0, resumed.stderr
     assert same_weights(whole, broken)
     drop = ("tokens_per_second",)
-    assert [{k: v for k, v in line.items() if k not in drop} for line in log_of(broken)] == \
-           [{k: v for k, v in line.items() if k not in drop} for line in log_of(whole)]
+    assert [{k: v for k, v in line.items() if k not in drop} for line in log_of(broken)] == [
+        {k: v for k, v in line.items() if k not in drop} for line in log_of(whole)
+    ]
 
 
 def test_resume_of_nothing_starts_and_of_a_finished_run_prints_its_result(data, small, tmp_path, script):
@@ -149,9 +179,13 @@ def test_overwrite_starts_anew(data, small, tmp_path, script):
 def test_a_tuned_model_remembers_its_passes(data, small, tmp_path, script):
     """Training on from it draws windows that it has not seen, as long as there are some."""
     assert script("train", *argv(data, small, tmp_path / "one", "--mix", "sums=1", "--sequences", 20))[0] == 0
-    assert script("train", *argv(data, tmp_path / "one", tmp_path / "two", "--mix", "sums=1", "--sequences", 15))[0] == 0
+    assert (
+        script("train", *argv(data, tmp_path / "one", tmp_path / "two", "--mix", "sums=1", "--sequences", 15))[0] == 0
+    )
     passes = json.loads((tmp_path / "two" / "run.json").read_text())["passes"]
-    assert [p["counts"] for p in passes] == [{"sums": 20}, {"sums": 15}] and passes[0]["data"] == Data(data.folder).identity
+    assert [p["counts"] for p in passes] == [{"sums": 20}, {"sums": 15}] and passes[0]["data"] == Data(
+        data.folder
+    ).identity
 
 
 def test_an_infinite_gradient_stops_the_run(data, small, tmp_path, script):
@@ -159,6 +193,7 @@ def test_an_infinite_gradient_stops_the_run(data, small, tmp_path, script):
     with torch.no_grad():
         model.gpt_neox.embed_in.weight[:] = float("nan")
     from model import save
+
     save(model, tmp_path / "nan", data.folder / "tokenizer.json")
     status, _, err = script("train", *argv(data, tmp_path / "nan", tmp_path / "run"))
     assert status == 2 and "step 0: the gradient is not finite" in err
@@ -168,19 +203,36 @@ def test_an_infinite_gradient_stops_the_run(data, small, tmp_path, script):
 def test_two_processes_train_and_evaluate_like_one(data, small, tmp_path):
     """Three sequences a micro-batch and batches of 8 over two ranks: every step is uneven, the last one more so."""
     one, two = tmp_path / "one", tmp_path / "two"
-    runs = [command("train.py", *argv(data, small, one)),
-            command("train.py", *argv(data, small, two, "--micro-batch-size", 3), ranks=2)]
+    runs = [
+        command("train.py", *argv(data, small, one)),
+        command("train.py", *argv(data, small, two, "--micro-batch-size", 3), ranks=2),
+    ]
     for run in runs:
         assert run.returncode == 0, run.stderr
     a, b = log_of(one), log_of(two)
     assert len(a) == len(b) == 6
     for x, y in zip(a, b):
-        assert y["loss"] == pytest.approx(x["loss"], abs=1e-5) and y["grad_norm"] == pytest.approx(x["grad_norm"], abs=1e-4)
+        assert y["loss"] == pytest.approx(x["loss"], abs=1e-5) and y["grad_norm"] == pytest.approx(
+            x["grad_norm"], abs=1e-4
+        )
     assert_same_training(load_file(two / "model.safetensors"), load_file(one / "model.safetensors"), atol=1e-5)
     tables = []
     for ranks in (0, 2):
         result = tmp_path / f"{ranks}.json"
-        done = command("eval.py", small, one, "--data", data.folder, "--device", "cpu", "--dtype", "float32", "--json", result, ranks=ranks)
+        done = command(
+            "eval.py",
+            small,
+            one,
+            "--data",
+            data.folder,
+            "--device",
+            "cpu",
+            "--dtype",
+            "float32",
+            "--json",
+            result,
+            ranks=ranks,
+        )
         assert done.returncode == 0, done.stderr
         tables.append(json.loads(result.read_text())["models"])
     for name in tables[0]:

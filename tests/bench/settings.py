@@ -4,6 +4,7 @@
 
 One thing is varied at a time; the rest is mix.py's default. Losses are means over the domains, in nats per token.
 """
+
 import argparse
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from eval import autocast_dtype, can_compile, evaluate, mean_loss, start  # noqa: E402
+from eval import autocast_dtype, can_compile, evaluate, start  # noqa: E402
 from mix import RATES, lopsided, update  # noqa: E402
 from model import load  # noqa: E402
 from prepare import SAMPLE, Data  # noqa: E402
@@ -66,7 +67,11 @@ def main():
             for _ in range(args.rounds):
                 means.append(L.mean())
                 A = update(A, L, rate, rule)
-                L = tuned(rescale(dict(zip(data.domains, A.tolist())), args.sequences), own["lr"]) if len(means) < args.rounds else L
+                L = (
+                    tuned(rescale(dict(zip(data.domains, A.tolist())), args.sequences), own["lr"])
+                    if len(means) < args.rounds
+                    else L
+                )
             print(f"{rule:<16}rate {rate:<8g}" + "  ".join(f"{m:.4f}" for m in means), flush=True)
 
 

@@ -6,6 +6,7 @@
 
 The sides take turns, so that a machine that slows down slows all of them; printed are medians over the turns.
 """
+
 import argparse
 import statistics
 import sys
@@ -42,6 +43,7 @@ def stepper(model, loss_of, tokens, device, dtype):
         if device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - began
+
     return step
 
 
@@ -68,7 +70,8 @@ def main():
     device = start()
     dtype = autocast_dtype(args.dtype, device)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"torch {torch.__version__}, {where}, {str(dtype).removeprefix('torch.')}, medians of {args.turns} turns of {args.steps} steps")
+    turns = f"medians of {args.turns} turns of {args.steps} steps"
+    print(f"torch {torch.__version__}, {where}, {str(dtype).removeprefix('torch.')}, {turns}")
     print(f"{'model':<12}{'B x T':>10}  {'side':<22}{'tokens/s':>10}{'ratio':>7}{'loss':>8}{'MFU':>6}")
     for name in args.models:
         mine = load(f"scratch:{name}", device)
@@ -83,9 +86,14 @@ def main():
         torch.manual_seed(0)
         tokens = torch.randint(mine.config.vocab_size, (B, T + 1), device=device)
         with torch.no_grad(), autocast(device, dtype):
-            losses = {"reweight compiled": ours(mine, tokens).item(), **{side: theirs(m, tokens).item() for side, m in other.items()}}
-        steps = {"reweight compiled": stepper(mine, ours, tokens, device, dtype),
-                 **{side: stepper(m, theirs, tokens, device, dtype) for side, m in other.items()}}
+            losses = {
+                "reweight compiled": ours(mine, tokens).item(),
+                **{side: theirs(m, tokens).item() for side, m in other.items()},
+            }
+        steps = {
+            "reweight compiled": stepper(mine, ours, tokens, device, dtype),
+            **{side: stepper(m, theirs, tokens, device, dtype) for side, m in other.items()},
+        }
         for step in steps.values():  # compile, warm up
             step(), step()
         seconds = {side: [] for side in steps}
@@ -97,7 +105,8 @@ def main():
         for side in rate:
             ratio = statistics.median(a / b for a, b in zip(seconds["transformers eager"], seconds[side]))
             mfu = f"{rate[side] * mine.flops_per_token(T) / peak:.0%}" if peak else "-"
-            print(f"{name:<12}{f'{B} x {T}':>10}  {side:<22}{rate[side]:>10,.0f}{ratio:>7.2f}{losses[side]:>8.4f}{mfu:>6}", flush=True)
+            row = f"{name:<12}{f'{B} x {T}':>10}  {side:<22}{rate[side]:>10,.0f}{ratio:>7.2f}"
+            print(f"{row}{losses[side]:>8.4f}{mfu:>6}", flush=True)
 
 
 if __name__ == "__main__":
