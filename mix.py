@@ -22,7 +22,7 @@ from prepare import (SAMPLE, SAMPLE_FRACTION, ArgumentParser, Data, InputError, 
 from train import (Mixture, add_options, claim, defaults, keep, load_weights, open_run, parse_mixture, passes_of,
                    rescale, this_pass, times_seen, train)
 
-RATES = {"multiplicative": 2.0, "additive": 800.0, "share": 0.5}  # found by trying; README.md has the evidence
+RATES = {"multiplicative": 1.0, "additive": 400.0, "share": 0.25}  # found by trying; README.md has the evidence
 
 
 def update(quantities: np.ndarray, losses: np.ndarray, rate: float, rule: str = "multiplicative") -> np.ndarray:

@@ -127,7 +127,7 @@ def test_every_round_moves_the_mixture_by_the_rule(whole):
     for before, after in zip(history[1:], history[2:]):
         losses = np.array(list(before["losses"].values()))
         softmax = np.exp(losses) / np.exp(losses).sum()
-        expected = np.array(before["quantities"]) * (1 + 2.0 * softmax)
+        expected = np.array(before["quantities"]) * (1 + 1.0 * softmax)
         assert after["quantities"] == pytest.approx(expected)
         share = np.array([after["counts"].get(d, 0) for d in before["losses"]]) / 48
         assert share == pytest.approx(expected / expected.sum(), abs=1 / 48)
