@@ -6,11 +6,13 @@
 Every window of a split is scored once. Differences are paired and their intervals resample documents, not windows.
 """
 import contextlib
+import hashlib
 import importlib.util
 import json
 import math
 import os
 import shutil
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -18,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from model import GPTNeoX, load
+from model import GPTNeoX, find_device, load, model_file
 from prepare import SAMPLE, SPLITS, ArgumentParser, Data, InputError, cli, write_text
 
 FEW_DOCUMENTS = 10  # an interval from fewer says little; such a domain is marked
@@ -26,20 +28,14 @@ FEW_DOCUMENTS = 10  # an interval from fewer says little; such a domain is marke
 
 def start(device: str | None = None) -> torch.device:
     """The device to run on (None: a GPU if there is one); under torchrun also joins the process group."""
-    rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(f"cuda:{rank}" if device == "cuda" else device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise InputError(f"--device {device}: {str(e)[:100]}") from None
+    device = find_device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     elif device.type == "cpu":  # else a compiled embedding adds up its gradient in the order in which threads arrive
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+    if dist.is_torchelastic_launched() and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 
@@ -81,7 +77,7 @@ def autocast(device: torch.device, dtype: torch.dtype):
 
 def can_compile(device: torch.device) -> tuple[bool, str]:
     """Whether torch.compile works here, and why."""
-    compiler = next(filter(shutil.which, [os.environ.get("CXX") or "g++", "clang++"]), None)
+    compiler = shutil.which(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"))
     if device.type not in ("cpu", "cuda"):
         return False, f"eager (torch.compile is not used on {device.type})"
     if compiler is None:
@@ -115,6 +111,13 @@ def check_fit(model: GPTNeoX, data: Data, seq_len: int) -> None:
                          f"{model.config.vocab_size:,}; prepare the data with the model's tokenizer")
 
 
+def check_tokenizer(model: str, data: Data) -> None:
+    """Warn where a model comes with another tokenizer than the data was made with."""
+    path = None if model.startswith("scratch:") else model_file(model, "tokenizer.json")
+    if path and hashlib.sha256(path.read_bytes()).hexdigest() != data.meta["tokenizer"]["sha256"]:
+        say(f"warning: {path} is not the tokenizer of {data.folder}; the losses may mean nothing")
+
+
 def rows_at_once(model: GPTNeoX, seq_len: int, device: torch.device) -> int:
     """How many sequences make a batch whose logits, the largest tensor, take 4 GB on a GPU, 128 MB elsewhere."""
     logits = 2**30 if device.type == "cuda" else 2**25
@@ -144,7 +147,7 @@ def evaluate(model: GPTNeoX, data: Data, split: str, seq_len: int, dtype: torch.
         batch[:len(rows)] = rows
         batch = torch.from_numpy(batch).to(device)
         with autocast(device, dtype):
-            losses[i:i + len(rows)] = model(batch[:, :-1], batch[:, 1:]).double().mean(1)[:len(rows)].cpu()
+            losses[i:i + len(rows)] = model(batch[:, :-1], batch[:, 1:]).mean(1)[:len(rows)].cpu()
     if world > 1:
         losses = losses.to(device)
         dist.all_reduce(losses)
@@ -163,7 +166,7 @@ def documents_of(data: Data, domain: str, split: str, seq_len: int, n: int) -> n
     return np.searchsorted(ends, np.arange(n) * seq_len)
 
 
-def bootstrap(differences: np.ndarray, documents: np.ndarray, resamples: int = 4000, seed: int = 0) -> np.ndarray:
+def bootstrap(differences: np.ndarray, documents: np.ndarray, resamples: int = 2000, seed: int = 0) -> np.ndarray:
     """Means of (n,) per-sequence values over resampled documents, each taken with all its sequences: (resamples,)."""
     _, index = np.unique(documents, return_inverse=True)
     total, size = np.bincount(index, weights=differences), np.bincount(index)
@@ -257,14 +260,14 @@ def main():
     losses, seq_len = {}, args.seq_len
     for name in args.models:
         model = load(name, device, vocab_size=data.vocab_size)
-        seq_len = seq_len or model.config.max_position_embeddings
+        check_tokenizer(name, data)
+        seq_len = model.config.max_position_embeddings if seq_len is None else seq_len
         losses[name] = evaluate(model, data, args.split, seq_len, autocast_dtype(args.dtype, device))
     if rank_and_world()[0] == 0:
         result = results(losses, data, args.split, seq_len)
+        print(f"{args.split} split of {args.data}, {seq_len} tokens a sequence", table(result), sep="\n")
         if args.json:
             write_text(Path(args.json), json.dumps(result, indent=1) + "\n")
-        print(f"{args.split} split of {args.data}, {seq_len} tokens a sequence")
-        print(table(result))
     finish()
 
 

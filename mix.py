@@ -19,8 +19,8 @@ from eval import barrier, compare, evaluate, finish, mean_loss, rank_and_world, 
 from model import GPTNeoX
 from prepare import (SAMPLE, SAMPLE_FRACTION, ArgumentParser, Data, InputError, cli, load_json, prepare, publish,
                      write_text)
-from train import (Mixture, add_options, claim, defaults, keep, load_weights, open_run, parse_mixture, passes_of,
-                   rescale, this_pass, times_seen, train)
+from train import (RESUME_HINT, Mixture, add_options, claim, defaults, keep, load_weights, open_run, parse_mixture,
+                   passes_of, rescale, this_pass, times_seen, train)
 
 RATES = {"multiplicative": 1.0, "additive": 400.0, "share": 0.25}  # found by trying; README.md has the evidence
 
@@ -127,13 +127,13 @@ def best_round(history: list[dict]) -> dict:
 def comparison(model: GPTNeoX, data: Data, history: list[dict], hyper: dict, seen: dict, args) -> dict:
     """Untouched, uniform with as many sequences, and the best round on the test split; the model ends as the last."""
     out, T, best = Path(args.out), hyper["seq_len"], best_round(history)
-    losses = {"untouched": evaluate(model, data, "test", T, hyper["dtype"], args.eval_sequences)}
+    losses = {"untouched": evaluate(model, data, "test", T, hyper["dtype"])}
     uniform = parse_mixture("uniform", data, sum(best["counts"].values()), T)
     folder = out / ("round-1" if history[1]["counts"] == uniform else "uniform")
     trained(model, data, uniform, hyper, folder, "uniform", args, seen)
-    losses["uniform"] = evaluate(model, data, "test", T, hyper["dtype"], args.eval_sequences)
+    losses["uniform"] = evaluate(model, data, "test", T, hyper["dtype"])
     load_weights(model, out / f"round-{best['round']}")
-    losses["reweighted"] = evaluate(model, data, "test", T, hyper["dtype"], args.eval_sequences)
+    losses["reweighted"] = evaluate(model, data, "test", T, hyper["dtype"])
     result = results(losses, data, "test", T)
     return result | {"reweighted - uniform": compare(losses["uniform"], losses["reweighted"], data, "test", T)}
 
@@ -143,6 +143,8 @@ def verdict(result: dict) -> str:
     difference = result["reweighted - uniform"]
     low, high = difference["mean"]["interval"]
     words = "better than" if high < 0 else "worse than" if low > 0 else "not distinguishable from"
+    if low == high == 0:
+        return "reweighted is uniform: no later round had a lower mean validation loss"
     return (f"reweighted - uniform: {signed(difference['mean'])} nats, better in {difference['improved']} of "
             f"{len(result['domains'])} domains: {words} uniform, by this seed")
 
@@ -189,8 +191,9 @@ def main():
     parser.set_defaults(sequences=1600)
     args = parser.parse_args()
     args.rate = RATES[args.rule] if args.rate is None else args.rate
-    if args.rounds < 1 or args.base_sequences < 1 or args.rate <= 0:
-        raise InputError("--rounds, --base-sequences and --rate: expected more than 0")
+    for name in ("rounds", "rate", "base_sequences", "base_lr"):
+        if vars(args)[name] is not None and not 0 < vars(args)[name] < 1e9:
+            raise InputError(f"--{name.replace('_', '-')} {vars(args)[name]}: expected more than 0")
     out, stages = Path(args.out), {}
 
     @contextlib.contextmanager
@@ -206,7 +209,7 @@ def main():
         barrier()
     data, model, hyper = open_run(args)
     first = parse_mixture(args.start, data, args.sequences, hyper["seq_len"])
-    own = ("method", "rule", "rate", "grow", "sequences", "eval_sequences", "base_sequences", "base_lr")
+    own = ("method", "rule", "rate", "rounds", "grow", "sequences", "eval_sequences", "base_sequences", "base_lr")
     claim(out, args, data, hyper, {"start": first, **{name: vars(args)[name] for name in own}}, [])
     with stage("base"):
         base = pretrain(model, data, hyper, args) if args.model.startswith("scratch:") else Path(args.model)
@@ -238,4 +241,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, RESUME_HINT)

@@ -7,6 +7,7 @@ Modules carry the names that the files on disk use, so there is no table of keys
 """
 import json
 import math
+import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -194,7 +195,8 @@ def read_config(path: Path) -> Config:
         value = values.get(name, field.default) if value is None else value
         if isinstance(value, int) and not isinstance(value, bool) and field.type is float:
             value = float(value)
-        if type(value) is not field.type or (field.type is not bool and not 0 < value < 1e9):
+        high = {bool: 2, int: 2**20, float: 1e9}[field.type]
+        if type(value) is not field.type or not (0 < value < high or value is False):
             raise InputError(f"{path}: {name} is {value!r}, expected a sensible {field.type.__name__}")
         settings[name] = value
     config = Config(**settings)
@@ -322,6 +324,17 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     publish(partial, path)
 
 
+def find_device(name: str | None) -> torch.device:
+    """--device as a torch.device that works; None is a GPU if there is one, under torchrun the rank's own."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(f"--device {name}: {str(e)[:100]}") from None
+    return device
+
+
 def main():
     parser = ArgumentParser(__doc__)
     parser.add_argument("model", help="a folder or a name on the hub")
@@ -329,12 +342,13 @@ def main():
     parser.add_argument("--tokens", type=int, default=100, help="how many to add (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="(default: cuda where there is one, else cpu)")
     args = parser.parse_args()
-    model, tokenizer = load(args.model, args.device), Tokenizer(args.model)
+    device = find_device(args.device)
+    model, tokenizer = load(args.model, device), Tokenizer(args.model)
     prompt = tokenizer.encode(args.prompt or "\n").astype("int64")
-    generator = torch.Generator(args.device).manual_seed(args.seed)
-    tokens = torch.from_numpy(prompt)[None].to(args.device)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    tokens = torch.from_numpy(prompt)[None].to(device)
     tokens = model.generate(tokens, args.tokens, args.temperature, tokenizer.end_of_text, generator)
     print(tokenizer.decode(tokens[0].tolist()))
 

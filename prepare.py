@@ -44,17 +44,15 @@ class ArgumentParser(argparse.ArgumentParser):
         raise InputError(f"{message} (python {self.prog} --help lists the options)")
 
 
-def cli(main) -> None:
+def cli(main, way_on: str = "") -> None:
     """Run a script's main function; bad input ends in one line on stderr and exit status 2."""
     try:
         main()
     except KeyboardInterrupt:
-        print("\ninterrupted; a run goes on with --resume", file=sys.stderr)
+        print(f"\ninterrupted{way_on}", file=sys.stderr)
         sys.exit(130)
     except (InputError, OSError) as e:
-        if isinstance(e, OSError) and e.filename is None:  # not about a file, so not the user's
-            raise
-        message = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) else str(e)
+        message = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else str(e)
         print("error:", " ".join(message.split()), file=sys.stderr)  # one line, whatever a library said
         sys.exit(2)
 
@@ -75,6 +73,7 @@ def write_text(path: Path, text: str) -> None:
 @contextlib.contextmanager
 def new_folder(path: Path):
     """A folder to fill that becomes `path`, in the place of what was there, only when the block ends well."""
+    path = path.resolve()
     partial, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
     if old.exists() and not path.exists():  # killed between the two renames below
         os.rename(old, path)
@@ -105,18 +104,21 @@ def load_json(path: Path) -> dict:
 
 def hub_file(name: str, filename: str) -> Path | None:
     """A file of a model on the hub (`pythia-70m`, `ORG/NAME@REVISION`) or in its cache; None if it is not there."""
-    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub import _CACHED_NO_EXIST, errors, hf_hub_download, try_to_load_from_cache
     repo, _, revision = name.partition("@")
     if "/" not in repo:
-        if not re.fullmatch(rf"pythia-({'|'.join(PYTHIA_SIZES)})(-deduped)?", repo):
+        if not re.fullmatch(f"pythia-({'|'.join(map(re.escape, PYTHIA_SIZES))})(-deduped)?", repo):
             raise InputError(f"{name}: no such folder or model; on the hub ORG/NAME or pythia-{'|'.join(PYTHIA_SIZES)}")
         repo = f"EleutherAI/{repo}"
     try:
         return Path(hf_hub_download(repo, filename, revision=revision or None))
     except errors.RemoteEntryNotFoundError:
         return None
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as e:
-        raise InputError(f"{name}: cannot get {filename} from the hub ({str(e)[:200]})") from None
+    except Exception as e:  # of several libraries: a connection cut, a name that is none, a disk that is full
+        offline = isinstance(e, errors.LocalEntryNotFoundError)
+        if offline and try_to_load_from_cache(repo, filename, revision=revision or None) is _CACHED_NO_EXIST:
+            return None
+        raise InputError(f"{name}: no such folder, and no {filename} from the hub ({str(e)[:200]})") from None
 
 
 class Tokenizer:
@@ -171,8 +173,7 @@ def train_tokenizer(texts, vocab_size: int, path: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=sys.stderr.isatty()))
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     tokenizer.save(str(path))
 
 
@@ -186,13 +187,17 @@ class Data:
         self.meta = load_json(self.folder / "meta.json")
         if self.meta.get("format") != FORMAT:
             raise InputError(f"{self.folder}: its format is {self.meta.get('format')}, not {FORMAT}; prepare it again")
-        for name, file in self.meta["files"].items():
+        try:
+            self.vocab_size = self.meta["tokenizer"]["vocab_size"]
+            sizes = {name: 2 * file["tokens"] for name, file in self.meta["files"].items()}
+            hashes = sorted((name, file["sha256"]) for name, file in self.meta["files"].items())
+        except (KeyError, TypeError, AttributeError):
+            raise InputError(f"{self.folder}/meta.json: damaged; prepare the data again") from None
+        for name, size in sizes.items():
             path = self.folder / f"{name}.bin"
-            if not path.is_file() or path.stat().st_size != 2 * file["tokens"]:
-                raise InputError(f"{path}: missing, or not of {2 * file['tokens']:,} bytes; prepare the data again")
-        self.vocab_size = self.meta["tokenizer"]["vocab_size"]
-        self.domains = sorted({name.rpartition(".")[0] for name in self.meta["files"]})
-        hashes = sorted((name, file["sha256"]) for name, file in self.meta["files"].items())
+            if not path.is_file() or path.stat().st_size != size:
+                raise InputError(f"{path}: missing, or not of {size:,} bytes; prepare the data again")
+        self.domains = sorted({name.rpartition(".")[0] for name in sizes})
         self.identity = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]  # changes when any token does
 
     def tokens(self, domain: str, split: str) -> np.memmap:
@@ -250,15 +255,14 @@ def read_sources(sources: dict[str, list[Path]], text_key: str, domain_key: str 
     from tqdm import tqdm
     for domain, files in sources.items():
         for path in files:
-            records = tqdm(read_records(path), f"read {path.name}", unit=" documents", disable=None, leave=False)
-            for where, record in records:
+            for where, record in tqdm(read_records(path), path.name, unit=" documents", disable=None, leave=False):
                 if domain_key is not None:
                     domain = re.sub(r"[^a-z0-9]+", "_", lookup(record, domain_key, where).lower()).strip("_")
                 yield domain, lookup(record, text_key if not path.name.endswith(".txt") else "text", where)
 
 
 def pieces(text: str, limit: int = 4096):
-    """Cut a large file into documents of about `limit` characters, at blank lines before an unindented one."""
+    """Cut a large file into documents of about `limit` characters, but only at blank lines before an unindented one."""
     piece = ""
     for block in re.split(r"(?<=\n)\n+(?=\S)", text):
         if piece and len(piece) + len(block) > limit:
@@ -272,8 +276,7 @@ def sample_texts(domain: str):
     """Yield the raw documents of one sample domain, from files that every installation of the requirements has."""
     if domain == "manual":
         from pydoc_data.topics import topics
-        for name in sorted(topics):
-            yield from pieces(topics[name])
+        yield from (piece for name in sorted(topics) for piece in pieces(topics[name]))
         return
     numpy, torch, matplotlib = (Path(find_spec(p).origin).parent for p in ("numpy", "torch", "matplotlib"))
     folders, pattern = {"cpp": ([torch / "include"], "*.h"), "docstrings": ([numpy, torch], "*.py"),
@@ -282,7 +285,9 @@ def sample_texts(domain: str):
     for folder in folders:
         names = [p.relative_to(folder).as_posix() for p in folder.rglob(pattern)]
         for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest()):  # mixed, everywhere alike
-            text = "" if "site-packages" in name else (folder / name).read_text(encoding="utf-8", errors="ignore")
+            if re.match("site-packages|pydoc_data", name):  # not the library's own; the manual once more
+                continue
+            text = (folder / name).read_text(encoding="utf-8", errors="ignore")
             if domain != "docstrings":
                 yield from pieces(text)
                 continue
@@ -291,30 +296,25 @@ def sample_texts(domain: str):
                 yield from filter(None, map(ast.get_docstring, documented))
 
 
-def ngrams(text: str, n: int = 13) -> set[int]:
-    words = re.findall(r"\w+", text)
-    return {hash(tuple(words[i:i + n])) for i in range(len(words) - n + 1)}
-
-
-def without_near_duplicates(texts, most_shared: float = 0.5, max_bytes: int = 4_000_000):
-    """Yield a text if at most this share of its 13-grams of words stood in earlier ones; stop at max_bytes."""
-    seen, size = set(), 0
-    for text in texts:
-        grams = ngrams(text)
-        if len(text) >= 200 and len(grams & seen) <= most_shared * len(grams):
-            seen |= grams
-            size += len(text.encode())
-            yield text
-            if size > max_bytes:
-                return
-
-
-def overlap(documents, fractions: dict[str, float]) -> dict[str, float]:
-    """For each domain, the share of its test split's distinct 13-grams of words that its train split has too."""
-    grams = {}
-    for domain, text in documents:
-        grams.setdefault((domain, split_of(text, **fractions)), set()).update(ngrams(text))
-    return {d: len(test & grams[d, "train"]) / len(test) for (d, split), test in grams.items() if split == "test"}
+def make_sample(fractions: dict[str, float], max_bytes: int = 4_000_000) -> tuple[list, dict[str, float]]:
+    """The sample's (domain, text) pairs, less near-duplicates, half of whose 13-grams of words or more stood in earlier
+    texts; and for each domain the share of its test split's distinct 13-grams that its train split has too."""
+    from tqdm import tqdm
+    documents, overlap = [], {}
+    for domain in tqdm(("cpp", "docstrings", "manual", "python", "stubs"), "sample", disable=None, leave=False):
+        seen, in_split, size = set(), {split: set() for split in SPLITS}, 0
+        for text in sample_texts(domain):
+            words = re.findall(r"\w+", text)
+            grams = {hash(tuple(words[i:i + 13])) for i in range(len(words) - 12)}
+            if len(text) >= 200 and len(grams & seen) <= len(grams) / 2:
+                seen |= grams
+                in_split[split_of(text, **fractions)] |= grams
+                documents.append((domain, text))
+                size += len(text.encode())
+                if size > max_bytes:
+                    break
+        overlap[domain] = len(in_split["test"] & in_split["train"]) / len(in_split["test"])
+    return documents, overlap
 
 
 def text_hash(text: str) -> int:
@@ -345,8 +345,8 @@ def write_bins(folder: Path, documents, tokenizer: Tokenizer, fractions: dict, l
     with contextlib.ExitStack() as stack:
         for domain, text in documents:
             if domain not in seen:
-                if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", domain):
-                    raise InputError(f"{domain!r} cannot name a domain's files; use letters, digits, '-' and '_'")
+                if not re.fullmatch(r"(?!(mean|improved|worst)$)[A-Za-z0-9][A-Za-z0-9_-]*", domain):
+                    raise InputError(f"{domain!r} cannot be a domain; use A-Z a-z 0-9 - _ (not mean, improved, worst)")
                 seen[domain], used[domain] = set(), 0
                 for name in (f"{domain}.{split}" for split in SPLITS):
                     bins[name] = stack.enter_context(open(folder / f"{name}.bin", "wb"))
@@ -376,13 +376,10 @@ def prepare(out: str | Path, sources: dict[str, list[Path]] | None = None, token
 
     sources: {domain: files}, or {None: files} with domain_key, where each record names its domain; None is the sample.
     """
-    from tqdm import tqdm
-    fractions, sample = {"val": val_fraction, "test": test_fraction}, None
+    fractions = {"val": val_fraction, "test": test_fraction}
     if min(fractions.values()) <= 0 or sum(fractions.values()) >= 1:
         raise InputError(f"--val-fraction {val_fraction} --test-fraction {test_fraction}: every split needs a share")
-    if sources is None:
-        domains = tqdm(("cpp", "docstrings", "manual", "python", "stubs"), "read the sample", disable=None, leave=False)
-        sample = [(d, text) for d in domains for text in without_near_duplicates(sample_texts(d))]
+    sample, overlap = make_sample(fractions) if sources is None else (None, None)
 
     def documents():
         return sample if sources is None else read_sources(sources, text_key, domain_key)
@@ -401,7 +398,7 @@ def prepare(out: str | Path, sources: dict[str, list[Path]] | None = None, token
         if not meta["files"]:
             raise InputError("the sources hold no documents; nothing was written")
         if sample:
-            meta["overlap"] = overlap(sample, fractions)
+            meta["overlap"] = overlap
         write_text(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
     return Data(out)
 
@@ -421,7 +418,7 @@ def main():
     add = parser.add_argument
     add("sources", nargs="*", metavar="name=source", help=f"{', '.join(SUFFIXES)}, folder or glob; nothing: the sample")
     add("--out", default=SAMPLE, help="folder to write (default: %(default)s)")
-    add("--tokenizer", help="a model, a tokenizer.json, or train:N to train one (default: pythia-70m)")
+    add("--tokenizer", help="a model, a tokenizer.json, or train:N to train one (the sample: train:4096)")
     add("--text-key", default="text", help="dotted key of a record's text (default: %(default)s)")
     add("--domain-key", help="dotted key of a record's domain; sources are then given without a name")
     add("--val-fraction", type=float, help="(default: 0.05; the sample: 0.1)")
@@ -432,18 +429,21 @@ def main():
     args = parser.parse_args()
     if args.workers is not None:
         os.environ["RAYON_NUM_THREADS"] = str(max(1, args.workers))  # read when tokenizers first runs
-    if Path(args.out).exists() and not args.overwrite:
-        raise InputError(f"{args.out} exists; choose another --out, or --overwrite to replace it")
+    out = Path(args.out)
+    if out.exists() and (not args.overwrite or any(p.suffix not in (".bin", ".json") for p in out.iterdir())):
+        raise InputError(f"{out} exists; choose another --out (--overwrite replaces a data set, and nothing else)")
     sources = {}
     for source in args.sources:
         name, equals, path = (None, "=", source) if args.domain_key else source.partition("=")
         if not equals:
             raise InputError(f"{source}: expected name=path, or --domain-key for records that name their domain")
         sources.setdefault(name, []).extend(source_files(path))
-    tokenizer, share = ("pythia-70m", 0.05) if sources else ("train:4096", SAMPLE_FRACTION)
+    if args.sources and args.tokenizer is None:
+        raise InputError("--tokenizer is needed; pythia-70m, from the hub, is Pythia's, and train:4096 trains one")
+    share = 0.05 if sources else SAMPLE_FRACTION
     val, test = (share if given is None else given for given in (args.val_fraction, args.test_fraction))
-    print(describe(prepare(args.out, sources or None, args.tokenizer or tokenizer, args.text_key, args.domain_key,
-                           val, test, args.limit_tokens)))
+    print(describe(prepare(out, sources or None, args.tokenizer or "train:4096", args.text_key, args.domain_key, val,
+                           test, args.limit_tokens)))
 
 
 if __name__ == "__main__":

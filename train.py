@@ -17,17 +17,19 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
-from eval import (autocast, autocast_dtype, barrier, can_compile, check_fit, evaluate, finish, mean_loss,
-                  rank_and_world, results, rows_at_once, say, start, table, window_count)
+from eval import (autocast, autocast_dtype, barrier, can_compile, check_fit, check_tokenizer, evaluate, finish,
+                  mean_loss, rank_and_world, results, rows_at_once, say, start, table, window_count)
 from model import SHAPES, GPTNeoX, load, save, write_safetensors
 from prepare import SAMPLE, SPLITS, ArgumentParser, Data, InputError, cli, load_json, new_folder, write_text
 
 HORIZON = {"arxiv": 608, "books": 613, "github": 226, "web": 8516, "wikipedia": 1438}  # the published mixture
 PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
         "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12}  # dense bf16 FLOP/s, by GPU; the first name that fits counts
+RESUME_HINT = "; the same command with --resume goes on"
 
 
 def splitmix64(x: np.ndarray) -> np.ndarray:
@@ -205,13 +207,14 @@ def train(model: GPTNeoX, data: Data, counts: dict[str, int], *, seq_len: int, b
     device = next(model.parameters()).device
     mixture = Mixture(data, counts, seq_len, seed, seen)
     steps = -(-len(mixture) // batch_size)
-    M = micro_batch_size or largest_divisor(-(-batch_size // world), rows_at_once(model, seq_len, device))
+    rows = -(-batch_size // world)  # of a rank, in as few equal parts as fit
+    M = micro_batch_size or -(-rows // -(-rows // rows_at_once(model, seq_len, device)))
     optimizer = make_optimizer(model, device)
     first, log = 0, None
     if out is not None:
         first = load_checkpoint(out, model, optimizer)
         log = open_log(out / "log.jsonl", first) if rank == 0 else None
-    parallel = DistributedDataParallel(model) if world > 1 else model
+    parallel = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
     flops, peak = model.flops_per_token(seq_len), peak_flops(device, dtype) * world
     bar = tqdm(total=steps, initial=first, desc=title, unit="step", disable=None if rank == 0 else True, leave=False)
     for step in range(first, steps):
@@ -259,10 +262,6 @@ def train(model: GPTNeoX, data: Data, counts: dict[str, int], *, seq_len: int, b
     return model
 
 
-def largest_divisor(n: int, at_most: int) -> int:
-    return max(m for m in range(1, max(1, min(n, at_most)) + 1) if n % m == 0)
-
-
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """The GPU's dense bf16 FLOP/s by its maker's data sheet; 0 where it is not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" and dtype == torch.bfloat16 else ""
@@ -275,7 +274,7 @@ def checkpoints(out: Path) -> list[Path]:
 
 def save_checkpoint(out: Path, model: GPTNeoX, optimizer: torch.optim.Optimizer, step: int) -> None:
     """Weights, optimizer state and the step, as a folder that appears whole; then the older ones go."""
-    older = checkpoints(out)
+    older = [folder for folder in checkpoints(out) if folder.name != f"checkpoint-{step:08d}"]
     names = {p: name for name, p in model.named_parameters()}
     state = {f"{names[p]}.{key}": value for p, values in optimizer.state.items() for key, value in values.items()}
     with new_folder(out / f"checkpoint-{step:08d}") as folder:
@@ -291,12 +290,16 @@ def load_checkpoint(out: Path, model: GPTNeoX, optimizer: torch.optim.Optimizer)
     found = checkpoints(out)
     if not found:
         return 0
-    weights, state = load_file(found[-1] / "model.safetensors"), load_file(found[-1] / "optimizer.safetensors")
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(weights[name])
-            optimizer.state[p] = {key: state[f"{name}.{key}"].to(p.device) for key in ("step", "exp_avg", "exp_avg_sq")}
-    return load_json(found[-1] / "state.json")["step"]
+    try:
+        weights, state = load_file(found[-1] / "model.safetensors"), load_file(found[-1] / "optimizer.safetensors")
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(weights[name])
+                moments = {key: state[f"{name}.{key}"].to(p.device) for key in ("step", "exp_avg", "exp_avg_sq")}
+                optimizer.state[p] = moments
+        return load_json(found[-1] / "state.json")["step"]
+    except (SafetensorError, KeyError, RuntimeError) as e:
+        raise InputError(f"{found[-1]}: damaged ({e}); remove it to go on without it") from None
 
 
 def keep(model: GPTNeoX, data: Data, out: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -319,10 +322,10 @@ def add_options(parser: ArgumentParser, out: str) -> None:
     add("--data", default=SAMPLE, help="a folder that prepare.py wrote (default: %(default)s)")
     add("--model", default="scratch:tiny", help="a folder, a name on the hub, or scratch:SIZE (default: %(default)s)")
     add("--out", default=out, help="folder of the run (default: %(default)s)")
-    add("--sequences", type=int, metavar="N", help="length of the pass")
+    add("--sequences", type=int, metavar="N", help="length of a pass (default: %(default)s)")
     add("--seq-len", type=int, metavar="T", help="tokens a sequence (default: the model's context)")
     add("--batch-size", type=int, metavar="B", help="sequences a step, on all ranks together (default: the model's)")
-    add("--micro-batch-size", type=int, metavar="M", help="sequences at a time on a rank (default: by memory)")
+    add("--micro-batch-size", type=int, metavar="M", help="sequences at a time on a rank (default: as logits allow)")
     add("--lr", type=float, help="peak learning rate (default: the model's)")
     add("--warmup", type=float, default=0.2, help="share of the steps (default: %(default)s)")
     add("--seed", type=int, default=0)
@@ -339,7 +342,7 @@ def add_options(parser: ArgumentParser, out: str) -> None:
 def open_run(args) -> tuple[Data, GPTNeoX, dict]:
     """Load what the options name; returns the data, the model and train's keyword arguments."""
     for name, low in (("seq_len", 1), ("batch_size", 1), ("micro_batch_size", 1), ("eval_sequences", 1), ("lr", 0),
-                      ("warmup", 0), ("save_every", 0)):
+                      ("warmup", 0), ("save_every", 0), ("seed", 0)):
         value, high = vars(args)[name], 1 if name in ("lr", "warmup") else 2**31
         if value is not None and not low <= value <= high:
             raise InputError(f"--{name.replace('_', '-')} {value}: expected {low} to {high}")
@@ -350,6 +353,7 @@ def open_run(args) -> tuple[Data, GPTNeoX, dict]:
     hyper |= {"micro_batch_size": args.micro_batch_size, "warmup": args.warmup, "seed": args.seed,
               "dtype": autocast_dtype(args.dtype, device)}
     check_fit(model, data, hyper["seq_len"])
+    check_tokenizer(args.model, data)
     train_tokens = sum(data.size(d, "train")["tokens"] for d in data.domains)
     for d in data.domains:
         for split in SPLITS:
@@ -384,18 +388,20 @@ def claim(out: Path, args, data: Data, hyper: dict, more: dict, passes: list[dic
     settings = {"model": args.model, "data": data.identity, **hyper, "dtype": str(hyper["dtype"]), **more}
     record = out / "run.json"
     if record.is_file() and args.resume:
-        old = load_json(record)["settings"]
+        old = load_json(record).get("settings", {})
         different = [f"{key} was {old.get(key)}, is {settings.get(key)}" for key in {**old, **settings}
                      if old.get(key) != settings.get(key)]
         if different:
             raise InputError(f"{out}: --resume with other settings: {'; '.join(different)}")
         return
-    if out.exists() and any(out.iterdir()) and not args.resume and not args.overwrite:
-        raise InputError(f"{out} already holds a run; --resume continues it, --overwrite starts anew")
+    if out.exists() and any(out.iterdir()) and not args.overwrite:
+        raise InputError(f"{out} holds no run that could be resumed; --overwrite starts one there" if args.resume else
+                         f"{out} already holds a run; --resume continues it, --overwrite starts anew")
     barrier()  # every rank has looked before the first one changes anything
     if rank_and_world()[0] == 0:
         out.mkdir(parents=True, exist_ok=True)
-        stale = ("model.safetensors", "run.json", "log.jsonl", "history.jsonl", "checkpoint-*", "round-*", "uniform")
+        stale = ("model.safetensors", "run.json", "log.jsonl", "history.jsonl", "result.json", "mix.json", "mix.png",
+                 "checkpoint-*", "round-*", "uniform")
         for old in (path for pattern in stale for path in out.glob(pattern)):  # first what makes it a finished run
             shutil.rmtree(old) if old.is_dir() else old.unlink()
         write_text(record, json.dumps({"settings": settings, "passes": passes}, indent=1) + "\n")
@@ -431,4 +437,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, RESUME_HINT)

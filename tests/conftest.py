@@ -71,7 +71,7 @@ def bins(folder: Path, lengths: dict[str, int]) -> Data:
     files = {}
     for domain, length in lengths.items():
         for split in ("train", "val", "test"):
-            tokens = (np.arange(length if split == "train" else 100) % 1000).astype("<u2")
+            tokens = (np.arange(length if split == "train" else 100) % 50_000).astype("<u2")
             tokens.tofile(folder / f"{domain}.{split}.bin")
             files[f"{domain}.{split}"] = {
                 "documents": 1,
@@ -79,7 +79,7 @@ def bins(folder: Path, lengths: dict[str, int]) -> Data:
                 "bytes": len(tokens),
                 "sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
             }
-    tokenizer = {"sha256": "", "vocab_size": 1000, "end_of_text": 0}
+    tokenizer = {"sha256": "", "vocab_size": 50_000, "end_of_text": 0}
     (folder / "meta.json").write_text(json.dumps({"format": 1, "tokenizer": tokenizer, "files": files}))
     return Data(folder)
 

@@ -9,21 +9,24 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from conftest import ROOT
+from transformers import AutoModelForCausalLM
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture
-def hub(small):
-    """Serves the small model as EleutherAI/pythia-14m and ORG/shards, counting requests."""
-    requests = []
+def hub(small, tmp_path):
+    """Serves the small model as EleutherAI/pythia-14m, and in shards as ORG/shards, noting the requests."""
+    requests, shards = [], tmp_path / "shards"
+    AutoModelForCausalLM.from_pretrained(small).save_pretrained(shards, max_shard_size="60KB")
+    folders = {"EleutherAI/pythia-14m": small, "ORG/shards": shards}
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             requests.append(self.path)
             _, org, repo, _, revision, file = (self.path.split("/", 5) + [""] * 6)[:6]
-            path, code = small / file, None
-            if f"{org}/{repo}" != "EleutherAI/pythia-14m":
+            path, code = folders.get(f"{org}/{repo}", small) / file, None
+            if f"{org}/{repo}" not in folders:
                 code = "RepoNotFound"
             elif revision not in ("main", COMMIT):
                 code = "RevisionNotFound"
@@ -79,6 +82,14 @@ def test_a_size_is_fetched_once_and_then_works_offline(hub, data, tmp_path):
     assert again.returncode == 0 and again.stdout == first.stdout and len(hub.requests) == count
     pinned = evaluate(hub, data, tmp_path, f"EleutherAI/pythia-14m@{COMMIT}")
     assert pinned.returncode == 0, pinned.stderr
+
+
+def test_shards_work_offline_too(hub, data, tmp_path, small):
+    first = evaluate(hub, data, tmp_path, "ORG/shards")
+    assert first.returncode == 0, first.stderr
+    assert len({path for path in hub.requests if "/model-0000" in path}) > 1
+    again = evaluate(hub, data, tmp_path, "ORG/shards", HF_HUB_OFFLINE="1")
+    assert again.returncode == 0 and again.stdout == first.stdout, again.stderr
 
 
 @pytest.mark.parametrize("name", ["EleutherAI/nothing", "EleutherAI/pythia-14m@step7", "not a name/at all"])

@@ -172,15 +172,15 @@ def test_the_base_is_reused(whole, data, script):
     )
 
 
-def test_grow_trains_on_the_growing_quantities_and_compares_at_equal_length(data, tmp_path, script, whole):
+def test_grow_trains_on_the_growing_quantities_and_compares_at_equal_length(data, script, whole):
     out = whole[0].parent / "grow"
-    status, _, err = script("mix", *argv(data, out, "--grow", "--rule", "additive", "--rate", 24, "--rounds", 2))
+    status, _, err = script("mix", *argv(data, out, "--grow", "--rule", "additive", "--rate", 480, "--rounds", 2))
     assert status == 0, err
     history = history_of(out)
-    assert [sum(line["counts"].values()) for line in history[1:]] == [48, 72]
-    if best_round(history)["round"] == 2:  # longer, so it should be better
-        log = (out / "uniform" / "log.jsonl").read_text().splitlines()
-        assert sum(json.loads(line)["sequences"] for line in log) == 72
+    assert [sum(line["counts"].values()) for line in history[1:]] == [48, 528]
+    assert best_round(history)["round"] == 2  # eleven times as long, so better
+    log = (out / "uniform" / "log.jsonl").read_text().splitlines()
+    assert sum(json.loads(line)["sequences"] for line in log) == 528
 
 
 def test_it_stops_when_two_rounds_bring_nothing(data, whole, script):
