@@ -176,6 +176,19 @@ def picture(history: list[dict], domains: list[str], path: Path) -> None:
     publish(partial, path)
 
 
+def write_results(model: GPTNeoX, data: Data, history: list, result: dict, hyper: dict, passes: list, args) -> None:
+    """The mixture, the table's numbers, the picture and, last, the model, which makes the run a finished one."""
+    out, best = Path(args.out), best_round(history)
+    settings = {name: vars(args)[name] for name in ("method", "rule", "rate", "seed", "data", "model")}
+    mixture = {"counts": best["counts"], "unit": "sequences", "seq_len": hyper["seq_len"], "round": best["round"]}
+    write_text(out / "mix.json", json.dumps(mixture | settings, indent=1) + "\n")
+    write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
+    picture(history, data.domains, out / "mix.png")
+    record = load_json(out / "run.json") | {"passes": passes + [this_pass(data, hyper, best["counts"])]}
+    write_text(out / "run.json", json.dumps(record, indent=1) + "\n")
+    keep(model, data, out, getattr(torch, args.save_dtype))
+
+
 def main():
     parser = ArgumentParser(__doc__)
     add_options(parser, "out/mix")
@@ -221,16 +234,7 @@ def main():
         with stage("comparison"):
             result = comparison(model, data, history, hyper, seen, args)
         if rank_and_world()[0] == 0:
-            best = best_round(history)
-            settings = {name: vars(args)[name] for name in ("method", "rule", "rate", "seed", "data", "model")}
-            mixture = {"counts": best["counts"], "unit": "sequences", "seq_len": hyper["seq_len"], **settings}
-            write_text(out / "mix.json", json.dumps(mixture | {"round": best["round"]}, indent=1) + "\n")
-            write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
-            picture(history, data.domains, out / "mix.png")
-            record = load_json(out / "run.json")
-            record["passes"] = passes + [this_pass(data, hyper, best["counts"])]
-            write_text(out / "run.json", json.dumps(record, indent=1) + "\n")
-            keep(model, data, out, getattr(torch, args.save_dtype))
+            write_results(model, data, history, result, hyper, passes, args)
     if rank_and_world()[0] == 0:
         result = load_json(out / "result.json")
         say("", f"test split, {result['seq_len']} tokens a sequence", table(result), verdict(result), "",
