@@ -173,7 +173,8 @@ def train_tokenizer(texts, vocab_size: int, path: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=sys.stderr.isatty()))
     tokenizer.save(str(path))
 
 
@@ -379,7 +380,7 @@ def prepare(out: str | Path, sources: dict[str, list[Path]] | None = None, token
     fractions = {"val": val_fraction, "test": test_fraction}
     if min(fractions.values()) <= 0 or sum(fractions.values()) >= 1:
         raise InputError(f"--val-fraction {val_fraction} --test-fraction {test_fraction}: every split needs a share")
-    sample, overlap = make_sample(fractions) if sources is None else (None, None)
+    sample, overlap = make_sample(fractions) if sources is None else (None, {})
 
     def documents():
         return sample if sources is None else read_sources(sources, text_key, domain_key)
@@ -393,12 +394,10 @@ def prepare(out: str | Path, sources: dict[str, list[Path]] | None = None, token
             path.write_text(Tokenizer(tokenizer).json, encoding="utf-8")
         encoder = Tokenizer(path)
         paths = {domain or domain_key: [str(p) for p in files] for domain, files in (sources or {}).items()}
-        meta = {"format": FORMAT, "tokenizer": encoder.meta, "fractions": fractions, "sources": paths or "sample",
-                "files": write_bins(folder, documents(), encoder, fractions, limit_tokens)}
+        meta = {"format": FORMAT, "tokenizer": encoder.meta, "fractions": fractions, "overlap": overlap,
+                "sources": paths, "files": write_bins(folder, documents(), encoder, fractions, limit_tokens)}
         if not meta["files"]:
             raise InputError("the sources hold no documents; nothing was written")
-        if sample:
-            meta["overlap"] = overlap
         write_text(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
     return Data(out)
 
@@ -409,7 +408,7 @@ def describe(data: Data) -> str:
     for name, file in data.meta["files"].items():
         lines.append("{:<16}{:<7}".format(*name.split(".")) + f"{file['documents']:>11,}{file['tokens']:>13,}"
                      + f"{file['bytes'] / file['tokens']:>13.2f}")
-    shares = ", ".join(f"{domain} {share:.0%}" for domain, share in data.meta.get("overlap", {}).items())
+    shares = ", ".join(f"{domain} {share:.0%}" for domain, share in data.meta["overlap"].items())
     return "\n".join(lines) + (f"\n13-grams of the test split that the train split has too: {shares}" if shares else "")
 
 
@@ -441,9 +440,9 @@ def main():
     if args.sources and args.tokenizer is None:
         raise InputError("--tokenizer is needed; pythia-70m, from the hub, is Pythia's, and train:4096 trains one")
     share = 0.05 if sources else SAMPLE_FRACTION
-    val, test = (share if given is None else given for given in (args.val_fraction, args.test_fraction))
-    print(describe(prepare(out, sources or None, args.tokenizer or "train:4096", args.text_key, args.domain_key, val,
-                           test, args.limit_tokens)))
+    fractions = [share if given is None else given for given in (args.val_fraction, args.test_fraction)]
+    print(describe(prepare(out, sources or None, args.tokenizer or "train:4096", args.text_key, args.domain_key,
+                           *fractions, args.limit_tokens)))
 
 
 if __name__ == "__main__":
