@@ -358,12 +358,14 @@ def open_run(args) -> tuple[Data, GPTNeoX, dict]:
     for d in data.domains:
         for split in SPLITS:
             window_count(data, d, split, hyper["seq_len"])
+    precision = str(hyper["dtype"]).removeprefix("torch.")
+    reason = "--dtype" if args.dtype else "the hardware has it" if precision == "bfloat16" else "no fast bfloat16 here"
     compiled, why = (False, "eager (--no-compile)") if args.no_compile else can_compile(device)
     if compiled:
         model.compile(dynamic=False)
     say(f"data    {args.data}: {len(data.domains)} domains, {train_tokens:,} training tokens",
         f"model   {args.model}: {sum(p.numel() for p in model.parameters()):,} parameters on {device.type}, "
-        f"{str(hyper['dtype']).removeprefix('torch.')}, {why}")
+        f"{precision} ({reason}), {why}")
     return data, model, hyper
 
 
