@@ -364,8 +364,8 @@ def open_run(args) -> tuple[Data, GPTNeoX, dict]:
     if compiled:
         model.compile(dynamic=False)
     say(f"data    {args.data}: {len(data.domains)} domains, {train_tokens:,} training tokens",
-        f"model   {args.model}: {sum(p.numel() for p in model.parameters()):,} parameters on {device.type}, "
-        f"{precision} ({reason}), {why}")
+        f"model   {args.model}: {sum(p.numel() for p in model.parameters()):,} parameters on {device.type} x "
+        f"{rank_and_world()[1]}, {precision} ({reason}), {why}")
     return data, model, hyper
 
 

@@ -30,7 +30,7 @@ def test_the_whole_loop_runs_on_the_gpu(data, tmp_path):
     ]
     done = command("mix.py", *argv)
     assert done.returncode == 0, done.stderr
-    assert "on cuda, bfloat16 (the hardware has it), torch.compile" in done.stdout
+    assert "on cuda x 1, bfloat16 (the hardware has it), torch.compile" in done.stdout
     result = json.loads((tmp_path / "mix" / "result.json").read_text())
     assert result["models"]["reweighted"]["difference"]["mean"]["change"] < 0
     again = command("mix.py", *argv, "--resume")

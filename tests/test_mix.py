@@ -195,6 +195,6 @@ def test_it_stops_when_two_rounds_bring_nothing(data, whole, script):
 def test_two_processes_search_like_one(whole, data):
     out = whole[0].parent / "ranks"
     done = command("mix.py", *argv(data, out), ranks=2)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "on cpu x 2," in done.stdout, done.stderr
     for a, b in zip(history_of(out), history_of(whole[0]), strict=True):
         assert a["losses"] == pytest.approx(b["losses"], abs=1e-4) and a["counts"] == b["counts"]

@@ -207,8 +207,8 @@ def test_two_processes_train_and_evaluate_like_one(data, small, tmp_path):
         command("train.py", *argv(data, small, one)),
         command("train.py", *argv(data, small, two, "--micro-batch-size", 3), ranks=2),
     ]
-    for run in runs:
-        assert run.returncode == 0, run.stderr
+    for run, ranks in zip(runs, (1, 2)):
+        assert run.returncode == 0 and f"on cpu x {ranks}," in run.stdout, run.stderr
     a, b = log_of(one), log_of(two)
     assert len(a) == len(b) == 6
     for x, y in zip(a, b):
