@@ -396,8 +396,9 @@ def prepare(out: str | Path, sources: dict[str, list[Path]] | None = None, token
         paths = {domain or domain_key: [str(p) for p in files] for domain, files in (sources or {}).items()}
         meta = {"format": FORMAT, "tokenizer": encoder.meta, "fractions": fractions, "overlap": overlap,
                 "sources": paths, "files": write_bins(folder, documents(), encoder, fractions, limit_tokens)}
-        if not meta["files"]:
-            raise InputError("the sources hold no documents; nothing was written")
+        empty = [d for d in sources or {} if f"{d}.train" not in meta["files"] and (d or not meta["files"])]
+        if empty:
+            raise InputError(f"{empty[0] or 'the sources'}: no documents there; nothing was written")
         write_text(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
     return Data(out)
 

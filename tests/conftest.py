@@ -22,6 +22,10 @@ from prepare import Data, cli, prepare  # noqa: E402
 SMALL = ["--device", "cpu", "--dtype", "float32", "--no-compile"]
 
 
+def pytest_configure(config):
+    config.option.reportchars += "s"  # the summary says what was skipped, and why
+
+
 def made_documents(domain: str, n: int, seed: int = 0) -> list[str]:
     """Documents of a kind that a small model can learn: sentences, sums, or code, by domain."""
     rng = random.Random(f"{domain}{seed}")

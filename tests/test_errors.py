@@ -61,7 +61,12 @@ def test_text_that_is_not_utf8_or_not_whole(script, tmp_path):
         (["a=few.jsonl", "--tokenizer", "train:300"], ["split is empty", "2 documents", "--val-fraction"]),
         (["a=a.jsonl", "--tokenizer", "train:300", "--val-fraction", "0.99"], ["--val-fraction"]),
         (["--bogus"], ["--bogus", "--help"]),
-        (["a=empty.jsonl", "--tokenizer", "train:300"], ["no documents"]),
+        (["a=empty.jsonl", "--tokenizer", "train:300"], ["a: no documents"]),
+        (
+            ["a=a.jsonl", "b=empty.jsonl", "--tokenizer", "train:300", "--val-fraction", "0.2", "--test-fraction", "0.2"],
+            ["b: no documents"],
+        ),
+        (["empty.jsonl", "--domain-key", "meta.set", "--tokenizer", "train:300"], ["no documents"]),
     ],
 )
 def test_prepare(script, tmp_path, monkeypatch, argv, words):
