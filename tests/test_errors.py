@@ -63,7 +63,7 @@ def test_text_that_is_not_utf8_or_not_whole(script, tmp_path):
         (["--bogus"], ["--bogus", "--help"]),
         (["a=empty.jsonl", "--tokenizer", "train:300"], ["a: no documents"]),
         (
-            ["a=a.jsonl", "b=empty.jsonl", "--tokenizer", "train:300", "--val-fraction", "0.2", "--test-fraction", "0.2"],
+            "a=a.jsonl b=empty.jsonl --tokenizer train:300 --val-fraction 0.2 --test-fraction 0.2".split(),
             ["b: no documents"],
         ),
         (["empty.jsonl", "--domain-key", "meta.set", "--tokenizer", "train:300"], ["no documents"]),
