@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -96,3 +97,12 @@ def test_the_command_prints_the_table_and_writes_json(script, data, small, tmp_p
     assert (status, err) == (0, "")
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["seq_len"] == 32 and f"{result['models'][str(small)]['nats']['mean']:.4f}" in out
+
+
+def test_a_model_with_another_tokenizer_brings_a_warning(script, data, small, tmp_path):
+    shutil.copytree(small, tmp_path / "other")
+    with open(tmp_path / "other" / "tokenizer.json", "a") as f:
+        f.write("\n")
+    for model, warned in ((small, False), (tmp_path / "other", True)):
+        status, out, _ = script("eval", model, "--data", data.folder, "--device", "cpu", "--dtype", "float32")
+        assert status == 0 and ("warning" in out) == warned
