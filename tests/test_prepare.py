@@ -14,6 +14,11 @@ from conftest import ROOT, made_documents, write_jsonl
 from prepare import SPLITS, Data, InputError, Tokenizer, prepare, source_files
 
 
+def prepared(out, sources, **options) -> Data:
+    """A small data set with enough documents in every split."""
+    return prepare(out, sources, "train:300", val_fraction=0.2, test_fraction=0.2, **options)
+
+
 def documents_of(data: Data, domain: str, split: str) -> list[str]:
     """The texts in a bin, decoded by the tokenizers library."""
     tokenizer = tokenizers.Tokenizer.from_file(str(data.folder / "tokenizer.json"))
@@ -46,13 +51,7 @@ def test_bins_equal_what_the_tokenizers_library_encodes(data):
 def test_split_depends_on_the_text_alone(tmp_path, data):
     """In another domain, among other documents and with another tokenizer, a text falls into the same split."""
     texts = made_documents("prose", 120) + made_documents("sums", 50, seed=9)
-    other = prepare(
-        tmp_path / "d",
-        {"mixed": [write_jsonl(tmp_path / "m.jsonl", texts)]},
-        "train:300",
-        val_fraction=0.2,
-        test_fraction=0.2,
-    )
+    other = prepared(tmp_path / "d", {"mixed": [write_jsonl(tmp_path / "m.jsonl", texts)]})
     for split in SPLITS:
         assert set(documents_of(data, "prose", split)) <= set(documents_of(other, "mixed", split))
 
@@ -63,20 +62,14 @@ def test_exact_duplicates_and_empty_documents_are_dropped_within_a_domain(tmp_pa
         "a": [write_jsonl(tmp_path / "a.jsonl", texts + ["", texts[3], texts[70]])],
         "b": [write_jsonl(tmp_path / "b.jsonl", texts)],
     }
-    made = prepare(tmp_path / "d", sources, "train:300", val_fraction=0.2, test_fraction=0.2)
+    made = prepared(tmp_path / "d", sources)
     for split in SPLITS:
         assert documents_of(made, "a", split) == documents_of(made, "b", split)
 
 
 def test_special_tokens_in_the_text_are_text(tmp_path):
     texts = [f"a <|endoftext|> b {i}" for i in range(60)]
-    made = prepare(
-        tmp_path / "d",
-        {"a": [write_jsonl(tmp_path / "a.jsonl", texts)]},
-        "train:300",
-        val_fraction=0.2,
-        test_fraction=0.2,
-    )
+    made = prepared(tmp_path / "d", {"a": [write_jsonl(tmp_path / "a.jsonl", texts)]})
     assert sorted(t for s in SPLITS for t in documents_of(made, "a", s)) == sorted(texts)
     assert (
         0 not in Tokenizer(made.folder).encode("<|endoftext|>")
@@ -114,9 +107,7 @@ def test_formats_folders_and_globs_read_the_same_documents(tmp_path):
     for i, text in enumerate(texts):
         (folder / f"{i:03}.txt").write_text(text, encoding="utf-8")
     meta = [
-        prepare(
-            tmp_path / name, {"a": source_files(str(source))}, "train:300", val_fraction=0.2, test_fraction=0.2
-        ).meta["files"]
+        prepared(tmp_path / name, {"a": source_files(str(source))}).meta["files"]
         for name, source in (("1", plain), ("2", packed), ("3", folder), ("4", folder / "*.txt"))
     ]
     assert meta[0] == meta[1] == meta[2] == meta[3]
@@ -148,7 +139,7 @@ def test_domain_key_splits_one_source_into_domains(tmp_path, script):
 
 def test_limit_tokens_stops_each_domain_at_a_whole_document(tmp_path):
     sources = {d: [write_jsonl(tmp_path / f"{d}.jsonl", made_documents(d, 200))] for d in ("prose", "sums")}
-    made = prepare(tmp_path / "d", sources, "train:300", val_fraction=0.2, test_fraction=0.2, limit_tokens=3000)
+    made = prepared(tmp_path / "d", sources, limit_tokens=3000)
     for d in made.domains:
         assert 3000 <= sum(made.size(d, s)["tokens"] for s in SPLITS) < 3400
 
