@@ -20,8 +20,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from model import GPTNeoX, find_device, load, model_file
-from prepare import SAMPLE, SPLITS, ArgumentParser, Data, InputError, cli, write_text
+from model import GPTNeoX, find_device, load, model_folder, pinned, write_text
+from prepare import SAMPLE, SPLITS, ArgumentParser, Data, InputError, cli
 
 FEW_DOCUMENTS = 10  # an interval from fewer says little; such a domain is marked
 
@@ -113,8 +113,8 @@ def check_fit(model: GPTNeoX, data: Data, seq_len: int) -> None:
 
 def check_tokenizer(model: str, data: Data) -> None:
     """Warn where a model comes with another tokenizer than the data was made with."""
-    path = None if model.startswith("scratch:") else model_file(model, "tokenizer.json")
-    if path and hashlib.sha256(path.read_bytes()).hexdigest() != data.meta["tokenizer"]["sha256"]:
+    path = Path() if model.startswith("scratch:") else model_folder(model) / "tokenizer.json"
+    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != data.meta["tokenizer"]["sha256"]:
         say(f"warning: {path} is not the tokenizer of {data.folder}; the losses may mean nothing")
 
 
@@ -244,6 +244,26 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def model_card(title: str, model: str, data: Data, counts: dict[str, int], hyper: dict, result: dict) -> str:
+    """The README.md of a trained model's folder, in the hub's format: what it is made of, and what came of that."""
+    base, _, commit = model.partition("@")
+    front = ["library_name: transformers", *([f"base_model: {base}"] if commit else [])]
+    total, width = sum(counts.values()), max(map(len, counts))
+    mixture = [f"{d:<{width}}{n:>12,}{n / total:>8.1%}" for d, n in counts.items()]
+    sources = [f"{name:<{width}}  {len(paths):,} files, the first is {paths[0]}"
+               for name, paths in data.meta.get("sources", {}).items()]
+    settings = [f"{name} {value}" for name, value in hyper.items() if value is not None]
+    return "\n".join([
+        "---", *front, "---", "", f"# {title}", "",
+        f"Continued pretraining of `{base}`" + (f" at commit `{commit}`" if commit else "") + ", by reweight.", "",
+        f"## Mixture, in sequences of {hyper['seq_len']} tokens", "", "```", *mixture, "```", "",
+        "## Training", "", f"One pass, {', '.join(settings)}; linear warm-up, then a cosine to 0. AdamW, betas 0.9 and "
+        "0.95, eps 1e-8, weight decay 0.1 on matrices; gradients clipped at norm 1.", "",
+        "## Data", "", f"Data set `{data.identity}`, tokenizer sha256 `{data.meta['tokenizer']['sha256']}`.",
+        *(["", "```", *sources, "```"] if sources else []), "",
+        f"## Losses on the {result['split']} split", "", "```", table(result), "```", ""])
+
+
 def main():
     parser = ArgumentParser(__doc__)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="a folder or a name on the hub, the baseline first")
@@ -267,6 +287,7 @@ def main():
         result = results(losses, data, args.split, seq_len)
         print(f"{args.split} split of {args.data}, {seq_len} tokens a sequence", table(result), sep="\n")
         if args.json:
+            result["names"] = {name: pinned(name) for name in args.models}
             write_text(Path(args.json), json.dumps(result, indent=1) + "\n")
     finish()
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eval import barrier, compare, evaluate, finish, mean_loss, rank_and_world, results, say, signed, start, table
-from model import GPTNeoX
-from prepare import (SAMPLE, SAMPLE_FRACTION, ArgumentParser, Data, InputError, cli, load_json, prepare, publish,
-                     write_text)
+from eval import (barrier, compare, evaluate, finish, mean_loss, model_card, rank_and_world, results, say, signed,
+                  start, table)
+from model import GPTNeoX, load_json, publish, write_text
+from prepare import SAMPLE, SAMPLE_FRACTION, ArgumentParser, Data, InputError, cli, prepare
 from train import (RESUME_HINT, Mixture, add_options, claim, defaults, keep, load_weights, open_run, parse_mixture,
                    passes_of, rescale, this_pass, times_seen, train)
 
@@ -186,6 +186,7 @@ def write_results(model: GPTNeoX, data: Data, history: list, result: dict, hyper
     picture(history, data.domains, out / "mix.png")
     record = load_json(out / "run.json") | {"passes": passes + [this_pass(data, hyper, best["counts"])]}
     write_text(out / "run.json", json.dumps(record, indent=1) + "\n")
+    write_text(out / "README.md", model_card(out.name, args.model, data, best["counts"], hyper, result))
     keep(model, data, out, getattr(torch, args.save_dtype))
 
 

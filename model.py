@@ -5,10 +5,14 @@
 
 Modules carry the names that the files on disk use, so there is no table of keys to maintain.
 """
+import contextlib
+import functools
+import hashlib
 import json
 import math
 import os
 import re
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,7 +22,49 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from prepare import END_OF_TEXT, ArgumentParser, InputError, Tokenizer, cli, hub_file, load_json, publish, write_text
+from prepare import END_OF_TEXT, ArgumentParser, InputError, Tokenizer, cli, hub_folder
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Put a finished file in its place, which holds the old one or the new one, whatever happens."""
+    with open(partial, "rb+") as f:
+        os.fsync(f.fileno())
+    os.replace(partial, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    publish(partial, path)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path):
+    """A folder to fill that becomes `path`, in the place of what was there, only when the block ends well."""
+    path = path.resolve()
+    partial, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
+    if old.exists() and not path.exists():  # killed between the two renames below
+        os.rename(old, path)
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if path.exists():
+        os.rename(path, old)
+    os.rename(partial, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_json(path: Path) -> dict:
+    """The JSON object in a file; anything else is an InputError."""
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(value := json.loads(path.read_bytes()), dict):
+            return value
+    raise InputError(f"{path}: not a JSON object; it is damaged, or not what it should be")
 
 
 @dataclass
@@ -201,35 +247,66 @@ def read_config(path: Path) -> Config:
         settings[name] = value
     config = Config(**settings)
     R = config.rotary_dims
+    if config.num_hidden_layers > 1024 or R * config.max_position_embeddings > 2**27:
+        raise InputError(f"{path}: {config.num_hidden_layers} layers or {config.max_position_embeddings} positions: "
+                         "more than a model has")
     if config.hidden_size % config.num_attention_heads or R % 2 or not 0 < R <= config.head_dim:
         raise InputError(f"{path}: hidden_size {config.hidden_size}, {config.num_attention_heads} heads and rotary_pct "
                          f"{config.rotary_pct} do not give heads with an even number of rotated dimensions")
     return config
 
 
-def model_file(name: str | Path, filename: str) -> Path | None:
-    """A file of a model in a folder or on the hub; None if it has no such file."""
-    if not Path(name).exists():
-        return hub_file(str(name), filename)
-    return Path(name, filename) if Path(name, filename).is_file() else None
+@functools.cache
+def model_folder(name: str) -> Path:
+    """The folder of a model: `name` itself or, for a name on the hub, the one in its cache, named by the commit, whose
+    files have been checked against their hashes. Raises InputError."""
+    if Path(name).exists():
+        return Path(name)
+    folder = hub_folder(name, ["config.json", "tokenizer.json", "model*.safetensors", "model.safetensors.index.json"])
+    for path in sorted(folder.glob("*.*")):
+        blob = path.resolve()  # its name is the sha256 of the content or, of small files, git's hash
+        header = b"" if len(blob.name) == 64 else b"blob %d\0" % blob.stat().st_size
+        with open(blob, "rb") as file:
+            found = hashlib.file_digest(file, lambda: (hashlib.sha1 if header else hashlib.sha256)(header)).hexdigest()
+        if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name) and found != blob.name:
+            raise InputError(f"{path}: damaged, its hash is not its name; remove {blob}, and it is fetched again")
+    return folder
 
 
-def weight_files(name: str | Path) -> list[Path]:
-    """The safetensors files of a model: the one file, or the shards that its index names."""
-    single = model_file(name, "model.safetensors")
-    if single:
+def pinned(name: str) -> str:
+    """A name on the hub as ORG/NAME@COMMIT, the commit that its revision is now; a folder or scratch:SIZE as it is."""
+    if name.startswith("scratch:") or Path(name).exists():
+        return name
+    folder = model_folder(name)  # …/models--ORG--NAME/snapshots/COMMIT
+    return f"{folder.parents[1].name.removeprefix('models--').replace('--', '/')}@{folder.name}"
+
+
+def weight_files(name: str) -> list[Path]:
+    """The safetensors files of a model: the one file, or the shards that its index names. Raises InputError."""
+    folder = model_folder(name)
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
         return [single]
-    index = model_file(name, "model.safetensors.index.json")
-    if index is None:
-        raise InputError(f"{name}: has no model.safetensors")
+    if not index.is_file():
+        raise InputError(f"{name}: has no model.safetensors{elsewhere(name)}")
     weight_map = load_json(index).get("weight_map")
     shards = sorted({str(shard) for shard in weight_map.values()}) if isinstance(weight_map, dict) else []
     if not shards or not all(re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", shard) for shard in shards):
         raise InputError(f"{index}: its weight_map must name files like model-00001-of-00002.safetensors")
-    paths = [model_file(name, shard) for shard in shards]
-    if None in paths:
-        raise InputError(f"{name}: {shards[paths.index(None)]}, which its index names, is missing")
-    return paths
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing:
+        raise InputError(f"{name}: {missing[0]}, which its index names, is missing")
+    return [folder / shard for shard in shards]
+
+
+def elsewhere(name: str) -> str:
+    """Where on the hub a model has safetensors, if this revision has none: .bin files can hold code, and are not read."""
+    repo = pinned(name).partition("@")[0]
+    with contextlib.suppress(Exception):  # of several libraries, where the hub cannot be asked
+        from huggingface_hub import file_exists
+        if repo != name and any(file_exists(repo, f"model.safetensors{end}") for end in ("", ".index.json")):
+            return f" in this revision; {repo}@main has it, which for a Pythia is step143000"
+    return ""
 
 
 def read_weights(files: list[Path], model: GPTNeoX, device, dtype: torch.dtype) -> None:
@@ -240,11 +317,13 @@ def read_weights(files: list[Path], model: GPTNeoX, device, dtype: torch.dtype) 
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():
-                    if name.endswith((".attention.bias", ".attention.masked_bias", ".attention.rotary_emb.inv_freq")):
-                        continue  # buffers of old checkpoints
-                    if name not in expected:
-                        raise InputError(f"{path}: unknown tensor {name}")
+                names = list(file.keys())
+            for name in names:
+                if name.endswith((".attention.bias", ".attention.masked_bias", ".attention.rotary_emb.inv_freq")):
+                    continue  # buffers of old checkpoints
+                if name not in expected:
+                    raise InputError(f"{path}: unknown tensor {name}")
+                with safe_open(path, framework="pt") as file:  # anew, to let go of the memory that the last one took
                     found = list(file.get_slice(name).get_shape())
                     if found != expected[name]:
                         raise InputError(f"{path}: {name} has shape {found}, config.json asks for {expected[name]}")
@@ -281,12 +360,12 @@ def load(name: str | Path, device="cpu", dtype: torch.dtype = torch.float32, voc
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return GPTNeoX(config).to(device=device, dtype=dtype)
-    config = model_file(name, "config.json")
-    if config is None:
+    config = model_folder(str(name)) / "config.json"
+    if not config.is_file():
         raise InputError(f"{name}: not a model (no config.json); expected a Hugging Face folder or a name on the hub")
     with torch.device("meta"):
         model = GPTNeoX(read_config(config))
-    read_weights(weight_files(name), model, device, dtype)
+    read_weights(weight_files(str(name)), model, device, dtype)
     return model
 
 

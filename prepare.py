@@ -2,21 +2,29 @@
 
     python prepare.py                                      # data/sample, from text that pip already installed; seconds
     python prepare.py --out data/mine arxiv=papers/ web='crawl/*.jsonl.gz' --tokenizer train:4096
-    python prepare.py --out data/pile pile.jsonl --domain-key meta.pile_set_name --tokenizer pythia-70m
+    python prepare.py --out data/mine --add code=repos.parquet            # one more domain; the others stay as they are
+    python prepare.py --out data/pile pile/val.jsonl.zst --domain-key meta.pile_set_name --tokenizer pythia-70m
 """
 import argparse
 import ast
 import contextlib
+import fcntl
+import functools
 import glob
-import gzip
 import hashlib
+import itertools
 import json
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
-import sysconfig
+import threading
+import unicodedata
 import zlib
+from collections import Counter, deque
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,8 +34,7 @@ FORMAT = 1  # of meta.json and the bins beside it
 SPLITS = ("train", "val", "test")
 END_OF_TEXT = "<|endoftext|>"
 SAMPLE, SAMPLE_FRACTION = "data/sample", 0.1  # of its text, for val and as much for test; it is small
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz")
-PYTHIA_SIZES = ("14m", "31m", "70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b")
+BLOCK, LONGEST = 2**20, 2**24  # bytes: of text that a worker gets at a time; of one document
 
 
 class InputError(Exception):
@@ -51,130 +58,114 @@ def cli(main, way_on: str = "") -> None:
     except KeyboardInterrupt:
         print(f"\ninterrupted{way_on}", file=sys.stderr)
         sys.exit(130)
-    except (InputError, OSError) as e:
-        message = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else str(e)
+    except (InputError, OSError, UnicodeError, BrokenExecutor) as e:
+        message = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e)
         print("error:", " ".join(message.split()), file=sys.stderr)  # one line, whatever a library said
         sys.exit(2)
 
 
-def publish(partial: Path, path: Path) -> None:
-    """Put a finished file in its place, which holds the old one or the new one, whatever happens."""
-    with open(partial, "rb+") as f:
-        os.fsync(f.fileno())
-    os.replace(partial, path)
-
-
-def write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    publish(partial, path)
-
-
-@contextlib.contextmanager
-def new_folder(path: Path):
-    """A folder to fill that becomes `path`, in the place of what was there, only when the block ends well."""
-    path = path.resolve()
-    partial, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
-    if old.exists() and not path.exists():  # killed between the two renames below
-        os.rename(old, path)
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if path.exists():
-        os.rename(path, old)
-    os.rename(partial, path)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def load_json(path: Path) -> dict:
-    """The JSON object in a file; anything else is an InputError."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: not a JSON object; it is damaged, or not what it should be")
-    return value
-
-
-def hub_file(name: str, filename: str) -> Path | None:
-    """A file of a model on the hub (`pythia-70m`, `ORG/NAME@REVISION`) or in its cache; None if it is not there."""
-    from huggingface_hub import _CACHED_NO_EXIST, errors, hf_hub_download, try_to_load_from_cache
+def hub_folder(name: str, patterns: list[str], kind: str = "model") -> Path:
+    """The files of `pythia-70m`, `ORG/NAME` or `ORG/NAME@REVISION` that match, in the hub's cache, downloaded if need
+    be; the folder's name is the commit. Raises InputError, for an unknown size of Pythia without asking a network."""
     repo, _, revision = name.partition("@")
     if "/" not in repo:
-        if not re.fullmatch(f"pythia-({'|'.join(map(re.escape, PYTHIA_SIZES))})(-deduped)?", repo):
-            raise InputError(f"{name}: no such folder or model; on the hub ORG/NAME or pythia-{'|'.join(PYTHIA_SIZES)}")
+        if not re.fullmatch(r"pythia-(14m|31m|70m|160m|410m|1b|1\.4b|2\.8b|6\.9b|12b)(-deduped)?", repo):
+            raise InputError(f"{name}: no such folder, and no such model; a name on the hub is ORG/NAME or pythia-70m")
         repo = f"EleutherAI/{repo}"
+    from huggingface_hub import snapshot_download
     try:
-        return Path(hf_hub_download(repo, filename, revision=revision or None))
-    except errors.RemoteEntryNotFoundError:
-        return None
+        return Path(snapshot_download(repo, repo_type=kind, revision=revision or None, allow_patterns=patterns))
     except Exception as e:  # of several libraries: a connection cut, a name that is none, a disk that is full
-        offline = isinstance(e, errors.LocalEntryNotFoundError)
-        if offline and try_to_load_from_cache(repo, filename, revision=revision or None) is _CACHED_NO_EXIST:
-            return None
-        raise InputError(f"{name}: no such folder, and no {filename} from the hub ({str(e)[:200]})") from None
+        raise InputError(f"{name}: no such folder, and not to be had from the hub ({str(e)[:200]})") from None
 
 
 class Tokenizer:
     """A tokenizer.json (a file, in a model's folder, or of a model on the hub): text to uint16 ids and back. Special
-    tokens that occur in the text are plain text. Raises InputError."""
+    tokens that occur in the text are plain text. Raises InputError, and OSError where there is no such file."""
 
     def __init__(self, file_or_name: str | Path):
         import tokenizers
         path = Path(file_or_name)
-        if path.is_dir():
-            path /= "tokenizer.json"
-        elif not path.exists() and path.suffix != ".json":
-            path = hub_file(str(file_or_name), "tokenizer.json")
-        if path is None or not path.is_file():
-            raise InputError(f"{path or file_or_name}: not a tokenizer.json, a model or train:N")
+        if path.suffix != ".json" and not path.exists():
+            path = hub_folder(str(file_or_name), ["tokenizer.json"])
+        path = path / "tokenizer.json" if path.is_dir() else path
         self.json = path.read_text(encoding="utf-8", errors="replace")
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(self.json)
-        except (KeyboardInterrupt, SystemExit):
-            raise
         except BaseException as e:  # a panic of the library's Rust is not an Exception
             raise InputError(f"{path}: not a tokenizer.json ({str(e)[:100]})") from None
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self.end_of_text = self._tokenizer.token_to_id(END_OF_TEXT)
-        vocab_size = 1 + max(self._tokenizer.get_vocab().values(), default=0)
-        if self.end_of_text is None:
-            raise InputError(f"{path}: has no {END_OF_TEXT} token, which ends every document")
-        if vocab_size > 2**16:
-            raise InputError(f"{path}: its {vocab_size:,} tokens do not fit uint16; the most is 65,536")
+        self._fast = rank_encoding(json.loads(self.json), self._tokenizer.model)
+        vocab = self._tokenizer.get_vocab()
+        vocab_size, self.end_of_text = 1 + max(vocab.values(), default=0), vocab.get(END_OF_TEXT)
+        if self.end_of_text is None or vocab_size > 2**16:
+            raise InputError(f"{path}: {vocab_size:,} tokens, {END_OF_TEXT} being {self.end_of_text}; expected at most "
+                             f"65,536, to fit uint16, and among them {END_OF_TEXT}, which ends every document")
         sha256 = hashlib.sha256(self.json.encode()).hexdigest()
         self.meta = {"sha256": sha256, "vocab_size": vocab_size, "end_of_text": self.end_of_text}
 
     def encode(self, text: str) -> np.ndarray:
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(e.ids, dtype=np.uint16) for e in encodings]
+        """(n,) uint16, without an end-of-text id. Raises UnicodeEncodeError for a lone surrogate, which is not text."""
+        text.encode()
+        if self._fast is None or len(text) > 10**5 and re.search(r"\s{100000}", text):  # on which tiktoken panics
+            encoding, = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+            return np.array(encoding.ids, dtype=np.uint16)
+        if self._tokenizer.normalizer and not unicodedata.is_normalized("NFC", text):
+            text = self._tokenizer.normalizer.normalize_str(text)
+        encode = self._fast.encode_ordinary if len(text) < 10**6 else self._fast.encode_to_numpy  # faster; smaller
+        return np.array(encode(text), dtype=np.uint16)
 
     def decode(self, ids) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
 
+def rank_encoding(spec: dict, model):
+    """The tiktoken encoder with the same ids as a byte-level BPE, of the tokenizer.json `spec`; None for all others.
+
+    tiktoken joins the neighbours that make the token of lowest id; `tokenizers` those whose merge comes first. It is
+    the same if ids are in the order of merges, each making a new token of older ones, and every token encodes to
+    itself: two neighbours that could make it are then those of its merge, for alone it has no other last step.
+    """
+    import tiktoken
+    from tokenizers.pre_tokenizers import ByteLevel
+    try:
+        vocab, merges, pre = spec["model"].pop("vocab"), spec["model"].pop("merges"), spec["pre_tokenizer"]
+        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+        made = [vocab[a + b] for a, b in merges]
+        special = {token["content"] for token in spec["added_tokens"] if token["special"]}
+        runs = {token["content"]: token["id"] for token in spec["added_tokens"] if not token["special"]}
+        alphabet = sorted(ByteLevel.alphabet())  # printable bytes as themselves, then the others from U+0100 on
+        printable = [ord(c) for c in alphabet if ord(c) < 256]
+        byte = dict(zip(alphabet, printable + sorted(set(range(256)) - set(printable))))
+        ranks = {bytes(byte[c] for c in token): i for token, i in vocab.items() if token not in special}
+        ranks |= {token.encode(): i for token, i in runs.items()}
+        known = (
+            {key: value for key, value in spec["model"].items() if value} == {"type": "BPE"}
+            and spec["normalizer"] in (None, {"type": "NFC"})
+            and (pre["type"], pre["add_prefix_space"], pre.get("use_regex", True)) == ("ByteLevel", False, True)
+            and sorted(runs) == [" " * n for n in range(2, len(runs) + 2)]
+            and not any(token[key] for token in spec["added_tokens"] for key in ("lstrip", "rstrip", "single_word"))
+            and all(older < newer for older, newer in zip(made, made[1:]))
+            and all(max(vocab[a], vocab[b]) < vocab[a + b] for a, b in merges)
+            and all(bytes([b]) in ranks for b in (*range(0xC0), *range(0xC2, 0xF5)))  # all that UTF-8 uses
+            and all(([t.id for t in model.tokenize(token)] == [i]) != (token in special) for token, i in vocab.items()))
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+    space = r"(?:[^\S ]| (?! ))" if runs else r"\s"  # runs of spaces are tokens of their own
+    pattern = (rf" {{2,{len(runs) + 1}}}|" if runs else "") + (
+        r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|" rf"{space}+(?!\S)|{space}+")
+    return tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}) if known else None
+
+
 def train_tokenizer(texts, vocab_size: int, path: Path) -> None:
     """Train a byte-level BPE on an iterator of texts and write its tokenizer.json; end-of-text is id 0."""
-    from tokenizers import Tokenizer as Trainable, decoders, models, pre_tokenizers, trainers
+    from tokenizers import ByteLevelBPETokenizer
     if not 257 <= vocab_size <= 2**16:
         raise InputError(f"--tokenizer train:{vocab_size}: the vocabulary must have 257 to 65,536 tokens")
-    tokenizer = Trainable(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=sys.stderr.isatty()))
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(texts, vocab_size, 0, sys.stderr.isatty(), [END_OF_TEXT])
     tokenizer.save(str(path))
 
 
@@ -182,23 +173,22 @@ class Data:
     """A folder that prepare.py wrote. Raises InputError if it is not one, or a bin is missing or has another length."""
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        if not (self.folder / "meta.json").is_file():
-            raise InputError(f"{self.folder}: not a data set (no meta.json); prepare.py --out {self.folder} makes one")
-        self.meta = load_json(self.folder / "meta.json")
-        if self.meta.get("format") != FORMAT:
-            raise InputError(f"{self.folder}: its format is {self.meta.get('format')}, not {FORMAT}; prepare it again")
+        self.folder, path = Path(folder), Path(folder, "meta.json")
+        if not path.is_file():
+            raise InputError(f"{folder}: not a data set (no meta.json); prepare.py --out {folder} makes one")
         try:
-            self.vocab_size = self.meta["tokenizer"]["vocab_size"]
-            sizes = {name: 2 * file["tokens"] for name, file in self.meta["files"].items()}
-            hashes = sorted((name, file["sha256"]) for name, file in self.meta["files"].items())
-        except (KeyError, TypeError, AttributeError):
-            raise InputError(f"{self.folder}/meta.json: damaged; prepare the data again") from None
-        for name, size in sizes.items():
-            path = self.folder / f"{name}.bin"
+            self.meta = json.loads(path.read_bytes())
+            if self.meta["format"] != FORMAT:
+                raise ValueError
+            self.vocab_size, files = self.meta["tokenizer"]["vocab_size"], self.meta["files"]
+            hashes = sorted((name, file["sha256"]) for name, file in files.items())
+            sizes = {self.folder / f"{name}.bin": 2 * file["tokens"] for name, file in files.items()}
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
+            raise InputError(f"{path}: damaged, or not of format {FORMAT}; prepare the data again") from None
+        for path, size in sizes.items():
             if not path.is_file() or path.stat().st_size != size:
                 raise InputError(f"{path}: missing, or not of {size:,} bytes; prepare the data again")
-        self.domains = sorted({name.rpartition(".")[0] for name in sizes})
+        self.domains = sorted({name.rpartition(".")[0] for name in files})
         self.identity = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]  # changes when any token does
 
     def tokens(self, domain: str, split: str) -> np.memmap:
@@ -211,90 +201,117 @@ class Data:
 
 
 def source_files(source: str) -> list[Path]:
-    """The files behind a path, a folder (everything readable below it) or a glob, sorted."""
-    found = Path(source).rglob("*") if Path(source).is_dir() else map(Path, glob.glob(source, recursive=True))
-    files = sorted(path for path in found if path.name.endswith(SUFFIXES))
+    """The files behind a path, a folder (all that is readable below it), a glob or hf://datasets/ORG/NAME/GLOB@REV."""
+    place = f"{glob.escape(source)}/**" if Path(source).is_dir() else source
+    if hub := re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)/([^@]+)(@[^@]+)?", source):
+        place = f"{glob.escape(str(hub_folder(hub[1] + (hub[3] or ''), [hub[2]], 'dataset')))}/{hub[2]}"
+    readable = re.compile(r".*(\.(txt|jsonl?)(\.gz|\.zst)?|\.parquet)", re.DOTALL)
+    files = sorted(map(Path, filter(readable.fullmatch, glob.glob(place, recursive=True))))
     if not files:
-        raise InputError(f"{source}: no file there that ends in {', '.join(SUFFIXES)}")
+        raise InputError(f"{source}: no file there that ends in .txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet")
     return files
 
 
-def read_records(path: Path):
-    """Yield (where, record) for every document of a file; where is file:line. A .txt file is one document."""
-    where = str(path)
+def unpack(file, gzip: bool):
+    """Yield what an open .gz or .zst holds in pieces of bounded size. Raises EOFError if it is cut short."""
+    if gzip:
+        start = functools.partial(zlib.decompressobj, 31)
+    elif sys.version_info >= (3, 14):
+        from compression.zstd import ZstdDecompressor as start
+    else:
+        from zstandard import ZstdDecompressor
+        start = ZstdDecompressor().decompressobj
+    stream, packed = start(), b""
+    while packed := packed or file.read(2**12):  # little at a time, for zstd packs up to 2^15 to one
+        stream = start() if stream.eof else stream
+        yield stream.decompress(packed)
+        packed = stream.unused_data if stream.eof else b""
+    if not stream.eof:
+        raise EOFError("it is cut short")
+
+
+def records(path: Path, file, keys: list[str]):
+    """Yield the lines of an open file, of which a .txt has one, as bytes, and the rows of a .parquet as dicts."""
     try:
-        if path.name.endswith(".txt"):
-            yield where, {"text": path.read_bytes().decode("utf-8-sig")}
+        if path.suffix == ".parquet":
+            from pyarrow.parquet import ParquetFile
+            for batch in ParquetFile(file).iter_batches(64, columns=keys):
+                yield from batch.to_pylist()
             return
-        with (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                where = f"{path}:{number}"
-                if line.strip():
-                    yield where, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
-        raise InputError(f"{path}: not a whole gzip file ({e}); get it again") from None
-    except UnicodeDecodeError as e:
-        raise InputError(f"{where}: not UTF-8 (byte {e.start}); mend or remove it") from None
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"{where}: not a JSON record ({str(e)[:100]}); mend or remove it") from None
+        packed, rest = path.suffix in (".gz", ".zst"), b""
+        for piece in unpack(file, path.suffix == ".gz") if packed else iter(lambda: file.read(BLOCK), b""):
+            *lines, rest = [rest + piece] if ".txt" in path.suffixes else (rest + piece).split(b"\n")
+            yield from lines
+            rest = rest[:LONGEST + 1]  # more of it makes no document
+        yield rest
+    except Exception as e:  # of many libraries
+        way_out = f"pip install {e.name}" if isinstance(e, ImportError) else "get it again"
+        raise InputError(f"{path}: cannot be read to its end: {str(e)[:200]}; {way_out}") from None
 
 
-def lookup(record, key: str, where: str) -> str:
-    """The string at a dotted key of a record."""
-    value = record
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    if not isinstance(value, str):
-        raise InputError(f"{where}: no string under {key!r}; --text-key and --domain-key say where to look")
-    if re.search("[\ud800-\udfff]", value):
-        raise InputError(f"{where}: {key!r} holds a lone surrogate, which is not text; mend the record")
-    return value
+def read(sources: dict[str | None, list[Path]], text_key: str, domain_key: str | None, max_bad: int, full=()):
+    """Yield (domain, text) for every document of {domain: files}, or of {None: files} with a domain_key, while a bar
+    counts bytes; (…, None) for each of at most max_bad lines without one. Domains in `full` are read no further."""
+    from tqdm import tqdm, utils
+    files, bad = [(domain, path) for domain, paths in sources.items() for path in paths], 0
+    keys, size = [text_key, *filter(None, [domain_key])], sum(path.stat().st_size for _, path in files)
+    with tqdm(total=size, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        for domain, path in files:
+            with open(path, "rb") as file:
+                lines = enumerate(records(path, utils.CallbackIOWrapper(bar.update, file, "read"), keys), 1)
+                for number, line in itertools.takewhile(lambda _: domain not in full, lines):
+                    if isinstance(line, bytes) and not line.strip():
+                        continue
+                    try:
+                        if len(line) > LONGEST:
+                            raise ValueError(f"longer than {LONGEST:,} bytes")
+                        if isinstance(line, bytes):
+                            line = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                            line = {text_key: line} if ".txt" in path.suffixes else json.loads(line)
+                        found = [line.get(key) or functools.reduce(dict.get, key.split("."), line) for key in keys]
+                        "".join(found).encode()  # fails if they are no strings, or hold a lone surrogate
+                    except (ValueError, TypeError, AttributeError, RecursionError) as e:
+                        bad, found = bad + 1, [None, "line without text"]
+                        if bad > max_bad:
+                            what = f"no text under {' or no domain under '.join(map(repr, keys))}"
+                            raise InputError(f"{path}:{number}: {what} ({type(e).__name__}: {str(e)[:150]})") from None
+                    yield found[1] if domain_key else domain, found[0]
 
 
-def read_sources(sources: dict[str, list[Path]], text_key: str, domain_key: str | None):
-    """Yield (domain, text) for every document of every source, in order."""
-    from tqdm import tqdm
-    for domain, files in sources.items():
-        for path in files:
-            for where, record in tqdm(read_records(path), path.name, unit=" documents", disable=None, leave=False):
-                if domain_key is not None:
-                    domain = re.sub(r"[^a-z0-9]+", "_", lookup(record, domain_key, where).lower()).strip("_")
-                yield domain, lookup(record, text_key if not path.name.endswith(".txt") else "text", where)
-
-
-def pieces(text: str, limit: int = 4096):
-    """Cut a large file into documents of about `limit` characters, but only at blank lines before an unindented one."""
-    piece = ""
-    for block in re.split(r"(?<=\n)\n+(?=\S)", text):
-        if piece and len(piece) + len(block) > limit:
-            yield piece
-            piece = ""
-        piece += ("\n" if piece else "") + block
-    yield piece
+def hash_and_split(text: str, val: float, test: float) -> tuple[int, str]:
+    """64 bits of the text alone, which tell exact duplicates, and the split that they put it in."""
+    key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest()[8:], "little")
+    u = key / 2**64  # uniform in [0, 1)
+    return key, "test" if u < test else "val" if u < test + val else "train"
 
 
 def sample_texts(domain: str):
-    """Yield the raw documents of one sample domain, from files that every installation of the requirements has."""
+    """Yield the documents of a sample domain, from files that every installation of the requirements has; files are
+    cut, at blank lines before unindented ones, into pieces of about 4096 characters."""
     if domain == "manual":
         from pydoc_data.topics import topics
-        yield from (piece for name in sorted(topics) for piece in pieces(topics[name]))
-        return
-    numpy, torch, matplotlib = (Path(find_spec(p).origin).parent for p in ("numpy", "torch", "matplotlib"))
-    folders, pattern = {"cpp": ([torch / "include"], "*.h"), "docstrings": ([numpy, torch], "*.py"),
-                        "python": ([Path(sysconfig.get_path("stdlib"))], "*.py"),
-                        "stubs": ([numpy, torch, matplotlib], "*.pyi")}[domain]
-    for folder in folders:
-        names = [p.relative_to(folder).as_posix() for p in folder.rglob(pattern)]
-        for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest()):  # mixed, everywhere alike
-            if re.match("site-packages|pydoc_data", name):  # not the library's own; the manual once more
-                continue
-            text = (folder / name).read_text(encoding="utf-8", errors="ignore")
-            if domain != "docstrings":
-                yield from pieces(text)
-                continue
+        texts = [topics[name] for name in sorted(topics)]
+    else:
+        folders, pattern = {"cpp": ("torch/include", "*.h"), "docstrings": ("numpy torch", "*.py"),
+                            "python": ("argparse", "*.py"), "stubs": ("numpy torch matplotlib", "*.pyi")}[domain]
+        folders = [Path(find_spec(f.partition("/")[0]).origin).parent / f.partition("/")[2] for f in folders.split()]
+        files = [(n, path.relative_to(f).as_posix()) for n, f in enumerate(folders) for path in f.rglob(pattern)]
+        files.sort(key=lambda file: (file[0], hashlib.sha256(file[1].encode()).digest()))  # mixed, everywhere alike
+        texts = ((folders[n] / name).read_text(encoding="utf-8", errors="ignore") for n, name in files
+                 if not re.match("site-packages|pydoc_data", name))  # not the library's own; the manual once more
+    for text in texts:
+        if domain == "docstrings":
             with contextlib.suppress(SyntaxError):  # of a newer Python
                 documented = [n for n in ast.walk(ast.parse(text)) if isinstance(n, (ast.ClassDef, ast.FunctionDef))]
                 yield from filter(None, map(ast.get_docstring, documented))
+            continue
+        piece = ""
+        for block in re.split(r"(?<=\n)\n+(?=\S)", text):
+            if piece and len(piece) + len(block) > 4096:
+                yield piece
+                piece = ""
+            piece += ("\n" if piece else "") + block
+        yield piece
 
 
 def make_sample(fractions: dict[str, float], max_bytes: int = 4_000_000) -> tuple[list, dict[str, float]]:
@@ -309,7 +326,7 @@ def make_sample(fractions: dict[str, float], max_bytes: int = 4_000_000) -> tupl
             grams = {hash(tuple(words[i:i + 13])) for i in range(len(words) - 12)}
             if len(text) >= 200 and len(grams & seen) <= len(grams) / 2:
                 seen |= grams
-                in_split[split_of(text, **fractions)] |= grams
+                in_split[hash_and_split(text, **fractions)[1]] |= grams
                 documents.append((domain, text))
                 size += len(text.encode())
                 if size > max_bytes:
@@ -318,132 +335,164 @@ def make_sample(fractions: dict[str, float], max_bytes: int = 4_000_000) -> tupl
     return documents, overlap
 
 
-def text_hash(text: str) -> int:
-    """128 bits of the text alone: they decide its split and whether it is an exact duplicate."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
+def place(documents, fractions: dict[str, float], domain_key: str | None):
+    """Yield lists, about a BLOCK of text each, of (domain, split, text) for all (label, text). A bad or empty document
+    and an exact duplicate in a domain has that word for its split. Of each, 8 bytes are remembered in a set."""
+    batch, size, labels, seen = [], 0, {}, {}
+    for label, text in documents:
+        domain = re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_") if domain_key else label
+        if not re.fullmatch(r"(?!(mean|improved|worst)$)[A-Za-z0-9][A-Za-z0-9_-]{0,99}", domain):
+            raise InputError(f"{label[:100]!r} cannot be a domain; use A-Z a-z 0-9 - _ (not mean, improved, worst)")
+        if labels.setdefault(domain, label) != label:
+            raise InputError(f"{labels[domain]!r} and {label!r} would both be called {domain}; rename one of them")
+        key, split = hash_and_split(text or "", **fractions)
+        if not text or key in seen.setdefault(domain, set()):
+            split, text = "bad" if text is None else "duplicate" if text else "empty", ""
+        else:
+            seen[domain].add(key)
+        batch.append((domain, split, text))
+        size += len(text)
+        if size >= BLOCK:
+            yield batch
+            batch, size = [], 0
+    yield batch
 
 
-def split_of(text: str, val: float, test: float) -> str:
-    """The split of a text, given the fractions of val and test: a function of the text alone."""
-    u = (text_hash(text) >> 64) / 2**64  # uniform in [0, 1)
-    return "test" if u < test else "val" if u < test + val else "train"
+def encode(batch: list[tuple[str, str, str]]) -> list[tuple[str, str, int, bytes]]:
+    """(domain, split, bytes of the text, tokens) for every document."""
+    end = np.uint16(encode.tokenizer.end_of_text)
+    return [(domain, split, len(text.encode()), np.append(encode.tokenizer.encode(text), end).astype("<u2").tobytes())
+            for domain, split, text in batch]
 
 
-def write_bins(folder: Path, documents, tokenizer: Tokenizer, fractions: dict, limit_tokens: int | None) -> dict:
-    """Tokenize (domain, text) pairs into folder/DOMAIN.SPLIT.bin; returns what meta.json says of each file."""
-    files, bins, seen, used = {}, {}, {}, {}
+def start_worker(tokenizer: Path) -> None:
+    encode.tokenizer = Tokenizer(tokenizer)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one, whose end ends it
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
-    def write(batch) -> None:
-        for (domain, text), ids in zip(batch, tokenizer.encode_batch([text for _, text in batch])):
-            if used[domain] < limit:
-                name = f"{domain}.{split_of(text, **fractions)}"
-                np.append(ids, np.uint16(tokenizer.end_of_text)).astype("<u2").tofile(bins[name])
-                for key, n in (("documents", 1), ("tokens", len(ids) + 1), ("bytes", len(text.encode()))):
-                    files[name][key] += n
-                used[domain] += len(ids) + 1
 
-    limit, batch, characters = limit_tokens or float("inf"), [], 0
+def encode_all(batches, workers: int, tokenizer: Path):
+    """map(encode, batches) by several processes, of which each has a few waiting, so that memory stays bounded."""
+    if workers == 1:
+        yield from map(encode, batches)
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, (tokenizer,)) as pool:
+        waiting = deque(pool.submit(encode, batch) for batch in itertools.islice(batches, 3 * workers))
+        while waiting:
+            yield waiting.popleft().result()
+            waiting.extend(pool.submit(encode, batch) for batch in itertools.islice(batches, 1))
+
+
+def write_bins(folder: Path, encoded, named: list[str], limit_tokens: int | None, full: set) -> tuple[dict, Counter]:
+    """Write documents to folder/DOMAIN.SPLIT.bin; returns what meta.json says of each file, and how many were left out
+    and why. A domain that has its limit_tokens goes into `full`. Raises InputError if a file stays empty."""
+    files, bins, used, left_out = {}, {}, Counter(), Counter()
     with contextlib.ExitStack() as stack:
-        for domain, text in documents:
-            if domain not in seen:
-                if not re.fullmatch(r"(?!(mean|improved|worst)$)[A-Za-z0-9][A-Za-z0-9_-]*", domain):
-                    raise InputError(f"{domain!r} cannot be a domain; use A-Z a-z 0-9 - _ (not mean, improved, worst)")
-                seen[domain], used[domain] = set(), 0
-                for name in (f"{domain}.{split}" for split in SPLITS):
+        for domain, split, size, tokens in itertools.chain.from_iterable(encoded):
+            if domain in full or split not in SPLITS:
+                left_out[split] += domain not in full
+                continue
+            if domain not in used:
+                for name in (f"{domain}.{s}" for s in SPLITS):
+                    files[name] = {"documents": 0, "tokens": 0, "bytes": 0, "sha256": hashlib.sha256()}
                     bins[name] = stack.enter_context(open(folder / f"{name}.bin", "wb"))
-                    files[name] = {"documents": 0, "tokens": 0, "bytes": 0}
-            key = text_hash(text)
-            if text and key not in seen[domain] and used[domain] < limit:
-                seen[domain].add(key)
-                batch.append((domain, text))
-                characters += len(text)
-            if characters > 1_000_000:
-                write(batch)
-                batch, characters = [], 0
-        write(batch)
-    for name, file in files.items():
-        domain, _, split = name.rpartition(".")
-        if not file["documents"]:
-            raise InputError(f"{domain}: its {split} split is empty, of {len(seen[domain])} documents in all; "
-                             "add some, or raise --val-fraction and --test-fraction")
-        file["sha256"] = hashlib.sha256(np.memmap(folder / f"{name}.bin", mode="r")).hexdigest()
-    return dict(sorted(files.items()))
+            file = files[f"{domain}.{split}"]
+            bins[f"{domain}.{split}"].write(tokens)
+            file["sha256"].update(tokens)
+            for key, n in (("documents", 1), ("tokens", len(tokens) // 2), ("bytes", size)):
+                file[key] += n
+            used[domain] += len(tokens) // 2
+            if used[domain] >= (limit_tokens or float("inf")):
+                full.add(domain)
+    for name in [*files, *(f"{domain}.train" for domain in named)] or ["every split"]:
+        if name not in files or not files[name]["documents"]:
+            raise InputError(f"{name} is left empty; add documents, or raise --val-fraction and --test-fraction")
+    return {name: file | {"sha256": file["sha256"].hexdigest()} for name, file in files.items()}, left_out
 
 
-def prepare(out: str | Path, sources: dict[str, list[Path]] | None = None, tokenizer: str = "train:4096",
+def prepare(out: str | Path, sources: dict[str | None, list[Path]] | None = None, tokenizer: str = "train:4096",
             text_key: str = "text", domain_key: str | None = None, val_fraction: float = 0.05,
-            test_fraction: float = 0.05, limit_tokens: int | None = None) -> Data:
-    """Write a data set to the folder `out`, in the place of one that stood there. Raises InputError.
-
-    sources: {domain: files}, or {None: files} with domain_key, where each record names its domain; None is the sample.
-    """
-    fractions = {"val": val_fraction, "test": test_fraction}
+            test_fraction: float = 0.05, limit_tokens: int | None = None, max_bad: int = 0, workers: int = 1,
+            add: bool = False) -> Data:
+    """Write a data set to the folder `out`, over an old one there, or add to it. Raises InputError. sources: {domain:
+    files}, or {None: files} with a domain_key, under which each record names its domain; None is the sample."""
+    out, full = Path(out).resolve(), set()
+    fractions = Data(out).meta["fractions"] if add else {"val": val_fraction, "test": test_fraction}
     if min(fractions.values()) <= 0 or sum(fractions.values()) >= 1:
         raise InputError(f"--val-fraction {val_fraction} --test-fraction {test_fraction}: every split needs a share")
-    sample, overlap = make_sample(fractions) if sources is None else (None, {})
-
-    def documents():
-        return sample if sources is None else read_sources(sources, text_key, domain_key)
-
-    with new_folder(Path(out)) as folder:
-        path = folder / "tokenizer.json"
+    named = [domain for domain in sources or {} if domain]
+    sample, overlap = ([], {}) if sources else make_sample(fractions)
+    stage = out.with_name(re.sub(r"[^\w.-]", "", f".{out.name}-{'-'.join(named)}.partial"))
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir(parents=True)
+    try:
+        path = stage / "tokenizer.json"
         if vocabulary := re.fullmatch(r"train:(\d{1,9})", tokenizer):
-            texts = (text for _, text in documents() if split_of(text, **fractions) == "train")
+            documents = read(sources, text_key, domain_key, max_bad) if sources else sample
+            every = 1 + sum(path.stat().st_size for paths in (sources or {}).values() for path in paths) // 2**27
+            keys = ((text, *hash_and_split(text, **fractions)) for _, text in documents if text)
+            texts = (text for text, key, split in keys if split == "train" and key % every == 0)  # so many are enough
             train_tokenizer(texts, int(vocabulary[1]), path)
-        else:
-            path.write_text(Tokenizer(tokenizer).json, encoding="utf-8")
-        encoder = Tokenizer(path)
-        paths = {domain or domain_key: [str(p) for p in files] for domain, files in (sources or {}).items()}
-        meta = {"format": FORMAT, "tokenizer": encoder.meta, "fractions": fractions, "overlap": overlap,
-                "sources": paths, "files": write_bins(folder, documents(), encoder, fractions, limit_tokens)}
-        empty = [d for d in sources or {} if f"{d}.train" not in meta["files"] and (d or not meta["files"])]
-        if empty:
-            raise InputError(f"{empty[0] or 'the sources'}: no documents there; nothing was written")
-        write_text(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
+        encode.tokenizer = Tokenizer(path if vocabulary else tokenizer)
+        path.write_text(encode.tokenizer.json, encoding="utf-8")
+        documents = read(sources, text_key, domain_key, max_bad, full) if sources else sample
+        encoded = encode_all(place(documents, fractions, domain_key), workers, path)
+        files, left_out = write_bins(stage, encoded, named, limit_tokens, full)
+        with open(out / path.name if add else path) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another process may add to the same data set
+            old = Data(out).meta if add else {"overlap": overlap, "sources": {}, "left_out": {}, "files": {}}
+            if twice := old["files"].keys() & files.keys():
+                raise InputError(f"{out} has {min(twice)} already; --add is for other domains")
+            old["sources"] |= {str(d or domain_key): [*map(str, paths)] for d, paths in (sources or {}).items()}
+            meta = {"format": FORMAT, "tokenizer": encode.tokenizer.meta, "fractions": fractions, **old}
+            meta["left_out"] = left_out + Counter(old["left_out"])
+            meta["files"] = dict(sorted((old["files"] | files).items()))
+            (stage / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+            for name in [*(f"{name}.bin" for name in files), "meta.json"] if add else []:
+                os.replace(stage / name, out / name)
+        if not add:
+            shutil.rmtree(out, ignore_errors=True)
+            os.rename(stage, out)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
     return Data(out)
-
-
-def describe(data: Data) -> str:
-    """A table of what a data set holds."""
-    lines = [f"{'domain':<16}{'split':<7}{'documents':>11}{'tokens':>13}{'bytes/token':>13}"]
-    for name, file in data.meta["files"].items():
-        lines.append("{:<16}{:<7}".format(*name.split(".")) + f"{file['documents']:>11,}{file['tokens']:>13,}"
-                     + f"{file['bytes'] / file['tokens']:>13.2f}")
-    shares = ", ".join(f"{domain} {share:.0%}" for domain, share in data.meta["overlap"].items())
-    return "\n".join(lines) + (f"\n13-grams of the test split that the train split has too: {shares}" if shares else "")
 
 
 def main():
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
-    add("sources", nargs="*", metavar="name=source", help=f"{', '.join(SUFFIXES)}, folder or glob; nothing: the sample")
+    add("sources", nargs="*", metavar="name=source", help="file, folder, glob or hf://datasets/…; none: the sample")
     add("--out", default=SAMPLE, help="folder to write (default: %(default)s)")
+    add("--add", action="store_true", help="add domains to the data set in --out, with its tokenizer and fractions")
+    add("--overwrite", action="store_true", help="replace the data set in --out")
     add("--tokenizer", help="a model, a tokenizer.json, or train:N to train one (the sample: train:4096)")
     add("--text-key", default="text", help="dotted key of a record's text (default: %(default)s)")
     add("--domain-key", help="dotted key of a record's domain; sources are then given without a name")
     add("--val-fraction", type=float, help="(default: 0.05; the sample: 0.1)")
     add("--test-fraction", type=float, help="likewise")
     add("--limit-tokens", type=int, metavar="N", help="stop a domain after N tokens")
-    add("--workers", type=int, metavar="N", help="threads that tokenize (default: all cores)")
-    add("--overwrite", action="store_true", help="replace what is there")
+    add("--max-bad", type=int, default=0, metavar="N", help="lines without a document to skip (default: %(default)s)")
+    add("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes that tokenize (default: all cores)")
     args = parser.parse_args()
-    if args.workers is not None:
-        os.environ["RAYON_NUM_THREADS"] = str(max(1, args.workers))  # read when tokenizers first runs
-    out = Path(args.out)
-    if out.exists() and (not args.overwrite or any(p.suffix not in (".bin", ".json") for p in out.iterdir())):
-        raise InputError(f"{out} exists; choose another --out (--overwrite replaces a data set, and nothing else)")
-    sources = {}
+    out, sources, share = Path(args.out), {}, 0.05 if args.sources else SAMPLE_FRACTION
+    if out.exists() and not (args.add or args.overwrite and {".bin", ".json"} >= {p.suffix for p in out.iterdir()}):
+        raise InputError(f"{out} exists; choose another --out, or --add to it; --overwrite replaces a data set only")
     for source in args.sources:
         name, equals, path = (None, "=", source) if args.domain_key else source.partition("=")
         if not equals:
             raise InputError(f"{source}: expected name=path, or --domain-key for records that name their domain")
         sources.setdefault(name, []).extend(source_files(path))
-    if args.sources and args.tokenizer is None:
-        raise InputError("--tokenizer is needed; pythia-70m, from the hub, is Pythia's, and train:4096 trains one")
-    share = 0.05 if sources else SAMPLE_FRACTION
+    if sources and args.add == bool(args.tokenizer):
+        raise InputError("--tokenizer is needed, but not with --add; pythia-70m is Pythia's, train:4096 trains one")
     fractions = [share if given is None else given for given in (args.val_fraction, args.test_fraction)]
-    print(describe(prepare(out, sources or None, args.tokenizer or "train:4096", args.text_key, args.domain_key,
-                           *fractions, args.limit_tokens)))
+    data = prepare(out, sources or None, args.out if args.add else args.tokenizer or "train:4096", args.text_key,
+                   args.domain_key, *fractions, args.limit_tokens, args.max_bad, max(1, args.workers), args.add)
+    print(f"{'':<24}{'documents':>12}{'tokens':>16}{'bytes/token':>13}")
+    for name, file in data.meta["files"].items():
+        print(f"{name:<24}{file['documents']:>12,}{file['tokens']:>16,}{file['bytes'] / file['tokens']:>13.2f}")
+    print("left out:", ", ".join(f"{n:,} {kind}" for kind, n in data.meta["left_out"].items()) or "nothing")
+    if shares := ", ".join(f"{domain} {share:.0%}" for domain, share in data.meta["overlap"].items()):
+        print(f"13-grams of the test split that the train split has too: {shares}")
 
 
 if __name__ == "__main__":

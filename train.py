@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
 from eval import (autocast, autocast_dtype, barrier, can_compile, check_fit, check_tokenizer, evaluate, finish,
-                  mean_loss, rank_and_world, results, rows_at_once, say, start, table, window_count)
-from model import SHAPES, GPTNeoX, load, save, write_safetensors
-from prepare import SAMPLE, SPLITS, ArgumentParser, Data, InputError, cli, load_json, new_folder, write_text
+                  mean_loss, model_card, rank_and_world, results, rows_at_once, say, start, table, window_count)
+from model import SHAPES, GPTNeoX, load, load_json, new_folder, pinned, save, write_safetensors, write_text
+from prepare import SAMPLE, SPLITS, ArgumentParser, Data, InputError, cli
 
 HORIZON = {"arxiv": 608, "books": 613, "github": 226, "web": 8516, "wikipedia": 1438}  # the published mixture
 PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
@@ -346,7 +346,7 @@ def open_run(args) -> tuple[Data, GPTNeoX, dict]:
         value, high = vars(args)[name], 1 if name in ("lr", "warmup") else 2**31
         if value is not None and not low <= value <= high:
             raise InputError(f"--{name.replace('_', '-')} {value}: expected {low} to {high}")
-    data, device = Data(args.data), start(args.device)
+    data, device, args.model = Data(args.data), start(args.device), pinned(args.model)
     model = load(args.model, device, vocab_size=data.vocab_size, seed=args.seed)
     own = defaults(model)
     hyper = {key: own[key] if vars(args)[key] is None else vars(args)[key] for key in ("seq_len", "batch_size", "lr")}
@@ -432,6 +432,8 @@ def main():
         losses["after"] = evaluate(model, data, "val", T, dtype, args.eval_sequences)
         if rank_and_world()[0] == 0:
             write_text(out / "result.json", json.dumps(results(losses, data, "val", T), indent=1) + "\n")
+            card = model_card(out.name, args.model, data, counts, hyper, load_json(out / "result.json"))
+            write_text(out / "README.md", card)
             keep(model, data, out, getattr(torch, args.save_dtype))
         barrier()
     say(f"validation losses, {T} tokens a sequence", table(load_json(out / "result.json")), f"model and log in {out}")
