@@ -300,7 +300,7 @@ def weight_files(name: str) -> list[Path]:
 
 
 def elsewhere(name: str) -> str:
-    """Where on the hub a model has safetensors, if this revision has none: .bin files can hold code, and are not read."""
+    """Where on the hub a model has safetensors, if this revision has none; .bin files can hold code and stay unread."""
     repo = pinned(name).partition("@")[0]
     with contextlib.suppress(Exception):  # of several libraries, where the hub cannot be asked
         from huggingface_hub import file_exists

@@ -72,7 +72,8 @@ def hub_folder(name: str, patterns: list[str], kind: str = "model") -> Path:
         if not re.fullmatch(r"pythia-(14m|31m|70m|160m|410m|1b|1\.4b|2\.8b|6\.9b|12b)(-deduped)?", repo):
             raise InputError(f"{name}: no such folder, and no such model; a name on the hub is ORG/NAME or pythia-70m")
         repo = f"EleutherAI/{repo}"
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import logging, snapshot_download
+    logging.set_verbosity_error()
     try:
         return Path(snapshot_download(repo, repo_type=kind, revision=revision or None, allow_patterns=patterns))
     except Exception as e:  # of several libraries: a connection cut, a name that is none, a disk that is full

@@ -244,7 +244,9 @@ def test_damaged_data(script, data, small, tmp_path, damage):
         path.unlink()
     else:
         meta.write_text(meta.read_text().replace('"format": 1', '"format": 99'))
-    fails(script("eval", small, "--data", tmp_path / "d", "--device", "cpu"), "format 1" if damage == "format" else path)
+    fails(
+        script("eval", small, "--data", tmp_path / "d", "--device", "cpu"), "format 1" if damage == "format" else path
+    )
 
 
 def test_damaged_models(script, data, small, tmp_path):
