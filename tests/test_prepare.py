@@ -2,15 +2,21 @@
 
 import gzip
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import tokenizers
-from conftest import ROOT, made_documents, write_jsonl
+import zstandard
+from conftest import ROOT, command, made_documents, write_jsonl
 
+import prepare as prepare_module
 from prepare import SPLITS, Data, InputError, Tokenizer, prepare, source_files
 
 
@@ -173,13 +179,6 @@ def test_reading_prepared_data_does_not_import_torch():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"model": {"type": "BPE", "vocab": {}, "merges": [["a", "b"]]}}'])
-def test_what_is_not_a_tokenizer_is_refused(tmp_path, content):
-    (tmp_path / "t.json").write_text(content)
-    with pytest.raises(InputError, match="t.json"):
-        Tokenizer(tmp_path / "t.json")
-
-
 def test_the_sample_is_real_text_in_five_domains_with_little_overlap(tmp_path):
     made = subprocess.run(
         [sys.executable, ROOT / "prepare.py", "--out", tmp_path / "sample"], check=True, capture_output=True, text=True
@@ -201,3 +200,183 @@ def test_the_sample_is_real_text_in_five_domains_with_little_overlap(tmp_path):
     assert len(grams["test"] & grams["train"]) / len(grams["test"]) == pytest.approx(
         sample.meta["overlap"]["cpp"], abs=1e-9
     )
+
+
+def prepare_command(out, *argv, **kwargs):
+    """prepare.py as a user runs it, with enough documents in every split."""
+    fractions = ["--val-fraction", 0.2, "--test-fraction", 0.2]
+    tokenizer = [] if "--add" in argv or "--tokenizer" in argv else ["--tokenizer", "train:300"]
+    return command("prepare.py", "--out", out, *tokenizer, *([] if "--add" in argv else fractions), *argv, **kwargs)
+
+
+def made_of(text: str, pack: str) -> bytes:
+    """Text as bytes, packed in one of the ways that files are; twice: in two members or frames."""
+    half = len(text) // 2
+    parts = [text[:half].encode(), text[half:].encode()]
+    if pack == "gz":
+        return b"".join(map(gzip.compress, parts))
+    if pack == "zst":
+        packer = zstandard.ZstdCompressor().compressobj()  # a frame that does not tell its size
+        return zstandard.ZstdCompressor().compress(parts[0]) + packer.compress(parts[1]) + packer.flush()
+    return text.encode()
+
+
+@pytest.mark.parametrize("pack", ["gz", "zst"])
+def test_packed_files_hold_the_same_documents(tmp_path, pack):
+    plain = write_jsonl(tmp_path / "p.jsonl", made_documents("prose", 90))
+    (tmp_path / f"p.jsonl.{pack}").write_bytes(made_of(plain.read_text(), pack))
+    want = prepared(tmp_path / "1", {"a": [plain]}).meta["files"]
+    assert prepared(tmp_path / "2", {"a": [tmp_path / f"p.jsonl.{pack}"]}).meta["files"] == want
+
+
+def test_parquet_holds_the_same_documents(tmp_path):
+    texts = {d: made_documents(d, 150) for d in ("prose", "sums")}
+    plain = [write_jsonl(tmp_path / f"{d}.jsonl", texts[d]) for d in texts]
+    rows = [{"text": t, "meta": {"set": d, "n": i}, "more": b"x"} for d in texts for i, t in enumerate(texts[d])]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "all.parquet", row_group_size=100)
+    want = prepared(tmp_path / "1", {"prose": [plain[0]], "sums": [plain[1]]})
+    made = prepared(tmp_path / "2", {None: [tmp_path / "all.parquet"]}, domain_key="meta.set")
+    assert made.meta["files"] == want.meta["files"]
+
+
+@pytest.mark.parametrize("name, missing", [("a.jsonl.zst", "zstandard"), ("a.parquet", "pyarrow")])
+def test_a_format_whose_library_is_missing_names_it(script, tmp_path, monkeypatch, name, missing):
+    if missing == "zstandard" and sys.version_info >= (3, 14):
+        pytest.skip("this Python unpacks .zst by itself")
+    (tmp_path / name).write_bytes(b"x")
+    for module in list(sys.modules):
+        if module.partition(".")[0] == missing:
+            monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, missing, None)
+    argv = ["--out", tmp_path / "d", f"a={tmp_path / name}", "--tokenizer", "train:300", "--workers", 1]
+    status, _, err = script("prepare", *argv)
+    assert status == 2 and f"pip install {missing}" in err and name in err, err
+
+
+def test_names_of_domains_that_would_be_the_same_file_are_an_error(script, tmp_path):
+    records = [{"text": t, "set": d} for d in ("Stack Exchange", "stack/exchange") for t in made_documents(d, 60)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    argv = ["--out", tmp_path / "d", tmp_path / "a.jsonl", "--domain-key", "set", "--tokenizer", "train:300"]
+    status, _, err = script("prepare", *argv)
+    assert status == 2 and "'Stack Exchange'" in err and "'stack/exchange'" in err and not (tmp_path / "d").exists()
+
+
+def test_bad_lines_are_counted_where_some_are_allowed(tmp_path):
+    texts = made_documents("sums", 100)
+    lines = [json.dumps({"text": t}) for t in texts]
+    for at, bad in ((3, "{"), (50, '{"text": null}'), (60, '"just a string"'), (90, '{"text": "\\ud800"}')):
+        lines.insert(at, bad)
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, json.dumps({"text": texts[5]}), '{"text": ""}']))
+    source = f"a={tmp_path / 'a.jsonl'}"
+    assert prepare_command(tmp_path / "d", source, "--max-bad", 3).returncode == 2
+    done = prepare_command(tmp_path / "d", source, "--max-bad", 4)
+    assert done.returncode == 0 and "4 bad" in done.stdout and "1 duplicate" in done.stdout and "1 empty" in done.stdout
+    made = Data(tmp_path / "d")
+    assert made.meta["left_out"] == {"bad": 4, "duplicate": 1, "empty": 1}
+    assert sorted(t for s in SPLITS for t in documents_of(made, "a", s)) == sorted(texts)
+
+
+def test_a_domain_is_added_as_if_it_had_been_there_from_the_start(tmp_path, script):
+    for d in ("code", "prose", "sums"):
+        write_jsonl(tmp_path / f"{d}.jsonl", made_documents(d, 120))
+    sources = {d: f"{d}={tmp_path / d}.jsonl" for d in ("code", "prose", "sums")}
+    assert prepare_command(tmp_path / "two", sources["code"], sources["sums"]).returncode == 0
+    at_once = prepare_command(tmp_path / "three", *sources.values(), "--tokenizer", tmp_path / "two" / "tokenizer.json")
+    assert at_once.returncode == 0, at_once.stderr
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "two").iterdir()}
+    done = prepare_command(tmp_path / "two", "--add", sources["prose"])
+    assert done.returncode == 0, done.stderr
+    two, three = Data(tmp_path / "two"), Data(tmp_path / "three")
+    assert two.meta == three.meta and two.identity == three.identity
+    changed = [p.name for p in (tmp_path / "two").iterdir() if before.get(p.name) != p.stat().st_mtime_ns]
+    assert sorted(changed) == ["meta.json", "prose.test.bin", "prose.train.bin", "prose.val.bin"]
+    for argv in (["--add", sources["prose"]], ["--add", sources["prose"], "--tokenizer", "train:300"]):
+        assert prepare_command(tmp_path / "two", *argv).returncode == 2
+    assert Data(tmp_path / "two").meta == three.meta and not list(tmp_path.glob(".*"))
+
+
+def test_two_processes_may_add_at_the_same_time(tmp_path):
+    for d in ("code", "prose", "sums"):
+        write_jsonl(tmp_path / f"{d}.jsonl", made_documents(d, 300))
+    assert prepare_command(tmp_path / "d", f"code={tmp_path}/code.jsonl").returncode == 0
+    argv = [sys.executable, ROOT / "prepare.py", "--out", tmp_path / "d", "--add", "--workers", "1"]
+    running = [subprocess.Popen([*argv, f"{d}={tmp_path}/{d}.jsonl"]) for d in ("prose", "sums")]
+    assert [process.wait() for process in running] == [0, 0]
+    assert Data(tmp_path / "d").domains == ["code", "prose", "sums"]
+
+
+def test_killed_half_way_nothing_looks_like_data_and_a_second_run_succeeds(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", [f"{i} {t}" for i in range(300) for t in made_documents("code", 60, i)])
+    (tmp_path / "t").mkdir()
+    first = prepare_command(tmp_path / "t" / "d", f"a={source}", "--limit-tokens", 20_000)
+    assert first.returncode == 0, first.stderr
+    tokenizer = (tmp_path / "t" / "d" / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    shutil.rmtree(tmp_path / "t")
+    argv = [sys.executable, ROOT / "prepare.py", "--out", tmp_path / "t" / "d", f"a={source}"]
+    argv += ["--tokenizer", tokenizer, "--workers", "2"]
+    process = subprocess.Popen(argv)
+    while not (bins := list(tmp_path.glob("t/.*/a.train.bin"))) or not bins[0].stat().st_size:
+        assert process.poll() is None
+        time.sleep(0.01)
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    process.kill()
+    process.wait()
+    with pytest.raises(InputError):
+        Data(tmp_path / "t" / "d")
+    assert not list(tmp_path.glob("t/.*/meta.json"))
+    for _ in range(100):  # the workers end, too
+        if not any(os.path.exists(f"/proc/{pid}/fd/0") for pid in children.stdout.split()):
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError("workers outlive the process that started them")
+    subprocess.run(argv, check=True, capture_output=True)
+    assert [p.name for p in (tmp_path / "t").iterdir()] == ["d"] and Data(tmp_path / "t" / "d").domains == ["a"]
+
+
+MEASURE = """
+import resource, sys
+sys.path.insert(0, {root!r})
+import prepare
+sys.argv = ["prepare.py", *sys.argv[1:]]
+if __name__ == "__main__":
+    prepare.cli(prepare.main)
+    assert "torch" not in sys.modules
+    own = next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]
+    print(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+
+
+def peak_memory(tmp_path, *argv) -> list[int]:
+    """MB at most, of the process and of the largest of its workers."""
+    (tmp_path / "measure.py").write_text(MEASURE.format(root=str(ROOT)))
+    done = subprocess.run([sys.executable, tmp_path / "measure.py", *map(str, argv)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [int(kb) // 1024 for kb in done.stdout.splitlines()[-1].split()]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is measured as Linux tells it")
+def test_memory_does_not_grow_with_the_input(tmp_path):
+    """Eight times as much text takes about as much memory; torch is not imported."""
+    peaks = []
+    for n in (5, 40):  # about 1 MB each
+        with open(tmp_path / f"{n}.jsonl", "w") as f:
+            for i in range(n):
+                f.writelines(json.dumps({"text": f"{i} {t}" * 20}) + "\n" for t in made_documents("prose", 120, i))
+        argv = ["--out", tmp_path / str(n), f"a={tmp_path / f'{n}.jsonl'}", "--tokenizer", "train:400"]
+        peaks.append(peak_memory(tmp_path, *argv, "--workers", 2))
+    assert (tmp_path / "40.jsonl").stat().st_size > 35e6
+    assert max(peaks[1]) < 300 and max(peaks[1]) < max(peaks[0]) + 60, peaks
+
+
+def test_a_document_takes_eight_bytes_of_what_is_remembered():
+    """The set that tells duplicates holds one number of 64 bits a document, and nothing of its text."""
+    documents = [("a", f"document {i}") for i in range(1000)]
+    placed = prepare_module.place(documents, {"val": 0.1, "test": 0.1}, None)
+    assert sum(map(len, placed)) == 1000
+    generator = prepare_module.place(
+        iter([*documents, ("a", "x" * prepare_module.BLOCK)]), {"val": 0.1, "test": 0.1}, None
+    )
+    next(generator)
+    (seen,) = generator.gi_frame.f_locals["seen"].values()
+    assert len(seen) == 1001 and all(type(key) is int and key < 2**64 for key in seen)
