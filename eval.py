@@ -114,7 +114,7 @@ def check_fit(model: GPTNeoX, data: Data, seq_len: int) -> None:
 def check_tokenizer(model: str, data: Data) -> None:
     """Warn where a model comes with another tokenizer than the data was made with."""
     path = Path() if model.startswith("scratch:") else model_folder(model) / "tokenizer.json"
-    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != data.meta["tokenizer"]["sha256"]:
+    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != data.meta["tokenizer"].get("sha256"):
         say(f"warning: {path} is not the tokenizer of {data.folder}; the losses may mean nothing")
 
 

@@ -181,9 +181,9 @@ class Data:
             self.meta = json.loads(path.read_bytes())
             if self.meta["format"] != FORMAT:
                 raise ValueError
-            self.vocab_size, files = self.meta["tokenizer"]["vocab_size"], self.meta["files"]
+            self.vocab_size, files = int(self.meta["tokenizer"]["vocab_size"]), self.meta["files"]
             hashes = sorted((name, file["sha256"]) for name, file in files.items())
-            sizes = {self.folder / f"{name}.bin": 2 * file["tokens"] for name, file in files.items()}
+            sizes = {self.folder / f"{name}.bin": 2 * int(file["tokens"]) for name, file in files.items()}
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
             raise InputError(f"{path}: damaged, or not of format {FORMAT}; prepare the data again") from None
         for path, size in sizes.items():

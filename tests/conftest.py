@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -107,10 +108,13 @@ def script(monkeypatch, capsys):
     return run
 
 
-def command(*argv, ranks: int = 0, **kwargs) -> subprocess.CompletedProcess:
-    """Run a script as a user does: command("train.py", …), under torchrun with `ranks` processes if given."""
+def command(*argv, ranks: int = 0, memory: float | None = None, **kwargs) -> subprocess.CompletedProcess:
+    """Run a script as a user does: command("train.py", …), under torchrun with `ranks` processes if given; each of its
+    processes may have so many bytes of memory of its own."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
     env = {**os.environ, "OMP_NUM_THREADS": "1"} if ranks else None
+    if memory:
+        kwargs["preexec_fn"] = lambda: resource.setrlimit(resource.RLIMIT_DATA, (int(memory), int(memory)))
     return subprocess.run(
         [sys.executable, *torchrun, str(ROOT / argv[0]), *map(str, argv[1:])],
         text=True,

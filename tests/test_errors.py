@@ -3,15 +3,20 @@
 import gzip
 import json
 import shutil
+import struct
+import zlib
 
 import pytest
+import zstandard
 from conftest import SMALL, command, made_documents, write_jsonl
+
+from prepare import Data
 
 GOOD = json.dumps({"text": "some text"})
 
 
 def fails(result, *words) -> None:
-    status, _, err = result
+    status, err = (result.returncode, result.stderr) if hasattr(result, "stderr") else (result[0], result[2])
     assert status == 2, err
     assert err.startswith("error: ") and err.count("\n") == 1, err
     for word in words:
@@ -272,6 +277,177 @@ def test_a_model_with_another_vocabulary(script, data, tmp_path):
 
 def test_a_real_process_says_it_the_same_way(tmp_path):
     done = command("train.py", "--model", "scratch:huge", "--data", tmp_path, cwd=tmp_path)
-    fails((done.returncode, done.stdout, done.stderr), "not a data set")
+    fails(done, "not a data set")
     help_text = command("mix.py", "--help").stdout
     assert "--rule" in help_text and "python mix.py" in help_text
+
+
+def test_a_line_of_200_megabytes_in_a_small_gz(tmp_path):
+    """It ends in one line, soon, and in little memory; where a bad line is allowed, the others are read."""
+    good = "".join(json.dumps({"text": t}) + "\n" for t in made_documents("sums", 80)).encode()
+    packer = zlib.compressobj(9, wbits=31)
+    parts = [packer.compress(good), packer.compress(b'{"text": "')]
+    parts += [packer.compress(b"a" * 10**6) for _ in range(200)]
+    parts += [packer.compress(b'"}\n' + good.replace(b"sums", b"more")), packer.flush()]
+    (tmp_path / "a.jsonl.gz").write_bytes(b"".join(parts))
+    assert (tmp_path / "a.jsonl.gz").stat().st_size < 300_000
+    argv = ["prepare.py", "--out", tmp_path / "d", f"a={tmp_path / 'a.jsonl.gz'}", "--tokenizer", "train:300"]
+    fails(command(*argv, memory=800e6), "a.jsonl.gz:81", "longer than")
+    done = command(*argv, "--max-bad", 1, "--val-fraction", 0.2, "--test-fraction", 0.2, memory=800e6)
+    assert done.returncode == 0, done.stderr
+    assert sum(Data(tmp_path / "d").size("a", split)["documents"] for split in ("train", "val", "test")) == 160
+
+
+@pytest.mark.parametrize(
+    "name", ["cut.jsonl.gz", "cut.jsonl.zst", "wrong.jsonl.gz", "wrong.jsonl.zst", "wrong.parquet"]
+)
+def test_files_that_are_cut_or_something_else(script, tmp_path, name):
+    good = (GOOD + "\n").encode() * 5000
+    packed = gzip.compress(good) if name.endswith("gz") else zstandard.ZstdCompressor().compress(good)
+    (tmp_path / name).write_bytes(packed[:-9] if name.startswith("cut") else b"\0 no such format" * 10)
+    argv = ["--out", tmp_path / "d", f"a={tmp_path / name}", "--tokenizer", "train:300"]
+    fails(script("prepare", *argv), tmp_path / name, "cannot be read to its end")
+    assert not (tmp_path / "d").exists()
+
+
+def test_a_zst_that_unpacks_to_gigabytes(tmp_path):
+    packer = zstandard.ZstdCompressor().compressobj()
+    with open(tmp_path / "a.jsonl.zst", "wb") as f:
+        for _ in range(1500):
+            f.write(packer.compress(b"a" * 10**6))
+        f.write(packer.flush())
+    assert (tmp_path / "a.jsonl.zst").stat().st_size < 500_000
+    argv = ["prepare.py", "--out", tmp_path / "d", f"a={tmp_path / 'a.jsonl.zst'}", "--tokenizer", "train:300"]
+    fails(command(*argv, memory=800e6), "a.jsonl.zst:1", "longer than")
+
+
+def test_byte_order_marks_and_nul_bytes(script, tmp_path):
+    texts = made_documents("sums", 80) + ["nul \0 byte"]
+    lines = "".join(json.dumps({"text": t}) + "\r\n" for t in texts)
+    (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    (tmp_path / "nul.jsonl").write_bytes(lines.encode() + b"\0" * 100)
+    base = ["--tokenizer", "train:300", "--val-fraction", 0.2, "--test-fraction", 0.2, "--workers", 1]
+    assert script("prepare", "--out", tmp_path / "d", f"a={tmp_path / 'bom.jsonl'}", *base)[0] == 0
+    assert sum(Data(tmp_path / "d").size("a", split)["documents"] for split in ("train", "val", "test")) == 81
+    fails(script("prepare", "--out", tmp_path / "e", f"a={tmp_path / 'nul.jsonl'}", *base), "nul.jsonl:82")
+
+
+@pytest.mark.parametrize("name", ["../x", "..", "/etc/passwd", "a/../../b", "mean", "", "x" * 5000, "\0", "日本"])
+def test_names_of_domains_from_records_stay_in_the_folder(script, tmp_path, name):
+    records = [{"text": t, "set": name} for t in made_documents("sums", 60)]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    argv = ["--out", tmp_path / "out" / "d", tmp_path / "in" / "a.jsonl", "--domain-key", "set", "--workers", 1]
+    status, _, err = script("prepare", *argv, "--tokenizer", "train:300", "--val-fraction", 0.2, "--test-fraction", 0.2)
+    assert status in (0, 2) and err.count("\n") == (status == 2), err
+    assert {path.name for path in tmp_path.iterdir()} <= {"in", "out"}
+    for path in (tmp_path / "out").rglob("*"):
+        assert path.name == "d" or (path.parent.name == "d" and path.suffix in (".bin", ".json")), path
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": 10**9},
+        {"hidden_size": 0},
+        {"hidden_size": 2**80},
+        {"num_hidden_layers": 10**6},
+        {"num_hidden_layers": 2.5},
+        {"num_attention_heads": 7},
+        {"num_attention_heads": True},
+        {"vocab_size": "many"},
+        {"vocab_size": 2**40},
+        {"max_position_embeddings": 2**20 - 1, "rotary_pct": 1.0, "hidden_size": 2**19},
+        {"rotary_pct": 1e308},
+        {"rotary_pct": float("nan")},
+        {"rotary_emb_base": -1},
+        {"layer_norm_eps": float("inf")},
+        {"rope_parameters": [1]},
+        {"rope_parameters": {"rope_type": "yarn"}},
+        {"rope_parameters": {"rope_theta": {}}},
+        {"model_type": "llama"},
+        {"model_type": ["gpt_neox"]},
+        {"hidden_act": "swish"},
+    ],
+)
+def test_a_crafted_config(script, data, small, tmp_path, change):
+    shutil.copytree(small, tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    fails(script("eval", tmp_path / "m", "--data", data.folder, "--device", "cpu"), tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "null", "[" * 100_000, '{"hidden_size": ' + "9" * 5000 + "}", "\0" * 50, "{"]
+)
+def test_a_config_that_is_no_config(script, data, small, tmp_path, content):
+    shutil.copytree(small, tmp_path / "m")
+    (tmp_path / "m" / "config.json").write_text(content)
+    fails(script("eval", tmp_path / "m", "--data", data.folder, "--device", "cpu"), "config.json")
+
+
+def crafted(header: dict | bytes, size: int | None = None, data: bytes = b"\0" * 64) -> bytes:
+    """A safetensors file with this header, and this for its length."""
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(header) if size is None else size) + header + data
+
+
+def tensor(begin: int, end: int, shape: list, dtype: str = "F32") -> dict:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\0" * 7,
+        crafted({"a": tensor(0, 64, [16]), "b": tensor(32, 64, [8])}),  # overlapping
+        crafted({"a": tensor(0, 64, [16]), "b": tensor(0, 64, [16])}),  # twice the same
+        crafted({"a": tensor(0, 4, [1]), "b": tensor(8, 64, [14])}),  # a hole
+        crafted({"a": tensor(0, 1 << 40, [1 << 38])}),  # past the end
+        crafted({"a": tensor(64, 0, [16])}),
+        crafted({"a": tensor(-64, 0, [16])}),
+        crafted({"a": tensor(0, 64, [2**32, 2**32])}),
+        crafted({"a": tensor(0, 64, [-16])}),
+        crafted({"a": tensor(0, 64, [16], "F999")}),
+        crafted(b"{}", size=2**63),
+        crafted(b"{}", size=2**30),
+        crafted(b"[" * 100_000),
+        crafted(b"\xff" * 100),
+        crafted(b'{"a":' * 50_000),
+        crafted({"gpt_neox.embed_in.weight": tensor(0, 64, [4, 4])}),  # of another shape
+        crafted({"__metadata__": {"a": 3}}),
+    ],
+)
+def test_crafted_safetensors(script, data, small, tmp_path, content):
+    shutil.copytree(small, tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").write_bytes(content)
+    fails(script("eval", tmp_path / "m", "--data", data.folder, "--device", "cpu"), "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "shard", ["../../x", "/etc/passwd", "model-00001-of-00002.bin", 7, None, ["x"], {"a": 1}, "x" * 10**6]
+)
+def test_an_index_that_names_other_files(script, data, small, tmp_path, shard):
+    shutil.copytree(small, tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").rename(tmp_path / "x")
+    (tmp_path / "m" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
+    fails(script("eval", tmp_path / "m", "--data", data.folder, "--device", "cpu"), "index.json")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": []},
+        {"files": {"a.train": {}}},
+        {"files": {"a.train": {"tokens": "x", "sha256": ""}}},
+        {"files": {"../../x.train": {"tokens": 3, "sha256": "", "documents": 1, "bytes": 1}}},
+        {"tokenizer": None},
+        {"tokenizer": {"vocab_size": "x"}},
+    ],
+)
+def test_a_crafted_meta_json(script, data, small, tmp_path, change):
+    shutil.copytree(data.folder, tmp_path / "d")
+    path = tmp_path / "d" / "meta.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    fails(script("eval", small, "--data", tmp_path / "d", "--device", "cpu"), tmp_path / "d")
