@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -256,20 +257,27 @@ def read_config(path: Path) -> Config:
     return config
 
 
-@functools.cache
-def model_folder(name: str) -> Path:
-    """The folder of a model: `name` itself or, for a name on the hub, the one in its cache, named by the commit, whose
-    files have been checked against their hashes. Raises InputError."""
-    if Path(name).exists():
-        return Path(name)
-    folder = hub_folder(name, ["config.json", "tokenizer.json", "model*.safetensors", "model.safetensors.index.json"])
-    for path in sorted(folder.glob("*.*")):
-        blob = path.resolve()  # its name is the sha256 of the content or, of small files, git's hash
+def verify(path: Path) -> None:
+    """Check a file of the hub's cache, where it is a link to one that is named by the sha256 of its content or, if it
+    is small, by git's hash. Raises InputError."""
+    blob = path.resolve()
+    if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
         header = b"" if len(blob.name) == 64 else b"blob %d\0" % blob.stat().st_size
         with open(blob, "rb") as file:
             found = hashlib.file_digest(file, lambda: (hashlib.sha1 if header else hashlib.sha256)(header)).hexdigest()
-        if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name) and found != blob.name:
+        if found != blob.name:
             raise InputError(f"{path}: damaged, its hash is not its name; remove {blob}, and it is fetched again")
+
+
+@functools.cache
+def model_folder(name: str) -> Path:
+    """The folder of a model: `name` itself or, for a name on the hub, the one in its cache, named by the commit.
+    Raises InputError."""
+    if Path(name).exists():
+        return Path(name)
+    folder = hub_folder(name, ["config.json", "tokenizer.json", "model*.safetensors", "model.safetensors.index.json"])
+    for path in folder.glob("*.json"):
+        verify(path)
     return folder
 
 
@@ -365,7 +373,13 @@ def load(name: str | Path, device="cpu", dtype: torch.dtype = torch.float32, voc
         raise InputError(f"{name}: not a model (no config.json); expected a Hugging Face folder or a name on the hub")
     with torch.device("meta"):
         model = GPTNeoX(read_config(config))
-    read_weights(weight_files(str(name)), model, device, dtype)
+    files = weight_files(str(name))
+    with ThreadPoolExecutor(1) as pool:
+        checks = pool.map(verify, files)  # meanwhile
+        try:
+            read_weights(files, model, device, dtype)
+        finally:
+            list(checks)  # raises what they found
     return model
 
 

@@ -98,18 +98,18 @@ class Tokenizer:
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._fast = rank_encoding(json.loads(self.json), self._tokenizer.model)
         vocab = self._tokenizer.get_vocab()
         vocab_size, self.end_of_text = 1 + max(vocab.values(), default=0), vocab.get(END_OF_TEXT)
         if self.end_of_text is None or vocab_size > 2**16:
-            raise InputError(f"{path}: {vocab_size:,} tokens, {END_OF_TEXT} being {self.end_of_text}; expected at most "
-                             f"65,536, to fit uint16, and among them {END_OF_TEXT}, which ends every document")
+            raise InputError(f"{path}: {vocab_size:,} tokens; expected {END_OF_TEXT}, and at most 65,536 to fit uint16")
         sha256 = hashlib.sha256(self.json.encode()).hexdigest()
         self.meta = {"sha256": sha256, "vocab_size": vocab_size, "end_of_text": self.end_of_text}
 
     def encode(self, text: str) -> np.ndarray:
         """(n,) uint16, without an end-of-text id. Raises UnicodeEncodeError for a lone surrogate, which is not text."""
         text.encode()
+        if not hasattr(self, "_fast"):  # made when it is needed, for it takes a moment
+            self._fast = rank_encoding(json.loads(self.json), self._tokenizer.model)
         if self._fast is None or len(text) > 10**5 and re.search(r"\s{100000}", text):  # on which tiktoken panics
             encoding, = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
             return np.array(encoding.ids, dtype=np.uint16)
