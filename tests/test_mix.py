@@ -100,6 +100,8 @@ def history_of(out) -> list[dict]:
 
 def test_the_main_job_writes_what_it_promises(whole, data):
     out, text = whole
+    card = (out / "README.md").read_text()
+    assert "Losses on the test split" in card and "untouched" in card and "reweighted" in card
     history, mixture, result = (
         history_of(out),
         json.loads((out / "mix.json").read_text()),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -11,11 +12,11 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, command
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval import can_compile, evaluate, mean_loss
 from model import load
-from prepare import Data
+from prepare import Data, Tokenizer
 from train import Mixture, learning_rate, train
 
 
@@ -114,6 +115,23 @@ def test_micro_batch_size_changes_nothing_but_rounding(data, small):
         assert_same_training(other, weights[0], atol=5e-5)
 
 
+def test_the_model_card_says_what_the_model_is_made_of(data, small, tmp_path, script):
+    """Base, mixture, hyperparameters, data and every domain's losses; no path of this machine."""
+    assert script("train", *argv(data, small, tmp_path / "run"))[0] == 0
+    card = (tmp_path / "run" / "README.md").read_text()
+    front, _, text = card.removeprefix("---\n").partition("---\n")
+    assert front == "library_name: transformers\n"
+    run, result = (json.loads((tmp_path / "run" / f"{name}.json").read_text()) for name in ("run", "result"))
+    for d, count in run["settings"]["counts"].items():
+        assert re.search(rf"^{d} +{count} ", text, re.M)
+    for key in ("batch_size", "lr", "warmup", "seed"):
+        assert f"{key} {run['settings'][key]}" in text
+    for d in data.domains:
+        assert re.search(rf"^{d} .*{result['models']['after']['nats'][d]:.4f}", text, re.M) and f"{d}.jsonl" in text
+    assert data.identity in text and data.meta["tokenizer"]["sha256"] in text
+    assert str(data.folder.parent) not in text
+
+
 def test_the_run_folder_is_a_hugging_face_folder_with_a_log(data, small, tmp_path, script):
     status, out, err = script("train", *argv(data, small, tmp_path / "run", "--eval-every", 2, "--save-every", 2))
     assert status == 0, err
@@ -126,6 +144,8 @@ def test_the_run_folder_is_a_hugging_face_folder_with_a_log(data, small, tmp_pat
     torch.testing.assert_close(
         AutoModelForCausalLM.from_pretrained(tmp_path / "run")(tokens).logits, load(tmp_path / "run")(tokens)
     )
+    theirs, text = AutoTokenizer.from_pretrained(tmp_path / "run"), "The stone house.\n    return x * 7  # naïve"
+    assert theirs(text)["input_ids"] == Tokenizer(data.folder).encode(text).tolist()
     losses = evaluate(load(tmp_path / "run"), data, "val", 32, limit=8)
     assert log[-1]["val"]["mean"] == pytest.approx(mean_loss(losses), abs=1e-5)
 
