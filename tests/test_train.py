@@ -127,7 +127,7 @@ def test_the_model_card_says_what_the_model_is_made_of(data, small, tmp_path, sc
     for key in ("batch_size", "lr", "warmup", "seed"):
         assert f"{key} {run['settings'][key]}" in text
     for d in data.domains:
-        assert re.search(rf"^{d} .*{result['models']['after']['nats'][d]:.4f}", text, re.M) and f"{d}.jsonl" in text
+        assert re.search(rf"^{d}\*? .*{result['models']['after']['nats'][d]:.4f}", text, re.M) and f"{d}.jsonl" in text
     assert data.identity in text and data.meta["tokenizer"]["sha256"] in text
     assert str(data.folder.parent) not in text
 
