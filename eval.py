@@ -246,24 +246,29 @@ def table(result: dict) -> str:
 
 
 def model_card(title: str, model: str, data: Data, counts: dict[str, int], hyper: dict, result: dict) -> str:
-    """The README.md of a trained model's folder, in the hub's format: what it is made of, and what came of that."""
-    base, _, commit = model.partition("@") if re.search("@[0-9a-f]{40}$", model) else (model, "", "")
-    front = ["library_name: transformers", *([f"base_model: {base}"] if commit else [])]
+    """The README.md of a trained model's folder, in the hub's format: what it is made of, and what came of that. Of
+    files and folders of this machine it has no more than the names."""
+    on_hub = re.fullmatch("([^/]+/[^/]+)@([0-9a-f]{40})", model)
+    local = model if model.startswith("scratch:") else Path(model).name
+    base = f"{on_hub[1]}`, commit `{on_hub[2]}" if on_hub else local
     total, width = sum(counts.values()), max(map(len, counts))
     mixture = [f"{d:<{width}}{n:>12,}{n / total:>8.1%}" for d, n in counts.items()]
-    in_cache, on_hub = r".*/datasets--(.+?)--(.+?)/snapshots/([0-9a-f]{40})/(.+)", r"hf://datasets/\1/\2/\4@\3"
-    sources = [f"{name:<{width}}  {re.sub(in_cache, on_hub, path) if re.match(in_cache, path) else Path(path).name}"
+    in_cache, address = r".*/datasets--(.+?)--(.+?)/snapshots/([0-9a-f]{40})/(.+)", r"hf://datasets/\1/\2/\4@\3"
+    sources = [f"{name:<{width}}  {re.sub(in_cache, address, path) if re.match(in_cache, path) else Path(path).name}"
                for name, paths in data.meta.get("sources", {}).items() for path in paths]
-    settings = [f"{name} {value}" for name, value in hyper.items() if value is not None]
+    if len(sources) > 50:
+        sources[50:] = [f"and {len(sources) - 50:,} more files"]
+    settings = [f"{name} {str(value).removeprefix('torch.')}" for name, value in hyper.items() if value is not None]
     return "\n".join([
-        "---", *front, "---", "", f"# {title}", "",
-        f"Trained by reweight from `{base}`" + (f", commit `{commit}`" if commit else "") + ".", "",
-        f"## Mixture, in sequences of {hyper['seq_len']} tokens", "", "```", *mixture, "```", "",
+        "---", "library_name: transformers", *([f"base_model: {on_hub[1]}"] if on_hub else []), "---", "",
+        f"# {title}", "", f"Trained by reweight from `{base}`.", "",
+        "## Mixture, in sequences", "", "```", *mixture, "```", "",
         "## Training", "", f"One pass, {', '.join(settings)}; linear warm-up, then a cosine to 0. AdamW, betas 0.9 and "
         "0.95, eps 1e-8, weight decay 0.1 on matrices; gradients clipped at norm 1.", "",
         "## Data", "", f"Data set `{data.identity}`, tokenizer sha256 `{data.meta['tokenizer']['sha256']}`.",
-        *(["", "```", *sources[:100], "```"] if sources else []), "",
-        f"## Losses on the {result['split']} split", "", "```", table(result), "```", ""])
+        *(["", "```", *sources, "```"] if sources else []), "",
+        f"## Losses on the {result['split']} split, {result['seq_len']} tokens a sequence", "",
+        "```", table(result), "```", ""])
 
 
 def main():

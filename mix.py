@@ -18,7 +18,7 @@ import torch
 from eval import (barrier, compare, evaluate, finish, mean_loss, model_card, rank_and_world, results, say, signed,
                   start, table)
 from model import GPTNeoX, load_json, publish, write_text
-from prepare import SAMPLE, SAMPLE_FRACTION, ArgumentParser, Data, InputError, cli, prepare
+from prepare import SAMPLE, ArgumentParser, Data, InputError, cli, prepare
 from train import (RESUME_HINT, Mixture, add_options, claim, defaults, keep, load_weights, open_run, parse_mixture,
                    passes_of, rescale, this_pass, times_seen, train)
 
@@ -219,7 +219,7 @@ def main():
     start(args.device)
     with stage("sample"):
         if args.data == SAMPLE and not Path(args.data).exists() and rank_and_world()[0] == 0:
-            prepare(args.data, val_fraction=SAMPLE_FRACTION, test_fraction=SAMPLE_FRACTION)
+            prepare(args.data)
         barrier()
     data, model, hyper = open_run(args)
     first = parse_mixture(args.start, data, args.sequences, hyper["seq_len"])

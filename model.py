@@ -309,10 +309,12 @@ def weight_files(name: str) -> list[Path]:
 
 def elsewhere(name: str) -> str:
     """Where on the hub a model has safetensors, if this revision has none; .bin files can hold code and stay unread."""
+    if Path(name).exists():
+        return ""
     repo = pinned(name).partition("@")[0]
     with contextlib.suppress(Exception):  # of several libraries, where the hub cannot be asked
         from huggingface_hub import file_exists
-        if repo != name and any(file_exists(repo, f"model.safetensors{end}") for end in ("", ".index.json")):
+        if any(file_exists(repo, f"model.safetensors{end}") for end in ("", ".index.json")):
             return f" in this revision; {repo}@main has it, which for a Pythia is step143000"
     return ""
 
@@ -335,7 +337,10 @@ def read_weights(files: list[Path], model: GPTNeoX, device, dtype: torch.dtype) 
                     found = list(file.get_slice(name).get_shape())
                     if found != expected[name]:
                         raise InputError(f"{path}: {name} has shape {found}, config.json asks for {expected[name]}")
-                    weights[name] = file.get_tensor(name).to(device=device, dtype=dtype)
+                    tensor = file.get_tensor(name)
+                    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+                        raise InputError(f"{path}: {name} is {tensor.dtype}, expected float16, bfloat16 or float32")
+                    weights[name] = tensor.to(device=device, dtype=dtype)
         except SafetensorError as e:
             raise InputError(f"{path}: not a whole safetensors file ({e})") from None
     if tied:

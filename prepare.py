@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import functools
 import glob
+import gzip
 import hashlib
 import itertools
 import json
@@ -22,7 +23,6 @@ import signal
 import sys
 import threading
 import unicodedata
-import zlib
 from collections import Counter, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from importlib.util import find_spec
@@ -33,7 +33,9 @@ import numpy as np
 FORMAT = 1  # of meta.json and the bins beside it
 SPLITS = ("train", "val", "test")
 END_OF_TEXT = "<|endoftext|>"
-SAMPLE, SAMPLE_FRACTION = "data/sample", 0.1  # of its text, for val and as much for test; it is small
+TXT = (".txt", ".txt.gz", ".txt.zst")  # a file of these is one document
+SAMPLE = "data/sample"
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 BLOCK, LONGEST = 2**20, 2**24  # bytes: of text that a worker gets at a time; of one document
 
 
@@ -86,9 +88,8 @@ class Tokenizer:
 
     def __init__(self, file_or_name: str | Path):
         import tokenizers
-        path = Path(file_or_name)
-        if path.suffix != ".json" and not path.exists():
-            path = hub_folder(str(file_or_name), ["tokenizer.json"])
+        path, named = Path(file_or_name), not str(file_or_name).endswith(".json")
+        path = path if path.exists() or not named else hub_folder(str(file_or_name), ["tokenizer.json"])
         path = path / "tokenizer.json" if path.is_dir() else path
         self.json = path.read_text(encoding="utf-8", errors="replace")
         try:
@@ -109,7 +110,7 @@ class Tokenizer:
         """(n,) uint16, without an end-of-text id. Raises UnicodeEncodeError for a lone surrogate, which is not text."""
         text.encode()
         if not hasattr(self, "_fast"):  # made when it is needed, for it takes a moment
-            self._fast = rank_encoding(json.loads(self.json), self._tokenizer.model)
+            self._fast = rank_encoding(json.loads(self.json), self._tokenizer)
         if self._fast is None or len(text) > 10**5 and re.search(r"\s{100000}", text):  # on which tiktoken panics
             encoding, = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
             return np.array(encoding.ids, dtype=np.uint16)
@@ -122,7 +123,7 @@ class Tokenizer:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
 
-def rank_encoding(spec: dict, model):
+def rank_encoding(spec: dict, tokenizer):
     """The tiktoken encoder with the same ids as a byte-level BPE, of the tokenizer.json `spec`; None for all others.
 
     tiktoken joins the neighbours that make the token of lowest id; `tokenizers` those whose merge comes first. It is
@@ -136,38 +137,29 @@ def rank_encoding(spec: dict, model):
         merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
         made = [vocab[a + b] for a, b in merges]
         special = {token["content"] for token in spec["added_tokens"] if token["special"]}
-        runs = {token["content"]: token["id"] for token in spec["added_tokens"] if not token["special"]}
+        runs = [token["content"] for token in spec["added_tokens"] if not token["special"]]
         alphabet = sorted(ByteLevel.alphabet())  # printable bytes as themselves, then the others from U+0100 on
         printable = [ord(c) for c in alphabet if ord(c) < 256]
         byte = dict(zip(alphabet, printable + sorted(set(range(256)) - set(printable))))
         ranks = {bytes(byte[c] for c in token): i for token, i in vocab.items() if token not in special}
-        ranks |= {token.encode(): i for token, i in runs.items()}
+        ranks |= {run.encode(): tokenizer.token_to_id(run) for run in runs}
         known = (
             {key: value for key, value in spec["model"].items() if value} == {"type": "BPE"}
             and spec["normalizer"] in (None, {"type": "NFC"})
             and (pre["type"], pre["add_prefix_space"], pre.get("use_regex", True)) == ("ByteLevel", False, True)
-            and sorted(runs) == [" " * n for n in range(2, len(runs) + 2)]
+            and sorted(runs) == [" " * n for n in range(2, len(runs) + 2)] and len({*ranks.values()}) == len(ranks)
             and not any(token[key] for token in spec["added_tokens"] for key in ("lstrip", "rstrip", "single_word"))
             and all(older < newer for older, newer in zip(made, made[1:]))
             and all(max(vocab[a], vocab[b]) < vocab[a + b] for a, b in merges)
             and all(bytes([b]) in ranks for b in (*range(0xC0), *range(0xC2, 0xF5)))  # all that UTF-8 uses
-            and all(([t.id for t in model.tokenize(token)] == [i]) != (token in special) for token, i in vocab.items()))
+            and all(([t.id for t in tokenizer.model.tokenize(token)] == [i]) != (token in special)
+                    for token, i in vocab.items()))
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
     space = r"(?:[^\S ]| (?! ))" if runs else r"\s"  # runs of spaces are tokens of their own
     pattern = (rf" {{2,{len(runs) + 1}}}|" if runs else "") + (
         r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|" rf"{space}+(?!\S)|{space}+")
     return tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}) if known else None
-
-
-def train_tokenizer(texts, vocab_size: int, path: Path) -> None:
-    """Train a byte-level BPE on an iterator of texts and write its tokenizer.json; end-of-text is id 0."""
-    from tokenizers import ByteLevelBPETokenizer
-    if not 257 <= vocab_size <= 2**16:
-        raise InputError(f"--tokenizer train:{vocab_size}: the vocabulary must have 257 to 65,536 tokens")
-    tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(texts, vocab_size, 0, sys.stderr.isatty(), [END_OF_TEXT])
-    tokenizer.save(str(path))
 
 
 class Data:
@@ -179,17 +171,16 @@ class Data:
             raise InputError(f"{folder}: not a data set (no meta.json); prepare.py --out {folder} makes one")
         try:
             self.meta = json.loads(path.read_bytes())
-            if self.meta["format"] != FORMAT:
-                raise ValueError
-            self.vocab_size, files = int(self.meta["tokenizer"]["vocab_size"]), self.meta["files"]
-            hashes = sorted((name, file["sha256"]) for name, file in files.items())
+            files = self.meta["files"] if self.meta["format"] == FORMAT else None  # which has no items
+            self.vocab_size = int(self.meta["tokenizer"]["vocab_size"])
+            self.domains = sorted({name.rpartition(".")[0] for name in files})
+            hashes = [(name, files[name]["sha256"]) for name in sorted(f"{d}.{s}" for d in self.domains for s in SPLITS)]
             sizes = {self.folder / f"{name}.bin": 2 * int(file["tokens"]) for name, file in files.items()}
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
             raise InputError(f"{path}: damaged, or not of format {FORMAT}; prepare the data again") from None
         for path, size in sizes.items():
             if not path.is_file() or path.stat().st_size != size:
                 raise InputError(f"{path}: missing, or not of {size:,} bytes; prepare the data again")
-        self.domains = sorted({name.rpartition(".")[0] for name in files})
         self.identity = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]  # changes when any token does
 
     def tokens(self, domain: str, split: str) -> np.memmap:
@@ -213,22 +204,24 @@ def source_files(source: str) -> list[Path]:
     return files
 
 
-def unpack(file, gzip: bool):
-    """Yield what an open .gz or .zst holds in pieces of bounded size. Raises EOFError if it is cut short."""
-    if gzip:
-        start = functools.partial(zlib.decompressobj, 31)
-    elif sys.version_info >= (3, 14):
+def unpack(file):
+    """Yield what an open .zst holds, a BLOCK at a time. Raises EOFError if it is cut short."""
+    if sys.version_info >= (3, 14):
         from compression.zstd import ZstdDecompressor as start
     else:
         from zstandard import ZstdDecompressor
         start = ZstdDecompressor().decompressobj
-    stream, packed = start(), b""
-    while packed := packed or file.read(2**12):  # little at a time, for zstd packs up to 2^15 to one
+    stream, packed, buffer = start(), b"", bytearray()
+    while packed := packed or file.read(2**9):  # little at a time, for zstd packs up to 2^15 to one
         stream = start() if stream.eof else stream
-        yield stream.decompress(packed)
+        buffer += stream.decompress(packed)
         packed = stream.unused_data if stream.eof else b""
+        while len(buffer) >= BLOCK:
+            yield bytes(buffer[:BLOCK])
+            del buffer[:BLOCK]
     if not stream.eof:
         raise EOFError("it is cut short")
+    yield bytes(buffer)
 
 
 def records(path: Path, file, keys: list[str]):
@@ -236,12 +229,12 @@ def records(path: Path, file, keys: list[str]):
     try:
         if path.suffix == ".parquet":
             from pyarrow.parquet import ParquetFile
-            for batch in ParquetFile(file).iter_batches(64, columns=keys):
+            for batch in ParquetFile(file).iter_batches(16, columns=keys):
                 yield from batch.to_pylist()
             return
-        packed, rest = path.suffix in (".gz", ".zst"), b""
-        for piece in unpack(file, path.suffix == ".gz") if packed else iter(lambda: file.read(BLOCK), b""):
-            *lines, rest = [rest + piece] if ".txt" in path.suffixes else (rest + piece).split(b"\n")
+        file, rest = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file, b""
+        for piece in unpack(file) if path.suffix == ".zst" else iter(lambda: file.read(BLOCK), b""):
+            *lines, rest = [rest + piece] if path.name.endswith(TXT) else (rest + piece).split(b"\n")
             yield from lines
             rest = rest[:LONGEST + 1]  # more of it makes no document
         yield rest
@@ -250,11 +243,11 @@ def records(path: Path, file, keys: list[str]):
         raise InputError(f"{path}: cannot be read to its end: {str(e)[:200]}; {way_out}") from None
 
 
-def read(sources: dict[str | None, list[Path]], text_key: str, domain_key: str | None, max_bad: int, full=()):
+def read(sources: dict[str | None, list[Path]], text_key: str, domain_key: str | None, full=()):
     """Yield (domain, text) for every document of {domain: files}, or of {None: files} with a domain_key, while a bar
-    counts bytes; (…, None) for each of at most max_bad lines without one. Domains in `full` are read no further."""
+    counts bytes; for a line without one (domain, InputError). Domains in `full` are read no further."""
     from tqdm import tqdm, utils
-    files, bad = [(domain, path) for domain, paths in sources.items() for path in paths], 0
+    files = [(domain, path) for domain, paths in sources.items() for path in paths]
     keys, size = [text_key, *filter(None, [domain_key])], sum(path.stat().st_size for _, path in files)
     with tqdm(total=size, unit="B", unit_scale=True, disable=None, leave=False) as bar:
         for domain, path in files:
@@ -268,15 +261,14 @@ def read(sources: dict[str | None, list[Path]], text_key: str, domain_key: str |
                             raise ValueError(f"longer than {LONGEST:,} bytes")
                         if isinstance(line, bytes):
                             line = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                            line = {text_key: line} if ".txt" in path.suffixes else json.loads(line)
+                            line = {text_key: line} if path.name.endswith(TXT) else json.loads(line)
                         found = [line.get(key) or functools.reduce(dict.get, key.split("."), line) for key in keys]
                         "".join(found).encode()  # fails if they are no strings, or hold a lone surrogate
+                        yield found[1] if domain_key else domain, found[0]
                     except (ValueError, TypeError, AttributeError, RecursionError) as e:
-                        bad, found = bad + 1, [None, "line without text"]
-                        if bad > max_bad:
-                            what = f"no text under {' or no domain under '.join(map(repr, keys))}"
-                            raise InputError(f"{path}:{number}: {what} ({type(e).__name__}: {str(e)[:150]})") from None
-                    yield found[1] if domain_key else domain, found[0]
+                        what = f"no text under {' or no domain under '.join(map(repr, keys))}"
+                        what += f" ({type(e).__name__}: {str(e)[:150]}); --max-bad N lets N such lines pass"
+                        yield domain, InputError(f"{path}:{number}: {what}")
 
 
 def hash_and_split(text: str, val: float, test: float) -> tuple[int, str]:
@@ -332,7 +324,7 @@ def make_sample(fractions: dict[str, float], max_bytes: int = 4_000_000) -> tupl
                 size += len(text.encode())
                 if size > max_bytes:
                     break
-        overlap[domain] = len(in_split["test"] & in_split["train"]) / len(in_split["test"])
+        overlap[domain] = len(in_split["test"] & in_split["train"]) / max(1, len(in_split["test"]))
     return documents, overlap
 
 
@@ -341,40 +333,42 @@ def place(documents, fractions: dict[str, float], domain_key: str | None):
     and an exact duplicate in a domain has that word for its split. Of each, 8 bytes are remembered in a set."""
     batch, size, labels, seen = [], 0, {}, {}
     for label, text in documents:
-        domain = re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_") if domain_key else label
-        if not re.fullmatch(r"(?!(mean|improved|worst)$)[A-Za-z0-9][A-Za-z0-9_-]{0,99}", domain):
-            raise InputError(f"{label[:100]!r} cannot be a domain; use A-Z a-z 0-9 - _ (not mean, improved, worst)")
-        if labels.setdefault(domain, label) != label:
-            raise InputError(f"{labels[domain]!r} and {label!r} would both be called {domain}; rename one of them")
-        key, split = hash_and_split(text or "", **fractions)
-        if not text or key in seen.setdefault(domain, set()):
-            split, text = "bad" if text is None else "duplicate" if text else "empty", ""
+        if isinstance(text, InputError):
+            domain, split, text = label, "bad", str(text)
         else:
+            domain = re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_") if domain_key else label
+            if not re.fullmatch(r"(?!(mean|improved|worst)$)[A-Za-z0-9][A-Za-z0-9_-]{0,99}", domain):
+                raise InputError(f"{label[:100]!r} cannot be a domain; use A-Z a-z 0-9 - _ (not mean, improved, worst)")
+            if labels.setdefault(domain, label) != label:
+                raise InputError(f"{labels[domain]!r} and {label!r} would both be called {domain}; rename one of them")
+            key, split = hash_and_split(text, **fractions)
+            if key in seen.setdefault(domain, set()) or not text:
+                split, text = "duplicate" if text else "empty", ""
             seen[domain].add(key)
         batch.append((domain, split, text))
-        size += len(text)
+        size += len(text) + 100  # for an empty one takes memory too
         if size >= BLOCK:
             yield batch
             batch, size = [], 0
     yield batch
 
 
-def encode(batch: list[tuple[str, str, str]]) -> list[tuple[str, str, int, bytes]]:
-    """(domain, split, bytes of the text, tokens) for every document."""
+def encode(batch: list[tuple[str, str, str]]) -> list[tuple]:
+    """(domain, split, text as it is or, of one that goes into a bin, its number of bytes and its tokens)."""
     end = np.uint16(encode.tokenizer.end_of_text)
     return [(domain, split, len(text.encode()), np.append(encode.tokenizer.encode(text), end).astype("<u2").tobytes())
-            for domain, split, text in batch]
+            if split in SPLITS else (domain, split, text, b"") for domain, split, text in batch]
 
 
 def start_worker(tokenizer: Path) -> None:
-    encode.tokenizer = Tokenizer(tokenizer)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one, whose end ends it
+    encode.tokenizer = Tokenizer(tokenizer)
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 def encode_all(batches, workers: int, tokenizer: Path):
     """map(encode, batches) by several processes, of which each has a few waiting, so that memory stays bounded."""
-    if workers == 1:
+    if workers <= 1:
         yield from map(encode, batches)
         return
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, (tokenizer,)) as pool:
@@ -384,7 +378,7 @@ def encode_all(batches, workers: int, tokenizer: Path):
             waiting.extend(pool.submit(encode, batch) for batch in itertools.islice(batches, 1))
 
 
-def write_bins(folder: Path, encoded, named: list[str], limit_tokens: int | None, full: set) -> tuple[dict, Counter]:
+def write_bins(folder: Path, encoded, named: list[str], limit_tokens: int | None, max_bad: int, full: set) -> tuple:
     """Write documents to folder/DOMAIN.SPLIT.bin; returns what meta.json says of each file, and how many were left out
     and why. A domain that has its limit_tokens goes into `full`. Raises InputError if a file stays empty."""
     files, bins, used, left_out = {}, {}, Counter(), Counter()
@@ -392,6 +386,8 @@ def write_bins(folder: Path, encoded, named: list[str], limit_tokens: int | None
         for domain, split, size, tokens in itertools.chain.from_iterable(encoded):
             if domain in full or split not in SPLITS:
                 left_out[split] += domain not in full
+                if left_out["bad"] > max_bad:
+                    raise InputError(size)
                 continue
             if domain not in used:
                 for name in (f"{domain}.{s}" for s in SPLITS):
@@ -407,41 +403,50 @@ def write_bins(folder: Path, encoded, named: list[str], limit_tokens: int | None
                 full.add(domain)
     for name in [*files, *(f"{domain}.train" for domain in named)] or ["every split"]:
         if name not in files or not files[name]["documents"]:
-            raise InputError(f"{name} is left empty; add documents, or raise --val-fraction and --test-fraction")
-    return {name: file | {"sha256": file["sha256"].hexdigest()} for name, file in files.items()}, left_out
+            n = sum(files[other]["documents"] for other in files if other.rpartition(".")[0] == name.rpartition(".")[0])
+            raise InputError(f"{name} is left empty, of {n} documents; add some, or raise --val- and --test-fraction")
+    return {name: file | {"sha256": file["sha256"].hexdigest()} for name, file in files.items()}, +left_out
 
 
 def prepare(out: str | Path, sources: dict[str | None, list[Path]] | None = None, tokenizer: str = "train:4096",
-            text_key: str = "text", domain_key: str | None = None, val_fraction: float = 0.05,
-            test_fraction: float = 0.05, limit_tokens: int | None = None, max_bad: int = 0, workers: int = 1,
+            text_key: str = "text", domain_key: str | None = None, val_fraction: float | None = None,
+            test_fraction: float | None = None, limit_tokens: int | None = None, max_bad: int = 0, workers: int = 1,
             add: bool = False) -> Data:
-    """Write a data set to the folder `out`, over an old one there, or add to it. Raises InputError. sources: {domain:
+    """Write a data set to the folder `out`, or add domains to the one there. Raises InputError. sources: {domain:
     files}, or {None: files} with a domain_key, under which each record names its domain; None is the sample."""
-    out, full = Path(out).resolve(), set()
-    fractions = Data(out).meta["fractions"] if add else {"val": val_fraction, "test": test_fraction}
+    out, full, share = Path(out).resolve(), set(), 0.05 if sources else 0.1  # which is small
+    if out.exists() != add:
+        raise InputError(f"{out} {'is not there to add to' if add else 'exists; choose another --out, or --add to it'}")
+    fractions = {s: share if f is None else f for s, f in (("val", val_fraction), ("test", test_fraction))}
+    fractions = Data(out).meta.get("fractions", fractions) if add else fractions
+    vocabulary = re.fullmatch(r"train:(\d{1,9})", tokenizer) if not add else None
+    if vocabulary and not 257 <= int(vocabulary[1]) <= 2**16:
+        raise InputError(f"--tokenizer {tokenizer}: the vocabulary must have 257 to 65,536 tokens")
     if min(fractions.values()) <= 0 or sum(fractions.values()) >= 1:
         raise InputError(f"--val-fraction {val_fraction} --test-fraction {test_fraction}: every split needs a share")
-    named = [domain for domain in sources or {} if domain]
     sample, overlap = ([], {}) if sources else make_sample(fractions)
-    stage = out.with_name(re.sub(r"[^\w.-]", "", f".{out.name}-{'-'.join(named)}.partial"))
+    stage = out.with_name(f".{out.name}-{hashlib.sha256(repr(sources).encode()).hexdigest()[:8]}.partial")
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir(parents=True)
     try:
         path = stage / "tokenizer.json"
-        if vocabulary := re.fullmatch(r"train:(\d{1,9})", tokenizer):
-            documents = read(sources, text_key, domain_key, max_bad) if sources else sample
+        if vocabulary:
+            from tokenizers import ByteLevelBPETokenizer
+            documents = read(sources, text_key, domain_key) if sources else sample
             every = 1 + sum(path.stat().st_size for paths in (sources or {}).values() for path in paths) // 2**27
-            keys = ((text, *hash_and_split(text, **fractions)) for _, text in documents if text)
+            keys = ((text, *hash_and_split(text, **fractions)) for _, text in documents if isinstance(text, str))
             texts = (text for text, key, split in keys if split == "train" and key % every == 0)  # so many are enough
-            train_tokenizer(texts, int(vocabulary[1]), path)
-        encode.tokenizer = Tokenizer(path if vocabulary else tokenizer)
+            trained = ByteLevelBPETokenizer()
+            trained.train_from_iterator(texts, int(vocabulary[1]), 0, sys.stderr.isatty(), [END_OF_TEXT])
+            trained.save(str(path))
+        encode.tokenizer = Tokenizer(out if add else path if vocabulary else tokenizer)
         path.write_text(encode.tokenizer.json, encoding="utf-8")
-        documents = read(sources, text_key, domain_key, max_bad, full) if sources else sample
+        documents = read(sources, text_key, domain_key, full) if sources else sample
         encoded = encode_all(place(documents, fractions, domain_key), workers, path)
-        files, left_out = write_bins(stage, encoded, named, limit_tokens, full)
-        with open(out / path.name if add else path) as lock:
+        files, left_out = write_bins(stage, encoded, [*filter(None, sources or [])], limit_tokens, max_bad, full)
+        with open((out if add else stage) / path.name, "rb+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # another process may add to the same data set
-            old = Data(out).meta if add else {"overlap": overlap, "sources": {}, "left_out": {}, "files": {}}
+            old = {"overlap": overlap, "sources": {}, "left_out": {}, "files": {}} | (Data(out).meta if add else {})
             if twice := old["files"].keys() & files.keys():
                 raise InputError(f"{out} has {min(twice)} already; --add is for other domains")
             old["sources"] |= {str(d or domain_key): [*map(str, paths)] for d, paths in (sources or {}).items()}
@@ -452,7 +457,6 @@ def prepare(out: str | Path, sources: dict[str | None, list[Path]] | None = None
             for name in [*(f"{name}.bin" for name in files), "meta.json"] if add else []:
                 os.replace(stage / name, out / name)
         if not add:
-            shutil.rmtree(out, ignore_errors=True)
             os.rename(stage, out)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
@@ -465,7 +469,6 @@ def main():
     add("sources", nargs="*", metavar="name=source", help="file, folder, glob or hf://datasets/…; none: the sample")
     add("--out", default=SAMPLE, help="folder to write (default: %(default)s)")
     add("--add", action="store_true", help="add domains to the data set in --out, with its tokenizer and fractions")
-    add("--overwrite", action="store_true", help="replace the data set in --out")
     add("--tokenizer", help="a model, a tokenizer.json, or train:N to train one (the sample: train:4096)")
     add("--text-key", default="text", help="dotted key of a record's text (default: %(default)s)")
     add("--domain-key", help="dotted key of a record's domain; sources are then given without a name")
@@ -473,21 +476,18 @@ def main():
     add("--test-fraction", type=float, help="likewise")
     add("--limit-tokens", type=int, metavar="N", help="stop a domain after N tokens")
     add("--max-bad", type=int, default=0, metavar="N", help="lines without a document to skip (default: %(default)s)")
-    add("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes that tokenize (default: all cores)")
+    add("--workers", type=int, default=CORES, metavar="N", help="processes that tokenize (default: all cores)")
     args = parser.parse_args()
-    out, sources, share = Path(args.out), {}, 0.05 if args.sources else SAMPLE_FRACTION
-    if out.exists() and not (args.add or args.overwrite and {".bin", ".json"} >= {p.suffix for p in out.iterdir()}):
-        raise InputError(f"{out} exists; choose another --out, or --add to it; --overwrite replaces a data set only")
+    if args.add and not args.sources or args.sources and args.add == bool(args.tokenizer):
+        raise InputError("name sources, and --tokenizer (pythia-70m is Pythia's, train:4096 trains one) or --add")
+    sources = {}
     for source in args.sources:
         name, equals, path = (None, "=", source) if args.domain_key else source.partition("=")
-        if not equals:
+        if not equals or not path:
             raise InputError(f"{source}: expected name=path, or --domain-key for records that name their domain")
         sources.setdefault(name, []).extend(source_files(path))
-    if sources and args.add == bool(args.tokenizer):
-        raise InputError("--tokenizer is needed, but not with --add; pythia-70m is Pythia's, train:4096 trains one")
-    fractions = [share if given is None else given for given in (args.val_fraction, args.test_fraction)]
-    data = prepare(out, sources or None, args.out if args.add else args.tokenizer or "train:4096", args.text_key,
-                   args.domain_key, *fractions, args.limit_tokens, args.max_bad, max(1, args.workers), args.add)
+    data = prepare(args.out, sources or None, args.tokenizer or "train:4096", args.text_key, args.domain_key,
+                   args.val_fraction, args.test_fraction, args.limit_tokens, args.max_bad, args.workers, args.add)
     print(f"{'':<24}{'documents':>12}{'tokens':>16}{'bytes/token':>13}")
     for name, file in data.meta["files"].items():
         print(f"{name:<24}{file['documents']:>12,}{file['tokens']:>16,}{file['bytes'] / file['tokens']:>13.2f}")

@@ -150,28 +150,45 @@ def test_limit_tokens_stops_each_domain_at_a_whole_document(tmp_path):
         assert 3000 <= sum(made.size(d, s)["tokens"] for s in SPLITS) < 3400
 
 
-def test_a_failed_run_leaves_what_was_there(tmp_path, script, data):
+def test_a_failed_run_leaves_what_was_there(tmp_path, script):
     source = write_jsonl(tmp_path / "a.jsonl", made_documents("sums", 80))
-    argv = [
-        "prepare",
-        "--out",
-        tmp_path / "d",
-        f"a={source}",
-        "--tokenizer",
-        "train:300",
-        "--val-fraction",
-        0.2,
-        "--test-fraction",
-        0.2,
-    ]
-    assert script(*argv)[0] == 0
+    argv = ["prepare", "--out", tmp_path / "d", "--workers", 1]
+    fractions = ["--val-fraction", 0.2, "--test-fraction", 0.2]
+    assert script(*argv, f"a={source}", "--tokenizer", "train:300", *fractions)[0] == 0
     before = {p.name: p.read_bytes() for p in (tmp_path / "d").iterdir()}
-    assert script(*argv)[0] == 2  # exists
+    assert script(*argv, f"a={source}", "--tokenizer", "train:300")[0] == 2  # exists
     source.write_text(source.read_text() + "{broken\n")
-    status, _, err = script(*argv, "--overwrite")
+    status, _, err = script(*argv, "--add", f"b={source}")
     assert status == 2 and f"{source}:81" in err
     assert {p.name: p.read_bytes() for p in (tmp_path / "d").iterdir()} == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "d"]
+
+
+def test_a_limit_hides_what_comes_after_it_whatever_the_number_of_workers(tmp_path):
+    """A bad line beyond the limit, read ahead of time by many workers, is no error."""
+    lines = [json.dumps({"text": f"{i} {t}" * 20}) for i in range(12) for t in made_documents("prose", 100, i)]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, "{bad"]))
+    for workers in ("1", "2", "3"):
+        argv = [f"a={tmp_path / 'a.jsonl'}", "--limit-tokens", 300_000, "--workers", workers]
+        done = prepare_command(tmp_path / workers, *argv)
+        assert done.returncode == 0, done.stderr
+    assert Data(tmp_path / "1").meta == Data(tmp_path / "2").meta == Data(tmp_path / "3").meta
+
+
+def test_batches_are_bounded_where_documents_hold_nothing():
+    """A small file may have millions of empty documents and of duplicates."""
+    documents = [("a", ""), ("a", "the same")] * 100_000
+    batches = list(prepare_module.place(documents, {"val": 0.1, "test": 0.1}, None))
+    assert sum(map(len, batches)) == 200_000 and max(map(len, batches)) < 20_000
+
+
+def test_a_name_with_txt_in_the_middle_is_no_text_file(tmp_path):
+    texts = made_documents("prose", 90)
+    made = [
+        prepared(tmp_path / f"{i}", {"a": [write_jsonl(tmp_path / name, texts)]})
+        for i, name in enumerate(("a.jsonl", "a.txt.jsonl"))
+    ]
+    assert made[0].meta["files"] == made[1].meta["files"]
 
 
 def test_reading_prepared_data_does_not_import_torch():

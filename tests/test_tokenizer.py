@@ -174,6 +174,8 @@ def another(change: str) -> dict:
         model["vocab"] = {t: i for t, i in model["vocab"].items() if "z" not in t or t == "<|endoftext|>"}
     elif change == "a token for a word":
         spec["added_tokens"].append({**spec["added_tokens"][0], "id": 700, "content": "house", "special": False})
+    elif change == "two tokens with one id":
+        model["vocab"]["y"] = model["vocab"]["z"]
     elif change == "a token that takes the space before it":
         spec["added_tokens"].append(
             {
@@ -200,6 +202,7 @@ def another(change: str) -> dict:
         "a token that no merge makes",
         "a byte is missing",
         "a token for a word",
+        "two tokens with one id",
         "a token that takes the space before it",
     ],
 )
@@ -210,6 +213,18 @@ def test_a_tokenizer_of_another_shape_runs_on_the_library(tmp_path, change):
     ours = Tokenizer(tmp_path / "t.json")
     check((ours, oracle), training_texts())
     assert ours._fast is None
+
+
+def test_runs_of_spaces_have_the_ids_that_the_library_gives_them(tmp_path):
+    """It counts them itself where they follow the vocabulary, whatever the file says."""
+    spec = json.loads(neox_like().to_str())
+    runs = [token for token in spec["added_tokens"] if not token["special"]]
+    for token, other in zip(runs, [*reversed([token["id"] for token in runs])]):
+        token["id"] = other
+    (tmp_path / "t.json").write_text(json.dumps(spec))
+    oracle = tokenizers.Tokenizer.from_file(str(tmp_path / "t.json"))
+    oracle.encode_special_tokens = True
+    check((Tokenizer(tmp_path / "t.json"), oracle), training_texts())
 
 
 def test_dropout_is_not_taken_for_plain(tmp_path):
