@@ -174,7 +174,7 @@ class Data:
             files = self.meta["files"] if self.meta["format"] == FORMAT else None  # which has no items
             self.vocab_size = int(self.meta["tokenizer"]["vocab_size"])
             self.domains = sorted({name.rpartition(".")[0] for name in files})
-            hashes = [(name, files[name]["sha256"]) for name in sorted(f"{d}.{s}" for d in self.domains for s in SPLITS)]
+            hashes = [(n, files[n]["sha256"]) for n in sorted(f"{d}.{s}" for d in self.domains for s in SPLITS)]
             sizes = {self.folder / f"{name}.bin": 2 * int(file["tokens"]) for name, file in files.items()}
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
             raise InputError(f"{path}: damaged, or not of format {FORMAT}; prepare the data again") from None
