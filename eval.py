@@ -245,9 +245,10 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def model_card(title: str, model: str, data: Data, counts: dict[str, int], hyper: dict, result: dict) -> str:
+def model_card(title: str, model: str, data: Data, counts: dict[str, int], hyper: dict, result: dict,
+               passes: list[dict]) -> str:
     """The README.md of a trained model's folder, in the hub's format: what it is made of, and what came of that. Of
-    files and folders of this machine it has no more than the names."""
+    files and folders of this machine it has no more than the names. passes: those that the base had before."""
     on_hub = re.fullmatch("([^/]+/[^/]+)@([0-9a-f]{40})", model)
     local = model if model.startswith("scratch:") else Path(model).name
     base = f"{on_hub[1]}`, commit `{on_hub[2]}" if on_hub else local
@@ -258,10 +259,12 @@ def model_card(title: str, model: str, data: Data, counts: dict[str, int], hyper
                for name, paths in data.meta.get("sources", {}).items() for path in paths]
     if len(sources) > 50:
         sources[50:] = [f"and {len(sources) - 50:,} more files"]
+    before = [", ".join(f"{d} {n:,}" for d, n in p["counts"].items()) + f" of {p['seq_len']} tokens" for p in passes]
     settings = [f"{name} {str(value).removeprefix('torch.')}" for name, value in hyper.items() if value is not None]
     return "\n".join([
         "---", "library_name: transformers", *([f"base_model: {on_hub[1]}"] if on_hub else []), "---", "",
         f"# {title}", "", f"Trained by reweight from `{base}`.", "",
+        *([f"Passes that it had before, in sequences: {'; '.join(before)}.", ""] if before else []),
         "## Mixture, in sequences", "", "```", *mixture, "```", "",
         "## Training", "", f"One pass, {', '.join(settings)}; linear warm-up, then a cosine to 0. AdamW, betas 0.9 and "
         "0.95, eps 1e-8, weight decay 0.1 on matrices; gradients clipped at norm 1.", "",

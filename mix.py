@@ -186,7 +186,8 @@ def write_results(model: GPTNeoX, data: Data, history: list, result: dict, hyper
     picture(history, data.domains, out / "mix.png")
     record = load_json(out / "run.json") | {"passes": passes + [this_pass(data, hyper, best["counts"])]}
     write_text(out / "run.json", json.dumps(record, indent=1) + "\n")
-    write_text(out / "README.md", model_card(out.name, args.model, data, best["counts"], hyper, result))
+    card = model_card(out.name, args.model, data, best["counts"], hyper, result, passes)
+    write_text(out / "README.md", card)
     keep(model, data, out, getattr(torch, args.save_dtype))
 
 

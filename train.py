@@ -432,7 +432,7 @@ def main():
         losses["after"] = evaluate(model, data, "val", T, dtype, args.eval_sequences)
         if rank_and_world()[0] == 0:
             write_text(out / "result.json", json.dumps(results(losses, data, "val", T), indent=1) + "\n")
-            card = model_card(out.name, args.model, data, counts, hyper, load_json(out / "result.json"))
+            card = model_card(out.name, args.model, data, counts, hyper, load_json(out / "result.json"), passes)
             write_text(out / "README.md", card)
             keep(model, data, out, getattr(torch, args.save_dtype))
         barrier()

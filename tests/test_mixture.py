@@ -158,3 +158,12 @@ def test_mixtures_by_name_file_and_string(counted, tmp_path):
     assert parse_mixture(str(tmp_path / "mix.json"), counted, 8, T) == {"a": 6, "b": 2}
     with pytest.raises(InputError, match="--sequences"):
         parse_mixture(str(tmp_path / "mix.json"), counted, None, T)
+
+
+def test_the_published_mixture_is_taken_where_the_domains_have_its_names(tmp_path):
+    published = {"arxiv": 608, "github": 226, "books": 613, "wikipedia": 1438, "web": 8516}
+    data = bins(tmp_path / "d", dict.fromkeys(published, 20_000))
+    assert parse_mixture("horizon", data, None, 16) == published
+    mixture = Mixture(data, published, 16)
+    assert len(mixture) == sum(published.values()) == 11401
+    assert sum(parse_mixture("horizon", data, 100, 16).values()) == 100
