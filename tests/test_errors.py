@@ -46,7 +46,11 @@ def test_text_that_is_not_utf8_or_not_whole(script, tmp_path):
     (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
     (tmp_path / "latin.jsonl").write_bytes(GOOD.encode() + b'\n{"text": "na\xefve"}\n')
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(GOOD.encode() * 1000)[:-20])
-    for name, word in (("latin.txt", "utf-8"), ("latin.jsonl", "jsonl:2"), ("cut.jsonl.gz", "cannot be read to its end")):
+    for name, word in (
+        ("latin.txt", "utf-8"),
+        ("latin.jsonl", "jsonl:2"),
+        ("cut.jsonl.gz", "cannot be read to its end"),
+    ):
         fails(
             script("prepare", "--out", tmp_path / "d", f"a={tmp_path / name}", "--tokenizer", "train:300"),
             tmp_path / name,
