@@ -414,7 +414,7 @@ def prepare(out: str | Path, sources: dict[str | None, list[Path]] | None = None
             add: bool = False) -> Data:
     """Write a data set to the folder `out`, or add domains to the one there. Raises InputError. sources: {domain:
     files}, or {None: files} with a domain_key, under which each record names its domain; None is the sample."""
-    out, full, share = Path(out).resolve(), set(), 0.05 if sources else 0.1  # which is small
+    out, full, share = Path(out).resolve(), set(), 0.05 if sources else 0.1  # the sample is small
     if out.exists() != add:
         raise InputError(f"{out} {'is not there to add to' if add else 'exists; choose another --out, or --add to it'}")
     fractions = {s: share if f is None else f for s, f in (("val", val_fraction), ("test", test_fraction))}
@@ -435,7 +435,7 @@ def prepare(out: str | Path, sources: dict[str | None, list[Path]] | None = None
             documents = read(sources, text_key, domain_key) if sources else sample
             every = 1 + sum(path.stat().st_size for paths in (sources or {}).values() for path in paths) // 2**27
             keys = ((text, *hash_and_split(text, **fractions)) for _, text in documents if isinstance(text, str))
-            texts = (text for text, key, split in keys if split == "train" and key % every == 0)  # so many are enough
+            texts = (text for text, key, split in keys if split == "train" and key % every == 0)  # of much text, a part
             trained = ByteLevelBPETokenizer()
             trained.train_from_iterator(texts, int(vocabulary[1]), 0, sys.stderr.isatty(), [END_OF_TEXT])
             trained.save(str(path))
