@@ -2,7 +2,6 @@
 
     python prepare.py                                      # data/sample, from text that pip already installed; seconds
     python prepare.py --out data/mine arxiv=papers/ web='crawl/*.jsonl.gz' --tokenizer train:4096
-    python prepare.py --out data/mine --add code=repos.parquet            # one more domain; the others stay as they are
     python prepare.py --out data/pile pile/val.jsonl.zst --domain-key meta.pile_set_name --tokenizer pythia-70m
 """
 import argparse
@@ -36,16 +35,14 @@ END_OF_TEXT = "<|endoftext|>"
 TXT = (".txt", ".txt.gz", ".txt.zst")  # a file of these is one document
 SAMPLE = "data/sample"
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-BLOCK, LONGEST = 2**20, 2**24  # bytes: of text that a worker gets at a time; of one document
+BLOCK, LONGEST, RECENT = 2**20, 2**24, 2**20  # bytes of text a worker gets at a time; of a document; hashes in a set
 
 
 class InputError(Exception):
     """What the user gave cannot be used; the message is one line: what is wrong, where, and what to do."""
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse with one-line errors."""
-
+class ArgumentParser(argparse.ArgumentParser):  # with one-line errors
     def __init__(self, doc: str):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -266,9 +263,8 @@ def read(sources: dict[str | None, list[Path]], text_key: str, domain_key: str |
                         "".join(found).encode()  # fails if they are no strings, or hold a lone surrogate
                         yield found[1] if domain_key else domain, found[0]
                     except (ValueError, TypeError, AttributeError, RecursionError) as e:
-                        what = f"no text under {' or no domain under '.join(map(repr, keys))}"
-                        what += f" ({type(e).__name__}: {str(e)[:150]}); --max-bad N lets N such lines pass"
-                        yield domain, InputError(f"{path}:{number}: {what}")
+                        what = f"no text under {' or domain under '.join(map(repr, keys))} ({type(e).__name__}: {e})"
+                        yield domain, InputError(f"{path}:{number}: {what[:300]}; --max-bad N lets N such lines pass")
 
 
 def hash_and_split(text: str, val: float, test: float) -> tuple[int, str]:
@@ -330,7 +326,7 @@ def make_sample(fractions: dict[str, float], max_bytes: int = 4_000_000) -> tupl
 
 def place(documents, fractions: dict[str, float], domain_key: str | None):
     """Yield lists, about a BLOCK of text each, of (domain, split, text) for all (label, text). A bad or empty document
-    and an exact duplicate in a domain has that word for its split. Of each, 8 bytes are remembered in a set."""
+    and an exact duplicate in a domain has that word for its split. Of each, 8 bytes are remembered."""
     batch, size, labels, seen = [], 0, {}, {}
     for label, text in documents:
         if isinstance(text, InputError):
@@ -342,9 +338,13 @@ def place(documents, fractions: dict[str, float], domain_key: str | None):
             if labels.setdefault(domain, label) != label:
                 raise InputError(f"{labels[domain]!r} and {label!r} would both be called {domain}; rename one of them")
             key, split = hash_and_split(text, **fractions)
-            if key in seen.setdefault(domain, set()) or not text:
+            recent, older = seen.setdefault(domain, (set(), np.empty(0, dtype=np.uint64)))
+            at = np.searchsorted(older, np.uint64(key))
+            if not text or key in recent or key in older[at:at + 1]:
                 split, text = "duplicate" if text else "empty", ""
-            seen[domain].add(key)
+            recent.add(key)
+            if len(recent) >= RECENT:
+                seen[domain] = set(), np.union1d(older, np.fromiter(recent, dtype=np.uint64))
         batch.append((domain, split, text))
         size += len(text) + 100  # for an empty one takes memory too
         if size >= BLOCK:
