@@ -35,7 +35,7 @@ END_OF_TEXT = "<|endoftext|>"
 TXT = (".txt", ".txt.gz", ".txt.zst")  # a file of these is one document
 SAMPLE = "data/sample"
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-BLOCK, LONGEST, RECENT = 2**20, 2**24, 2**20  # bytes of text a worker gets at a time; of a document; hashes in a set
+BLOCK, LONGEST, RECENT = 2**20, 2**24, 2**18  # bytes of text a worker gets at a time; of a document; hashes in a set
 
 
 class InputError(Exception):
