@@ -6,6 +6,7 @@
 Every window of a split is scored once. Differences are paired and their intervals resample documents, not windows.
 """
 import contextlib
+import ctypes
 import hashlib
 import importlib.util
 import json
@@ -33,7 +34,11 @@ def start(device: str | None = None) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    elif device.type == "cpu":  # else a compiled embedding adds up its gradient in the order in which threads arrive
+    elif device.type == "cpu":
+        with contextlib.suppress(AttributeError, OSError):  # glibc: keep freed memory, whose pages else are zeroed anew
+            malloc = ctypes.CDLL(None).mallopt
+            malloc(-4, 0), malloc(-1, -1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
+        # else a compiled embedding adds up its gradient in the order in which threads arrive
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     if dist.is_torchelastic_launched() and not dist.is_initialized():
@@ -125,7 +130,7 @@ def rows_at_once(model: GPTNeoX, seq_len: int, device: torch.device) -> int:
     return max(1, logits // (seq_len * model.config.vocab_size))
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def evaluate(model: GPTNeoX, data: Data, split: str, seq_len: int, dtype: torch.dtype = torch.float32,
              limit: int | None = None) -> dict[str, np.ndarray]:
     """Mean loss of every sequence (window of seq_len) of every domain's split: {domain: (n,) float64}, nats per token.

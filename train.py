@@ -6,9 +6,11 @@
 
 The order of the pass is a pure function of data, counts and seed; ranks, micro-batches and restarts only slice it.
 """
+import contextlib
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import time
@@ -23,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from eval import (autocast, autocast_dtype, barrier, can_compile, check_fit, check_tokenizer, evaluate, finish,
                   mean_loss, model_card, rank_and_world, results, rows_at_once, say, start, table, window_count)
-from model import SHAPES, GPTNeoX, load, load_json, new_folder, pinned, save, write_safetensors, write_text
+from model import SHAPES, GPTNeoX, load, load_json, pinned, save, write_safetensors, write_text
 from prepare import SAMPLE, SPLITS, ArgumentParser, Data, InputError, cli
 
 HORIZON = {"arxiv": 608, "books": 613, "github": 226, "web": 8516, "wikipedia": 1438}  # the published mixture
@@ -272,6 +274,27 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted(out.glob("checkpoint-*"))
 
 
+@contextlib.contextmanager
+def new_folder(path: Path):
+    """A folder to fill that becomes `path`, in the place of what was there, only when the block ends well."""
+    path = path.resolve()
+    partial, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
+    if old.exists() and not path.exists():  # killed between the two renames below
+        os.rename(old, path)
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if path.exists():
+        os.rename(path, old)
+    os.rename(partial, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def save_checkpoint(out: Path, model: GPTNeoX, optimizer: torch.optim.Optimizer, step: int) -> None:
     """Weights, optimizer state and the step, as a folder that appears whole; then the older ones go."""
     older = [folder for folder in checkpoints(out) if folder.name != f"checkpoint-{step:08d}"]
@@ -362,7 +385,7 @@ def open_run(args) -> tuple[Data, GPTNeoX, dict]:
     reason = "--dtype" if args.dtype else "the hardware has it" if precision == "bfloat16" else "no fast bfloat16 here"
     compiled, why = (False, "eager (--no-compile)") if args.no_compile else can_compile(device)
     if compiled:
-        model.compile(dynamic=False)
+        model.compile_parts()
     say(f"data    {args.data}: {len(data.domains)} domains, {train_tokens:,} training tokens",
         f"model   {args.model}: {sum(p.numel() for p in model.parameters()):,} parameters on {device.type} x "
         f"{rank_and_world()[1]}, {precision} ({reason}), {why}")
