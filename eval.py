@@ -60,6 +60,87 @@ def finish() -> None:
         dist.destroy_process_group()
 
 
+def shard(model: GPTNeoX, dtype: torch.dtype, device: torch.device) -> None:
+    """Spread a model over the ranks by FSDP2, in place: each keeps its share of every parameter and of what belongs to
+    it, in fp32. A layer's parameters are gathered in dtype when it runs; gradients are added up in fp32."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    if not dist.is_initialized():
+        raise InputError("--fsdp needs torchrun: torchrun --nproc_per_node=GPUS train.py --fsdp …")
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for layer in model.gpt_neox.layers:
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy, reshard_after_forward=False)
+    model.to_empty(device=device)
+    model.make_rotary()
+
+
+def is_sharded(model: GPTNeoX) -> bool:
+    return hasattr(model, "reshard")
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that is spread over the ranks, in one piece (every rank must ask); any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+@torch.no_grad()
+def assign(target: torch.Tensor, source: torch.Tensor | None) -> None:
+    """Copy source into target; where that is spread over the ranks, the first one's source, each its share."""
+    if hasattr(target, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+        source = torch.empty(target.shape) if source is None else source
+        source = distribute_tensor(source.to(target.device, target.dtype), target.device_mesh, target.placements)
+    target.copy_(source)
+
+
+def fill(model: GPTNeoX, name: str | Path, **scratch) -> None:
+    """Copy the weights of a model into another of the same shape, which stays the module that it is, compiled or not.
+    Under FSDP only the first rank reads them."""
+    weights = load(name, **scratch).state_dict() if rank_and_world()[0] == 0 or not is_sharded(model) else {}
+    for key, target in model.state_dict().items():
+        assign(target, weights.get(key))
+
+
+def gathered(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What FSDP spread over the ranks, as whole tensors on the first one's CPU; every rank must ask."""
+    pieces = ((name, whole(tensor)) for name, tensor in tensors.items())  # one at a time
+    return {name: piece.cpu().contiguous() for name, piece in pieces if rank_and_world()[0] == 0}
+
+
+@contextlib.contextmanager
+def enough_memory(what: str, way_out: str):
+    """Make an InputError, with what to try, of running out of memory."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as e:
+        if not re.search("out of memory|allocate memory|bad_alloc", str(e)) and not isinstance(e, MemoryError):
+            raise
+        asked = re.search(r"allocate ([\d.]+ \w+)", str(e))
+        asked = f" (it asked for {asked[1]} more)" if asked else ""
+        raise InputError(f"out of memory: {what}{asked}; {way_out}") from None
+
+
+@contextlib.contextmanager
+def new_folder(path: Path):
+    """A folder to fill that becomes `path`, in the place of what was there, only when the block ends well."""
+    path = path.resolve()
+    partial, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
+    if old.exists() and not path.exists():  # killed between the two renames below
+        os.rename(old, path)
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if path.exists():
+        os.rename(path, old)
+    os.rename(partial, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def has_bf16(device: torch.device) -> bool:
     """Whether bf16 matrix products are faster than fp32 here."""
     if device.type == "cuda":
@@ -130,7 +211,7 @@ def rows_at_once(model: GPTNeoX, seq_len: int, device: torch.device) -> int:
     return max(1, logits // (seq_len * model.config.vocab_size))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate(model: GPTNeoX, data: Data, split: str, seq_len: int, dtype: torch.dtype = torch.float32,
              limit: int | None = None) -> dict[str, np.ndarray]:
     """Mean loss of every sequence (window of seq_len) of every domain's split: {domain: (n,) float64}, nats per token.
@@ -146,14 +227,17 @@ def evaluate(model: GPTNeoX, data: Data, split: str, seq_len: int, dtype: torch.
     windows = [(data.tokens(d, split), c) for d in data.domains for c in range(counts[d])]
     B = rows_at_once(model, seq_len, device)
     losses = torch.zeros(len(windows), dtype=torch.float64)
-    batches = range(rank * B, len(windows), world * B)
-    for i in tqdm(batches, desc=f"evaluate {split}", unit="batch", disable=None if rank == 0 else True, leave=False):
-        rows = [tokens[c * seq_len:(c + 1) * seq_len + 1] for tokens, c in windows[i:i + B]]
-        batch = np.zeros((B, seq_len + 1), dtype=np.int64)  # always B rows, so that a compiled model sees one shape
-        batch[:len(rows)] = rows
-        batch = torch.from_numpy(batch).to(device)
-        with autocast(device, dtype):
+    batches = range(rank * B, len(windows) + rank * B, world * B)  # as many on every rank; the last ones can be empty
+    with (torch.inference_mode(not is_sharded(model)), autocast(device, dtype),
+          enough_memory(f"evaluating {B} sequences of {seq_len} tokens", "try a shorter --seq-len or a smaller model")):
+        for i in tqdm(batches, desc=f"evaluate {split}", unit="batch", disable=rank > 0 or None, leave=False):
+            rows = [tokens[c * seq_len:(c + 1) * seq_len + 1] for tokens, c in windows[i:i + B]]
+            batch = np.zeros((B, seq_len + 1), dtype=np.int64)  # always B rows, so that a compiled model sees one shape
+            batch[:len(rows)] = rows or batch[:0]
+            batch = torch.from_numpy(batch).to(device)
             losses[i:i + len(rows)] = model(batch[:, :-1], batch[:, 1:]).mean(1)[:len(rows)].cpu()
+    if is_sharded(model):
+        model.reshard()
     if world > 1:
         losses = losses.to(device)
         dist.all_reduce(losses)
@@ -288,6 +372,7 @@ def main():
     parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
     parser.add_argument("--device")
     parser.add_argument("--dtype", help="float32 or bfloat16 (default: bfloat16 where the hardware has it)")
+    parser.add_argument("--no-compile", action="store_true")
     args = parser.parse_args()
     if len(set(args.models)) < len(args.models):
         raise InputError("the same model is named twice")
@@ -296,6 +381,8 @@ def main():
     for name in args.models:
         model = load(name, device, vocab_size=data.vocab_size)
         check_tokenizer(name, data)
+        if can_compile(device)[0] and not args.no_compile:
+            model.compile_parts()
         seq_len = model.config.max_position_embeddings if seq_len is None else seq_len
         losses[name] = evaluate(model, data, args.split, seq_len, autocast_dtype(args.dtype, device))
     if rank_and_world()[0] == 0:

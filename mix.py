@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eval import (barrier, compare, evaluate, finish, mean_loss, model_card, rank_and_world, results, say, signed,
-                  start, table)
+from eval import (barrier, compare, evaluate, fill, finish, mean_loss, model_card, rank_and_world, results, say,
+                  signed, start, table)
 from model import GPTNeoX, load_json, publish, write_text
 from prepare import SAMPLE, ArgumentParser, Data, InputError, cli, prepare
-from train import (RESUME_HINT, Mixture, add_options, claim, defaults, keep, load_weights, open_run, parse_mixture,
-                   passes_of, rescale, this_pass, times_seen, train)
+from train import (RESUME_HINT, Mixture, add_options, claim, defaults, keep, open_run, parse_mixture, passes_of,
+                   rescale, this_pass, times_seen, train)
 
 RATES = {"multiplicative": 1.0, "additive": 400.0, "share": 0.25}  # found by trying; README.md has the evidence
 
@@ -66,15 +66,14 @@ def trained(model: GPTNeoX, data: Data, counts: dict[str, int], hyper: dict, fol
             seen: dict | None = None, record: dict | None = None) -> None:
     """Train the model, in place, and keep it as a folder; where that was done before, load it from there instead."""
     if (folder / "model.safetensors").is_file():
-        load_weights(model, folder)
+        fill(model, folder)
         return
     if rank_and_world()[0] == 0:
         folder.mkdir(parents=True, exist_ok=True)
     train(model, data, counts, **hyper, seen=seen, save_every=args.save_every, out=folder, title=title)
-    if rank_and_world()[0] == 0:
-        if record:
-            write_text(folder / "run.json", json.dumps(record, indent=1) + "\n")
-        keep(model, data, folder)
+    if rank_and_world()[0] == 0 and record:
+        write_text(folder / "run.json", json.dumps(record, indent=1) + "\n")
+    keep(model, data, folder)
     barrier()  # the others may read what the first rank wrote
 
 
@@ -132,7 +131,7 @@ def comparison(model: GPTNeoX, data: Data, history: list[dict], hyper: dict, see
     folder = out / ("round-1" if history[1]["counts"] == uniform else "uniform")
     trained(model, data, uniform, hyper, folder, "uniform", args, seen)
     losses["uniform"] = evaluate(model, data, "test", T, hyper["dtype"])
-    load_weights(model, out / f"round-{best['round']}")
+    fill(model, out / f"round-{best['round']}")
     losses["reweighted"] = evaluate(model, data, "test", T, hyper["dtype"])
     result = results(losses, data, "test", T)
     return result | {"reweighted - uniform": compare(losses["uniform"], losses["reweighted"], data, "test", T)}
@@ -176,8 +175,8 @@ def picture(history: list[dict], domains: list[str], path: Path) -> None:
     publish(partial, path)
 
 
-def write_results(model: GPTNeoX, data: Data, history: list, result: dict, hyper: dict, passes: list, args) -> None:
-    """The mixture, the table's numbers, the picture and, last, the model, which makes the run a finished one."""
+def write_results(data: Data, history: list[dict], result: dict, hyper: dict, passes: list[dict], args) -> None:
+    """The mixture, the table's numbers, the picture and the model's card."""
     out, best = Path(args.out), best_round(history)
     settings = {name: vars(args)[name] for name in ("method", "rule", "rate", "seed", "data", "model")}
     mixture = {"counts": best["counts"], "unit": "sequences", "seq_len": hyper["seq_len"], "round": best["round"]}
@@ -188,7 +187,6 @@ def write_results(model: GPTNeoX, data: Data, history: list, result: dict, hyper
     write_text(out / "run.json", json.dumps(record, indent=1) + "\n")
     card = model_card(out.name, args.model, data, best["counts"], hyper, result, passes)
     write_text(out / "README.md", card)
-    keep(model, data, out, getattr(torch, args.save_dtype))
 
 
 def main():
@@ -236,7 +234,8 @@ def main():
         with stage("comparison"):
             result = comparison(model, data, history, hyper, seen, args)
         if rank_and_world()[0] == 0:
-            write_results(model, data, history, result, hyper, passes, args)
+            write_results(data, history, result, hyper, passes, args)
+        keep(model, data, out, getattr(torch, args.save_dtype))  # last: it makes the run a finished one
     if rank_and_world()[0] == 0:
         result = load_json(out / "result.json")
         say("", f"test split, {result['seq_len']} tokens a sequence", table(result), verdict(result), "",

@@ -222,10 +222,11 @@ class GPTNeoX(nn.Module):
         x, targets = x.flatten(0, 1), targets.flatten()
         parts = 1 << (targets.numel() * self.config.vocab_size // self.logits_at_once).bit_length()
         if parts == 1:
-            return self.token_losses(x, targets).view_as(tokens)
-        losses = [checkpoint(self.token_losses, *part, use_reentrant=False, preserve_rng_state=False)
-                  for part in zip(x.chunk(parts), targets.chunk(parts))]
-        return torch.cat(losses).view_as(tokens)
+            losses = self.token_losses(x, targets)
+        else:
+            losses = torch.cat([checkpoint(self.token_losses, *part, use_reentrant=False, preserve_rng_state=False)
+                                for part in zip(x.chunk(parts), targets.chunk(parts))])
+        return losses.view_as(tokens).clone()  # FSDP's hooks want no view
 
     def token_losses(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The last layer's output (N, C) and targets (N,) -> losses (N,)."""
@@ -237,15 +238,6 @@ class GPTNeoX(nn.Module):
         for layer in self.gpt_neox.layers:
             layer.compile(dynamic=False)
         self.token_losses = torch.compile(self.token_losses, dynamic=False)
-
-    def flops_per_token(self, seq_len: int) -> int:
-        """Floating-point operations of training on one token: 6 for each weight that multiplies, and 12 L d T for
-        attention, not halved for its causality (2204.02311, appendix B)."""
-        c = self.config
-        matrices = sum(p.numel() for p in self.parameters())
-        if not c.tie_word_embeddings:
-            matrices -= self.gpt_neox.embed_in.weight.numel()  # a look-up multiplies nothing
-        return 6 * matrices + 12 * c.num_hidden_layers * c.hidden_size * seq_len
 
     @torch.no_grad()
     def generate(self, tokens: torch.Tensor, new_tokens: int, temperature: float = 0.0, end: int | None = None,
@@ -404,8 +396,9 @@ def load(name: str | Path, device="cpu", dtype: torch.dtype = torch.float32, voc
          seed: int = 0) -> GPTNeoX:
     """A model from a Hugging Face folder, from the hub (`pythia-70m`, `ORG/NAME@REVISION`), or random (`scratch:SIZE`).
 
-    vocab_size and seed are for scratch; the vocabulary is rounded up to a multiple of 128, like Pythia's. Raises
-    InputError where there is no such model, or a tensor is unknown, missing or of another shape.
+    vocab_size and seed are for scratch; the vocabulary is rounded up to a multiple of 128, like Pythia's. On device
+    "meta" it has its shape alone, and the weights stay unread. Raises InputError where there is no such model, or a
+    tensor is unknown, missing or of another shape.
     """
     if str(name).startswith("scratch:"):
         size = str(name)[len("scratch:"):]
@@ -414,7 +407,7 @@ def load(name: str | Path, device="cpu", dtype: torch.dtype = torch.float32, voc
         config = Config(**asdict(SHAPES[size]))
         if vocab_size is not None:
             config.vocab_size = -(-vocab_size // 128) * 128
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.device("meta" if str(device) == "meta" else "cpu"):
             torch.manual_seed(seed)
             return GPTNeoX(config).to(device=device, dtype=dtype)
     config = model_folder(str(name)) / "config.json"
@@ -422,6 +415,8 @@ def load(name: str | Path, device="cpu", dtype: torch.dtype = torch.float32, voc
         raise InputError(f"{name}: not a model (no config.json); expected a Hugging Face folder or a name on the hub")
     with torch.device("meta"):
         model = GPTNeoX(read_config(config))
+    if str(device) == "meta":
+        return model
     files = weight_files(str(name))
     with ThreadPoolExecutor(1) as pool:
         checks = pool.map(verify, files)  # meanwhile
@@ -433,8 +428,9 @@ def load(name: str | Path, device="cpu", dtype: torch.dtype = torch.float32, voc
 
 
 def save(model: GPTNeoX, folder: str | Path, tokenizer: str | Path | None = None,
-         dtype: torch.dtype = torch.float32) -> None:
-    """Write a folder that transformers loads, model.safetensors last. tokenizer: a tokenizer.json to put beside it."""
+         dtype: torch.dtype = torch.float32, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """Write a folder that transformers loads, model.safetensors last. tokenizer: a tokenizer.json to put beside it.
+    weights: those to write, if not the model's own."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     end = 0
@@ -450,7 +446,7 @@ def save(model: GPTNeoX, folder: str | Path, tokenizer: str | Path | None = None
               "hidden_act": "gelu", "attention_bias": True, "bos_token_id": end, "eos_token_id": end,
               "torch_dtype": str(dtype).removeprefix("torch.")}
     write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
-    weights = {name: p.to(dtype).contiguous() for name, p in model.state_dict().items()}
+    weights = {name: p.to(dtype).contiguous() for name, p in (weights or model.state_dict()).items()}
     if model.config.tie_word_embeddings:
         del weights["embed_out.weight"]
     write_safetensors(folder / "model.safetensors", weights)

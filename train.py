@@ -6,11 +6,9 @@
 
 The order of the pass is a pure function of data, counts and seed; ranks, micro-batches and restarts only slice it.
 """
-import contextlib
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 import time
@@ -23,8 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
-from eval import (autocast, autocast_dtype, barrier, can_compile, check_fit, check_tokenizer, evaluate, finish,
-                  mean_loss, model_card, rank_and_world, results, rows_at_once, say, start, table, window_count)
+from eval import (assign, autocast, autocast_dtype, barrier, can_compile, check_fit, check_tokenizer, enough_memory,
+                  evaluate, fill, finish, gathered, is_sharded, mean_loss, model_card, new_folder, rank_and_world,
+                  results, rows_at_once, say, shard, start, table, whole, window_count)
 from model import SHAPES, GPTNeoX, load, load_json, pinned, save, write_safetensors, write_text
 from prepare import SAMPLE, SPLITS, ArgumentParser, Data, InputError, cli
 
@@ -216,33 +215,37 @@ def train(model: GPTNeoX, data: Data, counts: dict[str, int], *, seq_len: int, b
     if out is not None:
         first = load_checkpoint(out, model, optimizer)
         log = open_log(out / "log.jsonl", first) if rank == 0 else None
-    parallel = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
-    flops, peak = model.flops_per_token(seq_len), peak_flops(device, dtype) * world
+    ddp = world > 1 and not is_sharded(model)
+    parallel = DistributedDataParallel(model, broadcast_buffers=False) if ddp else model
+    flops, peak = flops_per_token(model, seq_len), peak_flops(device, dtype) * world
+    fewer = f"--micro-batch-size {M // 2}" if M > 1 else "--activation-checkpointing, a shorter --seq-len or --fsdp"
     bar = tqdm(total=steps, initial=first, desc=title, unit="step", disable=None if rank == 0 else True, leave=False)
     for step in range(first, steps):
         started = time.perf_counter()
         sequences = min(batch_size, len(mixture) - step * batch_size)
         total = torch.zeros((), device=device)
         parts = list(micro_batches(mixture, step, batch_size, M))
-        for i, (tokens, weights) in enumerate(parts):
-            tokens, weights = tokens.to(device, non_blocking=True), weights.to(device, non_blocking=True)
+        with enough_memory(f"training on {M} sequences of {seq_len} tokens at a time", f"try {fewer}"):
+            for i, (tokens, weights) in enumerate(parts):
+                tokens, weights = to_device(tokens, device), to_device(weights, device)
+                if ddp:
+                    parallel.require_backward_grad_sync = i == len(parts) - 1  # read by its forward, so set before it
+                with autocast(device, dtype):
+                    losses = parallel(tokens[:, :-1], tokens[:, 1:])  # (M, T)
+                loss = (losses * weights).sum() / (sequences * seq_len)  # the true number of tokens, on all ranks
+                (loss * world).backward()  # DDP and FSDP divide by world
+                total += loss.detach()
             if world > 1:
-                parallel.require_backward_grad_sync = i == len(parts) - 1  # read by DDP's forward, so set before it
-            with autocast(device, dtype):
-                losses = parallel(tokens[:, :-1], tokens[:, 1:])  # (M, T)
-            loss = (losses * weights).sum() / (sequences * seq_len)  # the true number of tokens, on all ranks together
-            (loss * world).backward()  # DDP divides by world
-            total += loss.detach()
-        if world > 1:
-            dist.all_reduce(total)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
-        rate = learning_rate(step, steps, lr, warmup)
-        if not math.isfinite(norm):
-            raise InputError(f"step {step}: the gradient is not finite (loss {total.item()}); lower --lr, now {lr:g}")
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+                dist.all_reduce(total)
+            norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)).item()
+            rate = learning_rate(step, steps, lr, warmup)
+            if not math.isfinite(norm):
+                raise InputError(f"step {step}: the gradient is not finite (loss {total.item()}); "
+                                 f"lower --lr, now {lr:g}")
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         line = {"step": step, "loss": total.item(), "lr": rate, "grad_norm": norm, "sequences": sequences}
         line["tokens_per_second"] = round(sequences * seq_len / (time.perf_counter() - started))
         bar.set_postfix_str(f"loss {line['loss']:.3f}, lr {rate:.1e}, {line['tokens_per_second']:,} tok/s, "
@@ -256,12 +259,27 @@ def train(model: GPTNeoX, data: Data, counts: dict[str, int], *, seq_len: int, b
         if log:
             log.write(json.dumps(line) + "\n")
             log.flush()
-        if save_every and out is not None and (step + 1) % save_every == 0 and step + 1 < steps and rank == 0:
+        if save_every and out is not None and (step + 1) % save_every == 0 and step + 1 < steps:
             save_checkpoint(out, model, optimizer, step + 1)
     bar.close()
     if log:
         log.close()
     return model
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Without waiting for the copy, which on a GPU takes memory that stays in its place."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
+def flops_per_token(model: GPTNeoX, seq_len: int) -> int:
+    """Floating-point operations of training on one token: 6 for each weight that multiplies, and 12 L d T for
+    attention, not halved for its causality (2204.02311, appendix B)."""
+    c = model.config
+    matrices = sum(p.numel() for p in model.parameters())
+    if not c.tie_word_embeddings:
+        matrices -= c.vocab_size * c.hidden_size  # a look-up multiplies nothing
+    return 6 * matrices + 12 * c.num_hidden_layers * c.hidden_size * seq_len
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -274,34 +292,16 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted(out.glob("checkpoint-*"))
 
 
-@contextlib.contextmanager
-def new_folder(path: Path):
-    """A folder to fill that becomes `path`, in the place of what was there, only when the block ends well."""
-    path = path.resolve()
-    partial, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
-    if old.exists() and not path.exists():  # killed between the two renames below
-        os.rename(old, path)
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if path.exists():
-        os.rename(path, old)
-    os.rename(partial, path)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def save_checkpoint(out: Path, model: GPTNeoX, optimizer: torch.optim.Optimizer, step: int) -> None:
     """Weights, optimizer state and the step, as a folder that appears whole; then the older ones go."""
     older = [folder for folder in checkpoints(out) if folder.name != f"checkpoint-{step:08d}"]
-    names = {p: name for name, p in model.named_parameters()}
-    state = {f"{names[p]}.{key}": value for p, values in optimizer.state.items() for key, value in values.items()}
+    weights = gathered({name: p.detach() for name, p in model.named_parameters()})
+    state = gathered({f"{name}.{key}": optimizer.state[p][key] for name, p in model.named_parameters()
+                      for key in ("exp_avg", "exp_avg_sq")})
+    if rank_and_world()[0] > 0:
+        return
     with new_folder(out / f"checkpoint-{step:08d}") as folder:
-        write_safetensors(folder / "model.safetensors", {name: p.detach().contiguous() for p, name in names.items()})
+        write_safetensors(folder / "model.safetensors", weights)
         write_safetensors(folder / "optimizer.safetensors", state)
         write_text(folder / "state.json", json.dumps({"step": step}) + "\n")
     for folder in older:
@@ -314,22 +314,27 @@ def load_checkpoint(out: Path, model: GPTNeoX, optimizer: torch.optim.Optimizer)
     if not found:
         return 0
     try:
-        weights, state = load_file(found[-1] / "model.safetensors"), load_file(found[-1] / "optimizer.safetensors")
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                p.copy_(weights[name])
-                moments = {key: state[f"{name}.{key}"].to(p.device) for key in ("step", "exp_avg", "exp_avg_sq")}
-                optimizer.state[p] = moments
-        return load_json(found[-1] / "state.json")["step"]
+        step, weights, state = load_json(found[-1] / "state.json")["step"], {}, {}
+        if rank_and_world()[0] == 0 or not is_sharded(model):
+            weights, state = load_file(found[-1] / "model.safetensors"), load_file(found[-1] / "optimizer.safetensors")
+        for name, p in model.named_parameters():
+            assign(p, weights[name] if weights else None)
+            moments = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+            for key, moment in moments.items():
+                assign(moment, state[f"{name}.{key}"] if state else None)
+            optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device), **moments}
+        return step
     except (SafetensorError, KeyError, RuntimeError) as e:
         raise InputError(f"{found[-1]}: damaged ({e}); remove it to go on without it") from None
 
 
 def keep(model: GPTNeoX, data: Data, out: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Save the finished model with its tokenizer; its checkpoints are no longer needed."""
-    save(model, out, data.folder / "tokenizer.json", dtype)
-    for folder in checkpoints(out):
-        shutil.rmtree(folder)
+    """Save the finished model with its tokenizer; its checkpoints are no longer needed. Every rank must take part."""
+    weights = gathered(model.state_dict())
+    if rank_and_world()[0] == 0:
+        save(model, out, data.folder / "tokenizer.json", dtype, weights)
+        for folder in checkpoints(out):
+            shutil.rmtree(folder)
 
 
 def open_log(path: Path, first: int):
@@ -358,6 +363,8 @@ def add_options(parser: ArgumentParser, out: str) -> None:
     add("--device", help="(default: cuda where there is one, else cpu)")
     add("--dtype", help="of autocast: float32 or bfloat16 (default: bfloat16 where the hardware has it)")
     add("--no-compile", action="store_true")
+    add("--activation-checkpointing", action="store_true", help="keep less for the backward pass, compute more")
+    add("--fsdp", action="store_true", help="spread model and optimizer over the ranks, for a model that fits no GPU")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--overwrite", action="store_true", help="start anew, over the run in --out")
 
@@ -370,31 +377,34 @@ def open_run(args) -> tuple[Data, GPTNeoX, dict]:
         if value is not None and not low <= value <= high:
             raise InputError(f"--{name.replace('_', '-')} {value}: expected {low} to {high}")
     data, device, args.model = Data(args.data), start(args.device), pinned(args.model)
-    model = load(args.model, device, vocab_size=data.vocab_size, seed=args.seed)
-    own = defaults(model)
+    dtype, scratch = autocast_dtype(args.dtype, device), {"vocab_size": data.vocab_size, "seed": args.seed}
+    with enough_memory(f"loading {args.model}", "take a smaller one"):
+        if args.fsdp:
+            model = load(args.model, "meta", **scratch)
+            shard(model, dtype, device)
+            fill(model, args.model, **scratch)
+        else:
+            model = load(args.model, device, **scratch)
+    model.checkpointing, own = args.activation_checkpointing, defaults(model)
     hyper = {key: own[key] if vars(args)[key] is None else vars(args)[key] for key in ("seq_len", "batch_size", "lr")}
-    hyper |= {"micro_batch_size": args.micro_batch_size, "warmup": args.warmup, "seed": args.seed,
-              "dtype": autocast_dtype(args.dtype, device)}
+    hyper |= {"micro_batch_size": args.micro_batch_size, "warmup": args.warmup, "seed": args.seed, "dtype": dtype}
     check_fit(model, data, hyper["seq_len"])
     check_tokenizer(args.model, data)
     train_tokens = sum(data.size(d, "train")["tokens"] for d in data.domains)
     for d in data.domains:
         for split in SPLITS:
             window_count(data, d, split, hyper["seq_len"])
-    precision = str(hyper["dtype"]).removeprefix("torch.")
+    precision = str(dtype).removeprefix("torch.")
     reason = "--dtype" if args.dtype else "the hardware has it" if precision == "bfloat16" else "no fast bfloat16 here"
     compiled, why = (False, "eager (--no-compile)") if args.no_compile else can_compile(device)
+    if compiled and args.fsdp and device.type == "cpu" and dtype == torch.bfloat16:
+        compiled, why = False, "eager (torch.compile fails on a CPU with bfloat16 parameters)"
     if compiled:
         model.compile_parts()
     say(f"data    {args.data}: {len(data.domains)} domains, {train_tokens:,} training tokens",
         f"model   {args.model}: {sum(p.numel() for p in model.parameters()):,} parameters on {device.type} x "
         f"{rank_and_world()[1]}, {precision} ({reason}), {why}")
     return data, model, hyper
-
-
-def load_weights(model: GPTNeoX, folder: Path) -> None:
-    """Copy a folder's weights into a model of the same shape, which stays the module that it is, compiled or not."""
-    model.load_state_dict(load(folder).state_dict())
 
 
 def passes_of(model: str) -> list[dict]:
@@ -457,7 +467,7 @@ def main():
             write_text(out / "result.json", json.dumps(results(losses, data, "val", T), indent=1) + "\n")
             card = model_card(out.name, args.model, data, counts, hyper, load_json(out / "result.json"), passes)
             write_text(out / "README.md", card)
-            keep(model, data, out, getattr(torch, args.save_dtype))
+        keep(model, data, out, getattr(torch, args.save_dtype))
         barrier()
     say(f"validation losses, {T} tokens a sequence", table(load_json(out / "result.json")), f"model and log in {out}")
     finish()

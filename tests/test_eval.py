@@ -92,7 +92,18 @@ def test_the_table_lines_up_and_marks_domains_with_few_documents(data, small):
 
 def test_the_command_prints_the_table_and_writes_json(script, data, small, tmp_path):
     status, out, err = script(
-        "eval", small, "--data", data.folder, "--device", "cpu", "--dtype", "float32", "--json", tmp_path / "r.json"
+        "eval",
+        small,
+        "--data",
+        data.folder,
+        "--device",
+        "cpu",
+        "--no-compile",
+        "--no-compile",
+        "--dtype",
+        "float32",
+        "--json",
+        tmp_path / "r.json",
     )
     assert (status, err) == (0, "")
     result = json.loads((tmp_path / "r.json").read_text())
@@ -104,5 +115,7 @@ def test_a_model_with_another_tokenizer_brings_a_warning(script, data, small, tm
     with open(tmp_path / "other" / "tokenizer.json", "a") as f:
         f.write("\n")
     for model, warned in ((small, False), (tmp_path / "other", True)):
-        status, out, _ = script("eval", model, "--data", data.folder, "--device", "cpu", "--dtype", "float32")
+        status, out, _ = script(
+            "eval", model, "--data", data.folder, "--device", "cpu", "--no-compile", "--dtype", "float32"
+        )
         assert status == 0 and ("warning" in out) == warned

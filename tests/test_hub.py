@@ -171,7 +171,7 @@ def downloads(hub, file: str) -> list[str]:
 
 
 def test_a_size_is_fetched_once_and_then_works_offline(hub, run, data):
-    argv = ["eval.py", "pythia-14m", "--data", data.folder, "--device", "cpu"]
+    argv = ["eval.py", "pythia-14m", "--data", data.folder, "--device", "cpu", "--no-compile"]
     first = run(*argv)
     assert first.returncode == 0, first.stderr
     assert len(downloads(hub, "model.safetensors")) == 1
@@ -182,20 +182,20 @@ def test_a_size_is_fetched_once_and_then_works_offline(hub, run, data):
 
 def test_a_cached_commit_needs_no_network(hub, run, data):
     name = f"EleutherAI/pythia-14m@{commit_of('models/EleutherAI/pythia-14m', 'main')}"
-    argv = ["eval.py", name, "--data", data.folder, "--device", "cpu"]
+    argv = ["eval.py", name, "--data", data.folder, "--device", "cpu", "--no-compile"]
     assert run(*argv).returncode == 0
     count = len(hub.requests)
     assert run(*argv).returncode == 0 and not hub.requests[count:], hub.requests[count:]
 
 
 def test_shards_work_and_work_offline(hub, run, data, small):
-    argv = ["eval.py", "ORG/shards", "--data", data.folder, "--device", "cpu"]
+    argv = ["eval.py", "ORG/shards", "--data", data.folder, "--device", "cpu", "--no-compile"]
     first = run(*argv)
     assert first.returncode == 0, first.stderr
     assert len({request for request in hub.requests if "/model-0000" in request}) > 1
     again = run(*argv, HF_HUB_OFFLINE="1")
     assert again.returncode == 0 and again.stdout == first.stdout, again.stderr
-    whole = run("eval.py", small, "--data", data.folder, "--device", "cpu")
+    whole = run("eval.py", small, "--data", data.folder, "--device", "cpu", "--no-compile")
     assert whole.stdout.splitlines()[2:] == first.stdout.splitlines()[2:]
 
 
@@ -241,7 +241,7 @@ def test_a_revision_with_only_bin_files_names_one_that_has_safetensors(hub, run,
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
 def test_a_file_damaged_on_its_way_is_found_out(hub, run, data, tmp_path, file):
     """One bit is wrong and the size is right, which the client does not see."""
-    argv = ["eval.py", "pythia-14m", "--data", data.folder, "--device", "cpu"]
+    argv = ["eval.py", "pythia-14m", "--data", data.folder, "--device", "cpu", "--no-compile"]
     hub.damaged.add(file)
     done = run(*argv)
     fails(done, file, "damaged", "remove")

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPT
 
 from model import SHAPES, Config, GPTNeoX, load, save
 from prepare import InputError, Tokenizer
+from train import flops_per_token
 
 SWITCHES = [
     dict(use_parallel_residual=parallel, rotary_pct=pct, num_attention_heads=heads, tie_word_embeddings=tied)
@@ -184,7 +185,7 @@ def test_presets_have_the_published_parameter_counts():
     with torch.device("meta"):
         counted = {size: sum(p.numel() for p in GPTNeoX(SHAPES[f"pythia-{size}"]).parameters()) for size in published}
         assert (
-            GPTNeoX(SHAPES["pythia-1b"]).flops_per_token(2048) == 6_257_860_608
+            flops_per_token(GPTNeoX(SHAPES["pythia-1b"]), 2048) == 6_257_860_608
         )  # 6 x 908,759,040 + 12 x 16 x 2048 x 2048
     assert counted == published
 

@@ -33,7 +33,7 @@ def main():
     T = own["seq_len"]
     hyper = {"seq_len": T, "batch_size": own["batch_size"], "seed": args.seed, "dtype": autocast_dtype(None, device)}
     if can_compile(device)[0]:
-        model.compile(dynamic=False)
+        model.compile_parts()
 
     def state():
         return {name: weight.clone() for name, weight in model.state_dict().items()}
