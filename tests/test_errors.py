@@ -464,3 +464,20 @@ def test_a_crafted_meta_json(script, data, small, tmp_path, change):
     path = tmp_path / "d" / "meta.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     fails(script("eval", small, "--data", tmp_path / "d", "--device", "cpu"), tmp_path / "d")
+
+
+@pytest.mark.parametrize(
+    "memory, words",
+    [
+        (2e9, ("training on 1024 sequences of 256 tokens", "try --micro-batch-size 512")),
+        (6e8, ("evaluating 256 sequences of 256 tokens", "try a shorter --seq-len")),
+    ],
+)
+def test_out_of_memory_names_what_was_asked_for_and_what_to_try(data, small, tmp_path, memory, words):
+    shutil.copytree(small, tmp_path / "m")
+    config = json.loads((small / "config.json").read_text()) | {"max_position_embeddings": 8192}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    argv = ["--data", data.folder, "--model", tmp_path / "m", "--out", tmp_path / "run", "--mix", "sums=64"]
+    argv += ["--seq-len", 256, "--batch-size", 1024, "--micro-batch-size", 1024, *SMALL]
+    fails(command("train.py", *argv, memory=memory), "out of memory: ", *words, "it asked for ", " bytes more")
+    assert not (tmp_path / "run" / "model.safetensors").exists()

@@ -8,9 +8,11 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, SMALL, command
 from test_train import same_weights
 
+from eval import can_compile
 from mix import best_round, lopsided, update, verdict
 from prepare import InputError
 
@@ -215,3 +217,14 @@ def test_two_processes_search_like_one(whole, data, tmp_path, more):
     a, b = (json.loads((out / "result.json").read_text())["models"] for out in (tmp_path / "ranks", whole[0]))
     for name in b:
         assert a[name]["nats"] == pytest.approx(b[name]["nats"], abs=1e-5)
+
+
+@pytest.mark.skipif(not can_compile(torch.device("cpu"))[0], reason=can_compile(torch.device("cpu"))[1])
+def test_a_whole_search_compiles_each_shape_once(data, tmp_path, script):
+    """A layer and the losses, each with a gradient and without: four graphs for the base, all rounds and the table."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = [word for word in argv(data, tmp_path / "run") if word != "--no-compile"]
+    status, text, err = script("mix", *compiled)
+    assert status == 0 and "torch.compile (" in text, err
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4

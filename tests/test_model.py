@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
+from eval import can_compile
 from model import SHAPES, Config, GPTNeoX, load, save
 from prepare import InputError, Tokenizer
 from train import flops_per_token
@@ -222,3 +223,58 @@ def test_save_keeps_the_dtype_asked_for_and_the_umask(tmp_path):
     save(GPTNeoX(Config(64, 16, 1, 2, 32, 16)), tmp_path, dtype=torch.bfloat16)
     assert {t.dtype for t in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
     assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "config.json").stat().st_mode
+
+
+def losses_and_gradients(model, tokens):
+    losses = model(tokens[:, :-1], tokens[:, 1:])
+    weights = torch.linspace(0, 1, losses.numel()).view_as(losses)  # no two tokens count the same
+    (losses * weights).sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    return losses.detach(), gradients
+
+
+def assert_equal_learning(found, expected, atol=1e-6):
+    torch.testing.assert_close(found[0], expected[0], atol=atol, rtol=atol)
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=atol * gradient.abs().max().item() + 1e-9, rtol=atol)
+
+
+@pytest.mark.parametrize("part", [1, 2, 7, 3 * 20])
+def test_losses_in_parts_are_the_plain_ones(part):
+    """Logits of at most so many tokens at once, an uneven last part among them."""
+    model, tokens = GPTNeoX(Config(211, 32, 2, 4, 64, 32)).double(), torch.randint(211, (3, 21))
+    expected, seen = losses_and_gradients(model, tokens), []
+    model.logits_at_once = part * 211
+    model.embed_out.register_forward_hook(lambda module, args, logits: seen.append(logits.numel()))
+    assert_equal_learning(losses_and_gradients(model, tokens), expected)
+    assert max(seen) <= part * 211 and len(seen) >= 60 / part
+
+
+def test_activation_checkpointing_changes_nothing():
+    model, tokens = GPTNeoX(Config(211, 32, 2, 4, 64, 32)), torch.randint(211, (3, 21))
+    expected, seen = losses_and_gradients(model, tokens), []
+    model.gpt_neox.layers[0].mlp.register_forward_pre_hook(lambda *call: seen.append(call))
+    model.checkpointing = True
+    assert_equal_learning(losses_and_gradients(model, tokens), expected)
+    assert len(seen) == 2  # once more for the gradient
+
+
+@pytest.mark.skipif(not can_compile(torch.device("cpu"))[0], reason=can_compile(torch.device("cpu"))[1])
+@pytest.mark.parametrize("T", [31, 300])
+def test_a_compiled_model_learns_like_an_eager_one(T):
+    """With attention in blocks: in one, and in three of which the last is short."""
+    model, tokens = GPTNeoX(Config(211, 32, 2, 4, 64, 512)), torch.randint(211, (2, T + 1))
+    expected = losses_and_gradients(model, tokens)
+    model.compile_parts()
+    assert_equal_learning(losses_and_gradients(model, tokens), expected, atol=1e-5)
+
+
+def test_generation_goes_on_when_the_window_is_full(tmp_path):
+    """Within the context with its cache, and beyond it, like the whole window computed anew for every token."""
+    model, tokens = GPTNeoX(Config(211, 32, 2, 4, 64, 32)), torch.randint(211, (1, 20))
+    expected = tokens
+    for _ in range(24):
+        logits = model(expected[:, -32:])
+        expected = torch.cat((expected, logits[:, -1].argmax(-1, keepdim=True)), 1)
+    assert torch.equal(model.generate(tokens, 24), expected)
