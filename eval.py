@@ -211,6 +211,20 @@ def rows_at_once(model: GPTNeoX, seq_len: int, device: torch.device) -> int:
     return max(1, logits // (seq_len * model.config.vocab_size))
 
 
+def rows_in_training(model: GPTNeoX, seq_len: int, device: torch.device) -> int:
+    """How many sequences a step takes at a time: no more than evaluation, and on a GPU no more than 90% of its memory
+    hold: 18 bytes a parameter and, for a token, 40 d bytes a layer (4 d with activation checkpointing) and 6 V for the
+    logits, which is what autocast keeps."""
+    rows, c = rows_at_once(model, seq_len, device), model.config
+    if device.type != "cuda":
+        return rows
+    shares = rank_and_world()[1] if is_sharded(model) else 1
+    room = torch.cuda.get_device_properties(device).total_memory * 0.9
+    room -= 18 * sum(p.numel() for p in model.parameters()) / shares
+    token = (4 if model.checkpointing else 40) * c.hidden_size * c.num_hidden_layers + 6 * c.vocab_size
+    return max(1, min(rows, int(room / (seq_len * token))))
+
+
 @torch.no_grad()
 def evaluate(model: GPTNeoX, data: Data, split: str, seq_len: int, dtype: torch.dtype = torch.float32,
              limit: int | None = None) -> dict[str, np.ndarray]:

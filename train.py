@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from eval import (assign, autocast, autocast_dtype, barrier, can_compile, check_fit, check_tokenizer, enough_memory,
                   evaluate, fill, finish, gathered, is_sharded, mean_loss, model_card, new_folder, rank_and_world,
-                  results, rows_at_once, say, shard, start, table, whole, window_count)
+                  results, rows_in_training, say, shard, start, table, whole, window_count)
 from model import SHAPES, GPTNeoX, load, load_json, pinned, save, write_safetensors, write_text
 from prepare import SAMPLE, SPLITS, ArgumentParser, Data, InputError, cli
 
@@ -209,14 +209,16 @@ def train(model: GPTNeoX, data: Data, counts: dict[str, int], *, seq_len: int, b
     mixture = Mixture(data, counts, seq_len, seed, seen)
     steps = -(-len(mixture) // batch_size)
     rows = -(-batch_size // world)  # of a rank, in as few equal parts as fit
-    M = micro_batch_size or -(-rows // -(-rows // rows_at_once(model, seq_len, device)))
+    M = micro_batch_size or -(-rows // -(-rows // rows_in_training(model, seq_len, device)))
     optimizer = make_optimizer(model, device)
     first, log = 0, None
     if out is not None:
         first = load_checkpoint(out, model, optimizer)
         log = open_log(out / "log.jsonl", first) if rank == 0 else None
     ddp = world > 1 and not is_sharded(model)
-    parallel = DistributedDataParallel(model, broadcast_buffers=False) if ddp else model
+    parallel = model
+    if ddp:
+        parallel = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     flops, peak = flops_per_token(model, seq_len), peak_flops(device, dtype) * world
     fewer = f"--micro-batch-size {M // 2}" if M > 1 else "--activation-checkpointing, a shorter --seq-len or --fsdp"
     bar = tqdm(total=steps, initial=first, desc=title, unit="step", disable=None if rank == 0 else True, leave=False)

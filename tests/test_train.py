@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ from conftest import ROOT, SMALL, command
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eval import can_compile, evaluate, mean_loss
-from model import load
+from eval import can_compile, evaluate, mean_loss, rows_in_training
+from model import SHAPES, GPTNeoX, load
 from prepare import Data, Tokenizer
 from train import Mixture, learning_rate, train
 
@@ -218,3 +219,18 @@ def test_an_infinite_gradient_stops_the_run(data, small, tmp_path, script):
     status, _, err = script("train", *argv(data, tmp_path / "nan", tmp_path / "run"))
     assert status == 2 and "step 0: the gradient is not finite" in err
     assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_a_gpu_gets_as_many_sequences_as_its_memory_holds(monkeypatch):
+    """Worked out by hand for pythia-1b on 24 and 40 GiB: 18 x 1,011,781,632 bytes, then 3.3 GB a sequence."""
+    with torch.device("meta"):
+        model = GPTNeoX(SHAPES["pythia-1b"])
+    memory = SimpleNamespace(total_memory=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+    found = {}
+    for gib in (16, 24, 40, 80):
+        memory.total_memory = gib * 2**30
+        found[gib] = rows_in_training(model, 2048, torch.device("cuda"))
+    assert found == {16: 1, 24: 1, 40: 6, 80: 10}
+    model.checkpointing, memory.total_memory = True, 24 * 2**30
+    assert rows_in_training(model, 2048, torch.device("cuda")) == 5
