@@ -7,6 +7,7 @@ Every window of a split is scored once. Differences are paired and their interva
 """
 import contextlib
 import ctypes
+import gc
 import hashlib
 import importlib.util
 import json
@@ -16,6 +17,7 @@ import re
 import shutil
 import sys
 import sysconfig
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +44,8 @@ def start(device: str | None = None) -> torch.device:
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     if dist.is_torchelastic_launched() and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, device_id=own, timeout=timedelta(hours=2))  # others wait while one saves
     return device
 
 
@@ -63,13 +66,15 @@ def finish() -> None:
 def shard(model: GPTNeoX, dtype: torch.dtype, device: torch.device) -> None:
     """Spread a model over the ranks by FSDP2, in place: each keeps its share of every parameter and of what belongs to
     it, in fp32. A layer's parameters are gathered in dtype when it runs; gradients are added up in fp32."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     if not dist.is_initialized():
         raise InputError("--fsdp needs torchrun: torchrun --nproc_per_node=GPUS train.py --fsdp …")
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    how = {"mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
+           "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)}
     for layer in model.gpt_neox.layers:
-        fully_shard(layer, mp_policy=policy)
-    fully_shard(model, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(layer, **how)
+    fully_shard(model, reshard_after_forward=False, **how)
     model.to_empty(device=device)
     model.make_rotary()
 
@@ -98,13 +103,13 @@ def fill(model: GPTNeoX, name: str | Path, **scratch) -> None:
     Under FSDP only the first rank reads them."""
     weights = load(name, **scratch).state_dict() if rank_and_world()[0] == 0 or not is_sharded(model) else {}
     for key, target in model.state_dict().items():
-        assign(target, weights.get(key))
+        assign(target, weights[key] if weights else None)
 
 
 def gathered(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What FSDP spread over the ranks, as whole tensors on the first one's CPU; every rank must ask."""
-    pieces = ((name, whole(tensor)) for name, tensor in tensors.items())  # one at a time
-    return {name: piece.cpu().contiguous() for name, piece in pieces if rank_and_world()[0] == 0}
+    pieces = ((name, whole(tensor)) for name, tensor in tensors.items())
+    return {name: piece.cpu() for name, piece in pieces if rank_and_world()[0] == 0}
 
 
 @contextlib.contextmanager
@@ -113,7 +118,7 @@ def enough_memory(what: str, way_out: str):
     try:
         yield
     except (RuntimeError, MemoryError) as e:
-        if not re.search("out of memory|allocate memory|bad_alloc", str(e)) and not isinstance(e, MemoryError):
+        if not re.search("out of memory|allocate memory|bad_alloc|ALLOC_FAILED|MemoryError", repr(e)):
             raise
         asked = re.search(r"allocate ([\d.]+ \w+)", str(e))
         asked = f" (it asked for {asked[1]} more)" if asked else ""
@@ -171,8 +176,9 @@ def can_compile(device: torch.device) -> tuple[bool, str]:
         return False, "eager (no C++ compiler found: install g++ for torch.compile)"
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
         return False, "eager (no Python.h found: install Python's headers for torch.compile)"
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        return False, "eager (no triton found)"
+    if device.type == "cuda" and (importlib.util.find_spec("triton") is None
+                                  or torch.cuda.get_device_capability(device) < (7, 0)):
+        return False, "eager (no triton for this GPU)"
     return True, f"torch.compile ({'triton' if device.type == 'cuda' else compiler} found; --no-compile for eager)"
 
 
@@ -206,23 +212,32 @@ def check_tokenizer(model: str, data: Data) -> None:
 
 
 def rows_at_once(model: GPTNeoX, seq_len: int, device: torch.device) -> int:
-    """How many sequences make a batch whose logits, the largest tensor, take 4 GB on a GPU, 128 MB elsewhere."""
-    logits = 2**30 if device.type == "cuda" else 2**25
+    """How many sequences make a batch whose logits, the largest tensor, take 4 GB in fp32 and a tenth of a GPU's memory
+    at most; 128 MB elsewhere."""
+    logits = min(2**30, gpu_memory(device) // 40) if device.type == "cuda" else 2**25
     return max(1, logits // (seq_len * model.config.vocab_size))
 
 
-def rows_in_training(model: GPTNeoX, seq_len: int, device: torch.device) -> int:
+def rows_in_training(model: GPTNeoX, seq_len: int, dtype: torch.dtype, device: torch.device) -> int:
     """How many sequences a step takes at a time: no more than evaluation, and on a GPU no more than 90% of its memory
     hold: 18 bytes a parameter and, for a token, 40 d bytes a layer (4 d with activation checkpointing) and 6 V for the
-    logits, which is what autocast keeps."""
-    rows, c = rows_at_once(model, seq_len, device), model.config
+    logits, which is what autocast to bf16 keeps; without it twice as much."""
+    rows, c, world = rows_at_once(model, seq_len, device), model.config, rank_and_world()[1]
     if device.type != "cuda":
         return rows
-    shares = rank_and_world()[1] if is_sharded(model) else 1
-    room = torch.cuda.get_device_properties(device).total_memory * 0.9
-    room -= 18 * sum(p.numel() for p in model.parameters()) / shares
+    state = 18 * sum(p.numel() for p in model.parameters()) // (world if is_sharded(model) else 1)
     token = (4 if model.checkpointing else 40) * c.hidden_size * c.num_hidden_layers + 6 * c.vocab_size
-    return max(1, min(rows, int(room / (seq_len * token))))
+    token *= 1 if dtype == torch.bfloat16 else 2
+    fit = (gpu_memory(device) * 9 // 10 - state) // (seq_len * token)
+    if world > 1:  # as many on every rank
+        least = torch.tensor(fit, device=device)
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        fit = least.item()
+    return max(1, min(rows, fit))
+
+
+def gpu_memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 @torch.no_grad()
@@ -393,6 +408,8 @@ def main():
     data, device = Data(args.data), start(args.device)
     losses, seq_len = {}, args.seq_len
     for name in args.models:
+        model = None
+        gc.collect()  # a compiled model refers to itself
         model = load(name, device, vocab_size=data.vocab_size)
         check_tokenizer(name, data)
         if can_compile(device)[0] and not args.no_compile:

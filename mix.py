@@ -77,15 +77,14 @@ def trained(model: GPTNeoX, data: Data, counts: dict[str, int], hyper: dict, fol
     barrier()  # the others may read what the first rank wrote
 
 
-def search(model: GPTNeoX, data: Data, first: dict[str, int], hyper: dict, seen: dict, args) -> list[dict]:
-    """The rounds. Each starts from the same weights, on as many sequences; they differ in nothing but the mixture.
+def search(model: GPTNeoX, base: str, data: Data, first: dict[str, int], hyper: dict, seen: dict, args) -> list[dict]:
+    """The rounds. Each starts from the weights of base, on as many sequences; they differ in nothing but the mixture.
 
     Returns a dict a round, round 0 being the untouched model. Rounds that history.jsonl holds already are not redone.
     """
     out, T, domains = Path(args.out), hyper["seq_len"], data.domains
     path = out / "history.jsonl"
     history = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    untouched = {name: weight.clone() for name, weight in model.state_dict().items()}
     A = np.array([first.get(d, 0) for d in domains], dtype=np.float64)
     say("", "share of the mixture and validation loss, nats per token",
         f"{'round':>5}{'mean':>9}" + "".join(f"{d[:16]:>18}" for d in domains))
@@ -101,7 +100,8 @@ def search(model: GPTNeoX, data: Data, first: dict[str, int], hyper: dict, seen:
             losses = evaluate(model, data, "val", T, hyper["dtype"], args.eval_sequences)
             history.append({"round": number, "quantities": A.tolist(), "counts": counts, "mean": mean_loss(losses),
                             "losses": {d: float(values.mean()) for d, values in losses.items()}})
-            model.load_state_dict(untouched)
+            if number > 0:
+                fill(model, base)
             if rank_and_world()[0] == 0:
                 write_text(path, "".join(json.dumps(line) + "\n" for line in history))
                 for line in history[2:]:  # of weights, the first round's and the best one's are needed again
@@ -230,7 +230,7 @@ def main():
     if not (out / "model.safetensors").is_file():
         seen = times_seen(data, hyper["seq_len"], passes)
         with stage("rounds"):
-            history = search(model, data, first, hyper, seen, args)
+            history = search(model, str(base), data, first, hyper, seen, args)
         with stage("comparison"):
             result = comparison(model, data, history, hyper, seen, args)
         if rank_and_world()[0] == 0:

@@ -106,11 +106,12 @@ def attend(q, k, v):
     T, S = q.size(2), k.size(2)
     if not (q.device.type == "cpu" and torch.compiler.is_compiling() and T == S):
         return F.scaled_dot_product_attention(q, k, v, is_causal=T == S)
-    size, q, out = max(128, T // 8), q * q.size(-1) ** -0.5, []
+    size, out = max(128, T // 8), []
     for i in range(0, T, size):
         n = min(i + size, T)
         later = torch.arange(n) > torch.arange(i, n)[:, None]
-        scores = (q[:, :, i:n] @ k[:, :, :n].transpose(-2, -1)).float().masked_fill(later, -math.inf)
+        scores = (q[:, :, i:n] @ k[:, :, :n].transpose(-2, -1)).float() * q.size(-1) ** -0.5
+        scores = scores.masked_fill(later, -math.inf)
         p = (scores - scores.amax(-1, keepdim=True).detach()).exp().to(v.dtype)
         out.append((p @ v[:, :, :n] / p.float().sum(-1, keepdim=True)).to(v.dtype))
     return torch.cat(out, 2)
@@ -220,7 +221,7 @@ class GPTNeoX(nn.Module):
         if targets is None:
             return self.embed_out(self.gpt_neox.final_layer_norm(x))
         x, targets = x.flatten(0, 1), targets.flatten()
-        parts = 1 << (targets.numel() * self.config.vocab_size // self.logits_at_once).bit_length()
+        parts = 1 << ((targets.numel() * self.config.vocab_size - 1) // self.logits_at_once).bit_length()
         if parts == 1:
             losses = self.token_losses(x, targets)
         else:
@@ -235,16 +236,19 @@ class GPTNeoX(nn.Module):
 
     def compile_parts(self) -> None:
         """torch.compile what takes the time; all layers share one compilation."""
+        torch._dynamo.config.optimize_ddp = False  # which cuts graphs so that DDP can overlap them: a layer is a cut
         for layer in self.gpt_neox.layers:
             layer.compile(dynamic=False)
         self.token_losses = torch.compile(self.token_losses, dynamic=False)
 
+    @torch.compiler.set_stance("force_eager")  # every token makes another shape
     @torch.no_grad()
     def generate(self, tokens: torch.Tensor, new_tokens: int, temperature: float = 0.0, end: int | None = None,
                  generator: torch.Generator | None = None) -> torch.Tensor:
         """Continue tokens (1, T) by up to new_tokens: greedily, or sampled if temperature > 0; stops before `end`."""
         c, limit, known = self.config, self.config.max_position_embeddings, 0
-        cache = self.embed_out.weight.new_empty(c.num_hidden_layers, 2, 1, c.num_attention_heads, limit, c.head_dim)
+        room = (c.num_hidden_layers, 2, 1, c.num_attention_heads, min(limit, tokens.size(1) + new_tokens), c.head_dim)
+        cache = self.embed_out.weight.new_empty(room)
         for _ in range(new_tokens):
             if (n := tokens.size(1)) <= limit:
                 logits, known = self(tokens[:, known:], cache=cache[..., :n, :]), n

@@ -209,29 +209,26 @@ def train(model: GPTNeoX, data: Data, counts: dict[str, int], *, seq_len: int, b
     mixture = Mixture(data, counts, seq_len, seed, seen)
     steps = -(-len(mixture) // batch_size)
     rows = -(-batch_size // world)  # of a rank, in as few equal parts as fit
-    M = micro_batch_size or -(-rows // -(-rows // rows_in_training(model, seq_len, device)))
-    optimizer = make_optimizer(model, device)
-    first, log = 0, None
-    if out is not None:
-        first = load_checkpoint(out, model, optimizer)
-        log = open_log(out / "log.jsonl", first) if rank == 0 else None
-    ddp = world > 1 and not is_sharded(model)
-    parallel = model
-    if ddp:
-        parallel = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-    flops, peak = flops_per_token(model, seq_len), peak_flops(device, dtype) * world
+    M = micro_batch_size or -(-rows // -(-rows // rows_in_training(model, seq_len, dtype, device)))
+    optimizer, parallel, ddp = make_optimizer(model, device), model, world > 1 and not is_sharded(model)
     fewer = f"--micro-batch-size {M // 2}" if M > 1 else "--activation-checkpointing, a shorter --seq-len or --fsdp"
+    memory = f"training on {M} sequences of {seq_len} tokens at a time", f"try {fewer}"
+    with enough_memory(*memory):
+        first = load_checkpoint(out, model, optimizer) if out is not None else 0
+        if ddp:
+            parallel = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    log = open_log(out / "log.jsonl", first) if out is not None and rank == 0 else None
+    flops, peak = flops_per_token(model, seq_len), peak_flops(device, dtype) * world
     bar = tqdm(total=steps, initial=first, desc=title, unit="step", disable=None if rank == 0 else True, leave=False)
     for step in range(first, steps):
         started = time.perf_counter()
         sequences = min(batch_size, len(mixture) - step * batch_size)
         total = torch.zeros((), device=device)
-        parts = list(micro_batches(mixture, step, batch_size, M))
-        with enough_memory(f"training on {M} sequences of {seq_len} tokens at a time", f"try {fewer}"):
+        parts = [(tokens.to(device), weights.to(device))
+                 for tokens, weights in micro_batches(mixture, step, batch_size, M)]
+        with enough_memory(*memory):
             for i, (tokens, weights) in enumerate(parts):
-                tokens, weights = to_device(tokens, device), to_device(weights, device)
-                if ddp:
-                    parallel.require_backward_grad_sync = i == len(parts) - 1  # read by its forward, so set before it
+                parallel.require_backward_grad_sync = i == len(parts) - 1  # read by DDP's forward, so set before it
                 with autocast(device, dtype):
                     losses = parallel(tokens[:, :-1], tokens[:, 1:])  # (M, T)
                 loss = (losses * weights).sum() / (sequences * seq_len)  # the true number of tokens, on all ranks
@@ -247,7 +244,7 @@ def train(model: GPTNeoX, data: Data, counts: dict[str, int], *, seq_len: int, b
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=not ddp)  # DDP's gradients live in its buckets
         line = {"step": step, "loss": total.item(), "lr": rate, "grad_norm": norm, "sequences": sequences}
         line["tokens_per_second"] = round(sequences * seq_len / (time.perf_counter() - started))
         bar.set_postfix_str(f"loss {line['loss']:.3f}, lr {rate:.1e}, {line['tokens_per_second']:,} tok/s, "
@@ -267,11 +264,6 @@ def train(model: GPTNeoX, data: Data, counts: dict[str, int], *, seq_len: int, b
     if log:
         log.close()
     return model
-
-
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Without waiting for the copy, which on a GPU takes memory that stays in its place."""
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def flops_per_token(model: GPTNeoX, seq_len: int) -> int:
@@ -326,7 +318,7 @@ def load_checkpoint(out: Path, model: GPTNeoX, optimizer: torch.optim.Optimizer)
                 assign(moment, state[f"{name}.{key}"] if state else None)
             optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device), **moments}
         return step
-    except (SafetensorError, KeyError, RuntimeError) as e:
+    except (SafetensorError, KeyError) as e:
         raise InputError(f"{found[-1]}: damaged ({e}); remove it to go on without it") from None
 
 
@@ -443,6 +435,8 @@ def claim(out: Path, args, data: Data, hyper: dict, more: dict, passes: list[dic
             shutil.rmtree(old) if old.is_dir() else old.unlink()
         write_text(record, json.dumps({"settings": settings, "passes": passes}, indent=1) + "\n")
     barrier()
+    if not record.is_file():
+        raise InputError(f"{out}: this node does not see what the first one wrote there; every node must see --out")
 
 
 def main():
@@ -471,7 +465,9 @@ def main():
             write_text(out / "README.md", card)
         keep(model, data, out, getattr(torch, args.save_dtype))
         barrier()
-    say(f"validation losses, {T} tokens a sequence", table(load_json(out / "result.json")), f"model and log in {out}")
+    if rank_and_world()[0] == 0:
+        result = load_json(out / "result.json")
+        say(f"validation losses, {T} tokens a sequence", table(result), f"model and log in {out}")
     finish()
 
 

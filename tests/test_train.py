@@ -230,7 +230,7 @@ def test_a_gpu_gets_as_many_sequences_as_its_memory_holds(monkeypatch):
     found = {}
     for gib in (16, 24, 40, 80):
         memory.total_memory = gib * 2**30
-        found[gib] = rows_in_training(model, 2048, torch.device("cuda"))
+        found[gib] = rows_in_training(model, 2048, torch.bfloat16, torch.device("cuda"))
     assert found == {16: 1, 24: 1, 40: 6, 80: 10}
     model.checkpointing, memory.total_memory = True, 24 * 2**30
-    assert rows_in_training(model, 2048, torch.device("cuda")) == 5
+    assert rows_in_training(model, 2048, torch.bfloat16, torch.device("cuda")) == 5

@@ -44,7 +44,8 @@ def synchronize(device: torch.device) -> None:
 
 def matmul_seconds(device: torch.device, dtype: torch.dtype) -> float:
     """The best of three products of 4096 x 4096 matrices."""
-    a, b, seconds = torch.randn(4096, 4096, device=device).to(dtype), torch.eye(4096, device=device).to(dtype), []
+    a, b = torch.randn(2, 4096, 4096, device=device).to(dtype)
+    seconds = []
     for _ in range(3):
         synchronize(device)
         began = time.perf_counter()
@@ -56,17 +57,17 @@ def matmul_seconds(device: torch.device, dtype: torch.dtype) -> float:
 
 def work(side: str, folder: str, B: int) -> None:
     """A side's process: reads names of tasks, does each once and answers with its seconds."""
-    from transformers import GPTNeoXForCausalLM
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     if side == "reweight":
         device = start()
         model = load(folder, device)
         if can_compile(device)[0]:
             model.compile_parts()
     else:
+        from transformers import GPTNeoXForCausalLM
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = GPTNeoXForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
         if side == "transformers compiled":
@@ -142,12 +143,12 @@ def measure(size: str, B: int, turns: int, steps: int, device: torch.device, dty
     shape = load(f"scratch:{size}")
     T, flops = shape.config.max_position_embeddings, flops_per_token(shape, shape.config.max_position_embeddings)
     count = {"train": B * T, "evaluate": B * T, "generate": NEW}
-    cost = {"train": flops, "evaluate": flops / 3, "generate": flops / 3}
+    cost = {"train": flops, "evaluate": flops / 3}
     with tempfile.TemporaryDirectory() as folder:
         save(shape, folder)
         sides, first, seconds, memory = {}, {}, {}, {}
         for side in SIDES:
-            sides[side] = Side(side, folder, B, f"{folder}/cache-{side}")
+            sides[side] = Side(side, folder, B, f"{folder}/cache-{len(sides)}")
             first[side] = sides[side].do("train") | {"started": time.perf_counter() - sides[side].began}
             memory[side] = max(sides[side].do("train")["memory"] for _ in range(2)) / 1e9
             for task in TASKS[1:] * 2:
@@ -167,13 +168,11 @@ def measure(size: str, B: int, turns: int, steps: int, device: torch.device, dty
         line = f"{size:<12}{f'{B} x {T}':>9}  {side:<22}"
         for task in TASKS:
             mine, eager = seconds.get((task, side)), seconds.get((task, "transformers eager"))
-            if not mine:
-                line += f"{'-':>10}{'-':>6}{'-':>6}"
-                continue
-            rate = count[task] / statistics.median(mine)
-            ratio = f"{statistics.median(a / b for a, b in zip(eager, mine)):.2f}" if eager else "-"
-            line += f"{rate:>10,.0f}{ratio:>6}" + (f"{rate * cost[task] / peak:>6.0%}" if task != "generate" else "")
-        print(f"{line}{memory[side]:>8.2f}{first[side]['started']:>8.1f}{first[side]['value']:>9.4f}", flush=True)
+            rate = count[task] / statistics.median(mine) if mine else 0  # 0: it ran out of memory
+            ratio = statistics.median(a / b for a, b in zip(eager, mine)) if mine and eager else 0
+            line += f"{rate:>10,.0f}{ratio:>6.2f}" + (f"{rate * cost[task] / peak:>6.0%}" if task in cost else "")
+        value = first[side].get("value", 0)
+        print(f"{line}{memory[side]:>8.2f}{first[side]['started']:>10.1f}{value:>9.4f}", flush=True)
     print(f"{'':<12}{'':>9}  matrix product: {peak / 1e12:.2f} TFLOP/s", flush=True)
 
 
@@ -251,15 +250,9 @@ def main():
     print(
         f"torch {torch.__version__}, {where}, {str(dtype).removeprefix('torch.')}, {args.turns} turns of {args.steps}"
     )
-    print(
-        f"{'':<45}{'train':>10}{'ratio':>6}{'peak':>6}{'evaluate':>10}{'ratio':>6}{'peak':>6}{'generate':>10}{'ratio':>6}"
-        f"{'memory':>8}{'1st step':>8}{'loss':>9}"
-    )
-    print(
-        f"{'model':<12}{'B x T':>9}  {'side':<22}"
-        + f"{'tokens/s':>10}{'':>12}" * 2
-        + f"{'tokens/s':>10}{'':>6}{'GB':>8}{'s':>8}"
-    )
+    print(f"{'':<45}{'train':>10}{'':>12}{'evaluate':>10}{'':>12}{'generate':>10}{'':>6}{'memory':>8}{'1st step':>10}")
+    print(f"{'model':<12}{'B x T':>9}  {'side':<22}" + f"{'tokens/s':>10}{'ratio':>6}{'peak':>6}" * 2, end="")
+    print(f"{'tokens/s':>10}{'ratio':>6}{'GB':>8}{'s':>10}{'loss':>9}")
     default = ["pythia-70m", "pythia-160m", "pythia-410m", "pythia-1b"] if cuda else list(ROWS)
     for size in args.models or default:
         rows = args.sequences or ((4 if size == "pythia-1b" else 8) if cuda else ROWS.get(size, 1))
