@@ -102,6 +102,7 @@ def attend(q, k, v):
     On a CPU, blocks of queries in operations that torch.compile fuses are faster than SDPA's kernel: forward and
     backward of bf16 (16, 4, 256, 32) take 6.7 ms on two cores, not 21.4; a step of pythia-70m on one sequence of 2048
     1.21 s, not 1.46. They keep the half of a sequence's H T^2 probabilities that is not zero for the backward pass.
+    On a GPU the choice of kernel is SDPA's own; none has been measured yet (python -m tests.bench does).
     """
     T, S = q.size(2), k.size(2)
     if not (q.device.type == "cpu" and torch.compiler.is_compiling() and T == S):

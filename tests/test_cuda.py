@@ -48,21 +48,19 @@ def test_losses_on_the_gpu_equal_those_on_the_cpu(small):
     torch.testing.assert_close(half, cpu(tokens[:, :-1], tokens[:, 1:]), atol=3e-2, rtol=3e-2)
 
 
-def test_torchrun_with_one_gpu_trains(data, small, tmp_path):
-    done = command(
-        "train.py",
-        "--data",
-        data.folder,
-        "--model",
-        small,
-        "--out",
-        tmp_path / "run",
-        "--mix",
-        "uniform",
-        "--sequences",
-        20,
-        "--batch-size",
-        8,
-        ranks=1,
-    )
+@pytest.mark.parametrize("more", [[], ["--fsdp"], ["--activation-checkpointing"], ["--fsdp", "--no-compile"]])
+def test_torchrun_with_one_gpu_trains_like_the_cpu(data, small, tmp_path, more):
+    argv = ["--data", data.folder, "--model", small, "--mix", "uniform", "--sequences", 20, "--batch-size", 8]
+    argv += ["--dtype", "float32", "--out"]
+    done = command("train.py", *argv, tmp_path / "gpu", *more, ranks=1)
     assert done.returncode == 0, done.stderr
+    assert command("train.py", *argv, tmp_path / "cpu", "--device", "cpu", "--no-compile").returncode == 0
+    a, b = (json.loads((tmp_path / out / "result.json").read_text())["models"]["after"] for out in ("gpu", "cpu"))
+    assert a["nats"] == pytest.approx(b["nats"], abs=1e-3)
+
+
+def test_out_of_memory_on_the_gpu_names_a_smaller_micro_batch(data, tmp_path):
+    argv = ["--data", data.folder, "--model", "scratch:pythia-1b", "--mix", "uniform", "--seq-len", 64, "--out"]
+    argv += [tmp_path / "run", "--sequences", 2**18, "--batch-size", 2**18, "--micro-batch-size", 2**18, "--no-compile"]
+    done = command("train.py", *argv)
+    assert done.returncode == 2 and "try --micro-batch-size 131072" in done.stderr, done.stderr

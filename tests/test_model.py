@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from eval import can_compile
-from model import SHAPES, Config, GPTNeoX, load, save
+from model import SHAPES, Config, GPTNeoX, attend, load, save
 from prepare import InputError, Tokenizer
 from train import flops_per_token
 
@@ -268,6 +268,27 @@ def test_a_compiled_model_learns_like_an_eager_one(T):
     expected = losses_and_gradients(model, tokens)
     model.compile_parts()
     assert_equal_learning(losses_and_gradients(model, tokens), expected, atol=1e-5)
+
+
+@pytest.mark.skipif(not can_compile(torch.device("cpu"))[0], reason=can_compile(torch.device("cpu"))[1])
+def test_compiled_attention_rounds_no_more_in_bfloat16_than_sdpa():
+    """Both against fp64: the result and its gradients are as near in blocks as in SDPA's kernel, to a factor of 2."""
+    exact = [torch.randn(2, 2, 200, 32, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    weights = torch.randn(2, 2, 200, 32)
+
+    def outcome(f, dtype):
+        inputs = [x.detach().to(dtype).requires_grad_() for x in exact]
+        out = f(*inputs)
+        out.backward(weights.to(dtype))
+        return [x.double() for x in (out.detach(), *(x.grad for x in inputs))]
+
+    def sdpa(q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    expected = outcome(sdpa, torch.float64)
+    theirs, ours = outcome(sdpa, torch.bfloat16), outcome(torch.compile(attend, dynamic=False), torch.bfloat16)
+    for e, a, b in zip(expected, theirs, ours):
+        assert (b - e).square().mean() < 4 * (a - e).square().mean()
 
 
 def test_generation_goes_on_when_the_window_is_full(tmp_path):

@@ -1,6 +1,6 @@
 """How the defaults of `tiny` were found: learning rates, and the rate of every rule, on the sample's validation split.
 
-    python prepare.py && python tests/bench/settings.py        # about 20 minutes on 2 CPU cores
+    python prepare.py && python tests/bench/settings.py        # about 12 minutes on 2 CPU cores
 
 One thing is varied at a time; the rest is mix.py's default. Losses are means over the domains, in nats per token.
 """
