@@ -140,6 +140,40 @@ def test_only_the_first_rank_reads_the_weights_and_every_rank_keeps_its_share(sm
     assert done.returncode == 0, done.stderr
 
 
+ADDING = """
+import sys
+sys.path.insert(0, {root!r})
+import train
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from eval import finish, start
+from model import load
+from prepare import Data
+
+added = []
+
+
+class Counting(train.DistributedDataParallel):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_comm_hook(None, lambda state, bucket: added.append(bucket.index()) or allreduce_hook(None, bucket))
+
+
+train.DistributedDataParallel = Counting
+start("cpu")
+train.train(load({folder!r}), Data({data!r}), {{"sums": 16}}, seq_len=32, batch_size=8, lr=1e-3, micro_batch_size=1)
+assert added.count(0) == 2, added
+finish()
+"""
+
+
+def test_gradients_are_added_up_once_a_step(data, small, tmp_path):
+    """Two steps of four micro-batches on each of two ranks."""
+    script = tmp_path / "adding.py"
+    script.write_text(ADDING.format(root=str(ROOT), folder=str(small), data=str(data.folder)))
+    done = command(script, ranks=2)
+    assert done.returncode == 0, done.stderr
+
+
 def test_fsdp_alone_says_how_to_start_it(data, small, tmp_path, script):
     status, _, err = script("train", *argv(data, small, tmp_path / "run", "--fsdp"))
     assert status == 2 and "torchrun --nproc_per_node" in err and not (tmp_path / "run").exists()
