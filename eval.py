@@ -37,7 +37,7 @@ def start(device: str | None = None) -> torch.device:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     elif device.type == "cpu":
-        with contextlib.suppress(AttributeError, OSError):  # glibc: keep freed memory, whose pages else are zeroed anew
+        with contextlib.suppress(AttributeError, TypeError):  # glibc: keep freed memory; its pages else are zeroed anew
             malloc = ctypes.CDLL(None).mallopt
             malloc(-4, 0), malloc(-1, -1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
         # else a compiled embedding adds up its gradient in the order in which threads arrive
