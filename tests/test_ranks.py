@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +21,12 @@ def one(data, small, tmp_path_factory):
     done = command("train.py", *argv(data, small, out))
     assert done.returncode == 0, done.stderr
     return out
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return str(free.getsockname()[1])
 
 
 def assert_same_run(out, one, loss=1e-5):
@@ -62,9 +67,7 @@ def test_processes_evaluate_like_one(data, small, one, tmp_path, ranks):
 
 
 def test_two_nodes_meet_and_train_like_one(data, small, one, tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        endpoint = f"localhost:{free.getsockname()[1]}"
+    endpoint = f"localhost:{free_port()}"
     agents = [
         subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", f"--node_rank={node}"]
@@ -89,18 +92,21 @@ def test_a_sharded_run_that_was_killed_goes_on_in_one_process(data, small, tmp_p
     done = command("train.py", *argv(data, small, tmp_path / "whole", *long))
     assert done.returncode == 0, done.stderr
     mine = list(map(str, argv(data, small, tmp_path / "run", *long)))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    process = subprocess.Popen(
-        [*torchrun, str(ROOT / "train.py"), *mine, "--fsdp"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    while process.poll() is None and not list((tmp_path / "run").glob("checkpoint-*")):
+    rendezvous = {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "1"}
+    processes = [  # as torchrun starts them, so that both can be killed
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), *mine, "--fsdp"],
+            env={**os.environ, **rendezvous, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for rank in ("0", "1")
+    ]
+    while processes[0].poll() is None and not list((tmp_path / "run").glob("checkpoint-*")):
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    for process in processes:
+        process.kill()
+        process.wait()
     assert list((tmp_path / "run").glob("checkpoint-*")) and not (tmp_path / "run" / "model.safetensors").exists()
     done = command("train.py", *mine, "--resume")
     assert done.returncode == 0, done.stderr
