@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
-FORMAT = 1  # of meta.json and the bins beside it
+FORMAT, CHUNK = 1, 2**24  # of meta.json and the bins beside it; bytes of a bin that have a hash of their own there
 SPLITS = ("train", "val", "test")
 END_OF_TEXT = "<|endoftext|>"
 TXT = (".txt", ".txt.gz", ".txt.zst")  # a file of these is one document
@@ -58,19 +58,29 @@ def cli(main, way_on: str = "") -> None:
         print(f"\ninterrupted{way_on}", file=sys.stderr)
         sys.exit(130)
     except (InputError, OSError, UnicodeError, BrokenExecutor) as e:
-        message = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else str(e)
+        message = f"{e}{way_on * isinstance(e, OSError)}"
+        message = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else message
         print("error:", " ".join(message.split()), file=sys.stderr)  # one line, whatever a library said
         sys.exit(2)
 
 
+def hold(lock: Path, folder: Path):
+    """Open and lock a file: no other process works in `folder` until it is closed or this one ends, however it does."""
+    file = open(lock, "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{folder}: another process is at work there; let it end, or choose another --out") from None
+    return file
+
+
 def hub_folder(name: str, patterns: list[str], kind: str = "model") -> Path:
-    """The files of `pythia-70m`, `ORG/NAME` or `ORG/NAME@REVISION` that match, in the hub's cache, downloaded if need
-    be; the folder's name is the commit. Raises InputError, for an unknown size of Pythia without asking a network."""
+    """The folder of the hub's cache, named by the commit, with the files of `pythia-70m` or `ORG/NAME@REVISION` that
+    match. Raises InputError, for an unknown size of Pythia without asking a network."""
     repo, _, revision = name.partition("@")
-    if "/" not in repo:
-        if not re.fullmatch(r"pythia-(14m|31m|70m|160m|410m|1b|1\.4b|2\.8b|6\.9b|12b)(-deduped)?", repo):
-            raise InputError(f"{name}: no such folder, and no such model; a name on the hub is ORG/NAME or pythia-70m")
-        repo = f"EleutherAI/{repo}"
+    if not re.fullmatch(r".*/.*|pythia-(14m|31m|70m|160m|410m|1b|1\.4b|2\.8b|6\.9b|12b)(-deduped)?", repo):
+        raise InputError(f"{name}: no such folder, and no such model; a name on the hub is ORG/NAME or pythia-70m")
+    repo = repo if "/" in repo else f"EleutherAI/{repo}"
     from huggingface_hub import logging, snapshot_download
     logging.set_verbosity_error()
     try:
@@ -109,8 +119,7 @@ class Tokenizer:
         if not hasattr(self, "_fast"):  # made when it is needed, for it takes a moment
             self._fast = rank_encoding(json.loads(self.json), self._tokenizer)
         if self._fast is None or len(text) > 10**5 and re.search(r"\s{100000}", text):  # on which tiktoken panics
-            encoding, = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
-            return np.array(encoding.ids, dtype=np.uint16)
+            return np.array(self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids, dtype=np.uint16)
         if self._tokenizer.normalizer and not unicodedata.is_normalized("NFC", text):
             text = self._tokenizer.normalizer.normalize_str(text)
         encode = self._fast.encode_ordinary if len(text) < 10**6 else self._fast.encode_to_numpy  # faster; smaller
@@ -203,14 +212,10 @@ def source_files(source: str) -> list[Path]:
 
 def unpack(file):
     """Yield what an open .zst holds, a BLOCK at a time. Raises EOFError if it is cut short."""
-    if sys.version_info >= (3, 14):
-        from compression.zstd import ZstdDecompressor as start
-    else:
-        from zstandard import ZstdDecompressor
-        start = ZstdDecompressor().decompressobj
-    stream, packed, buffer = start(), b"", bytearray()
+    from zstandard import ZstdDecompressor
+    stream, packed, buffer = ZstdDecompressor().decompressobj(), b"", bytearray()
     while packed := packed or file.read(2**9):  # little at a time, for zstd packs up to 2^15 to one
-        stream = start() if stream.eof else stream
+        stream = ZstdDecompressor().decompressobj() if stream.eof else stream
         buffer += stream.decompress(packed)
         packed = stream.unused_data if stream.eof else b""
         while len(buffer) >= BLOCK:
@@ -270,8 +275,7 @@ def read(sources: dict[str | None, list[Path]], text_key: str, domain_key: str |
 def hash_and_split(text: str, val: float, test: float) -> tuple[int, str]:
     """64 bits of the text alone, which tell exact duplicates, and the split that they put it in."""
     key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest()[8:], "little")
-    u = key / 2**64  # uniform in [0, 1)
-    return key, "test" if u < test else "val" if u < test + val else "train"
+    return key, "test" if key / 2**64 < test else "val" if key / 2**64 < test + val else "train"
 
 
 def sample_texts(domain: str):
@@ -381,7 +385,7 @@ def encode_all(batches, workers: int, tokenizer: Path):
 def write_bins(folder: Path, encoded, named: list[str], limit_tokens: int | None, max_bad: int, full: set) -> tuple:
     """Write documents to folder/DOMAIN.SPLIT.bin; returns what meta.json says of each file, and how many were left out
     and why. A domain that has its limit_tokens goes into `full`. Raises InputError if a file stays empty."""
-    files, bins, used, left_out = {}, {}, Counter(), Counter()
+    files, bins, left_out = {}, {}, Counter()
     with contextlib.ExitStack() as stack:
         for domain, split, size, tokens in itertools.chain.from_iterable(encoded):
             if domain in full or split not in SPLITS:
@@ -389,23 +393,23 @@ def write_bins(folder: Path, encoded, named: list[str], limit_tokens: int | None
                 if left_out["bad"] > max_bad:
                     raise InputError(size)
                 continue
-            if domain not in used:
+            if f"{domain}.{split}" not in files:
                 for name in (f"{domain}.{s}" for s in SPLITS):
-                    files[name] = {"documents": 0, "tokens": 0, "bytes": 0, "sha256": hashlib.sha256()}
+                    files[name] = Counter()
                     bins[name] = stack.enter_context(open(folder / f"{name}.bin", "wb"))
-            file = files[f"{domain}.{split}"]
             bins[f"{domain}.{split}"].write(tokens)
-            file["sha256"].update(tokens)
-            for key, n in (("documents", 1), ("tokens", len(tokens) // 2), ("bytes", size)):
-                file[key] += n
-            used[domain] += len(tokens) // 2
-            if used[domain] >= (limit_tokens or float("inf")):
+            files[f"{domain}.{split}"].update(documents=1, tokens=len(tokens) // 2, bytes=size)
+            if limit_tokens and sum(files[f"{domain}.{s}"]["tokens"] for s in SPLITS) >= limit_tokens:
                 full.add(domain)
     for name in [*files, *(f"{domain}.train" for domain in named)] or ["every split"]:
         if name not in files or not files[name]["documents"]:
             n = sum(files[other]["documents"] for other in files if other.rpartition(".")[0] == name.rpartition(".")[0])
             raise InputError(f"{name} is left empty, of {n} documents; add some, or raise --val- and --test-fraction")
-    return {name: file | {"sha256": file["sha256"].hexdigest()} for name, file in files.items()}, +left_out
+    for name, file in files.items():
+        content = np.memmap(folder / f"{name}.bin", np.uint8, "r")
+        file["sha256"] = hashlib.sha256(content).hexdigest()
+        file["chunks"] = [hashlib.sha256(content[i:i + CHUNK]).hexdigest()[:16] for i in range(0, len(content), CHUNK)]
+    return files, +left_out
 
 
 def prepare(out: str | Path, sources: dict[str | None, list[Path]] | None = None, tokenizer: str = "train:4096",
@@ -426,40 +430,36 @@ def prepare(out: str | Path, sources: dict[str | None, list[Path]] | None = None
         raise InputError(f"--val-fraction {val_fraction} --test-fraction {test_fraction}: every split needs a share")
     sample, overlap = ([], {}) if sources else make_sample(fractions)
     stage = out.with_name(f".{out.name}-{hashlib.sha256(repr(sources).encode()).hexdigest()[:8]}.partial")
-    shutil.rmtree(stage, ignore_errors=True)
-    stage.mkdir(parents=True)
-    try:
-        path = stage / "tokenizer.json"
+    stage.mkdir(parents=True, exist_ok=True)
+    with hold(path := stage / "tokenizer.json", out), contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, stage, ignore_errors=True)
         if vocabulary:
             from tokenizers import ByteLevelBPETokenizer
             documents = read(sources, text_key, domain_key) if sources else sample
             every = 1 + sum(path.stat().st_size for paths in (sources or {}).values() for path in paths) // 2**27
             keys = ((text, *hash_and_split(text, **fractions)) for _, text in documents if isinstance(text, str))
             texts = (text for text, key, split in keys if split == "train" and key % every == 0)  # of much text, a part
-            trained = ByteLevelBPETokenizer()
-            trained.train_from_iterator(texts, int(vocabulary[1]), 0, sys.stderr.isatty(), [END_OF_TEXT])
-            trained.save(str(path))
+            new = ByteLevelBPETokenizer()
+            new.train_from_iterator(texts, int(vocabulary[1]), 0, sys.stderr.isatty(), [END_OF_TEXT])
+            new.save(str(path))
         encode.tokenizer = Tokenizer(out if add else path if vocabulary else tokenizer)
         path.write_text(encode.tokenizer.json, encoding="utf-8")
         documents = read(sources, text_key, domain_key, full) if sources else sample
         encoded = encode_all(place(documents, fractions, domain_key), workers, path)
         files, left_out = write_bins(stage, encoded, [*filter(None, sources or [])], limit_tokens, max_bad, full)
-        with open((out if add else stage) / path.name, "rb+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # another process may add to the same data set
-            old = {"overlap": overlap, "sources": {}, "left_out": {}, "files": {}} | (Data(out).meta if add else {})
-            if twice := old["files"].keys() & files.keys():
-                raise InputError(f"{out} has {min(twice)} already; --add is for other domains")
-            old["sources"] |= {str(d or domain_key): [*map(str, paths)] for d, paths in (sources or {}).items()}
-            meta = {"format": FORMAT, "tokenizer": encode.tokenizer.meta, "fractions": fractions, **old}
-            meta["left_out"] = left_out + Counter(old["left_out"])
-            meta["files"] = dict(sorted((old["files"] | files).items()))
-            (stage / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-            for name in [*(f"{name}.bin" for name in files), "meta.json"] if add else []:
-                os.replace(stage / name, out / name)
-        if not add:
-            os.rename(stage, out)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        if add:  # another process may do that, too
+            fcntl.flock(stack.enter_context(open(out / path.name, "rb+")), fcntl.LOCK_EX)
+        old = {"overlap": overlap, "sources": {}, "left_out": {}, "files": {}} | (Data(out).meta if add else {})
+        if twice := old["files"].keys() & files.keys():
+            raise InputError(f"{out} has {min(twice)} already; --add is for other domains")
+        old["sources"] |= {str(d or domain_key): [*map(str, paths)] for d, paths in (sources or {}).items()}
+        meta = {"format": FORMAT, "tokenizer": encode.tokenizer.meta, "fractions": fractions, **old}
+        meta["left_out"] = left_out + Counter(old["left_out"])
+        meta["files"] = dict(sorted((old["files"] | files).items()))
+        (stage / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+        os.sync()  # all that is written is on the disk before it has its name
+        for name in [*(f"{name}.bin" for name in files), "meta.json"] if add else [""]:  # the folder itself
+            os.rename(stage / name, out / name)
     return Data(out)
 
 
@@ -497,4 +497,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, "; nothing of it is kept")
