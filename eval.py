@@ -13,10 +13,14 @@ import importlib.util
 import json
 import math
 import os
+import random
 import re
+import shlex
 import shutil
+import signal
 import sys
 import sysconfig
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,10 +28,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from model import GPTNeoX, find_device, load, model_folder, pinned, write_text
-from prepare import SAMPLE, SPLITS, ArgumentParser, Data, InputError, cli
+from model import GPTNeoX, find_device, load, model_folder, write_text
+from prepare import CHUNK, SAMPLE, SPLITS, ArgumentParser, Data, InputError, cli
 
+PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+        "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12}  # dense bf16 FLOP/s, by GPU; the first name that fits counts
 FEW_DOCUMENTS = 10  # an interval from fewer says little; such a domain is marked
+asked = []  # signals that ask this process to stop, and when each came
 
 
 def start(device: str | None = None) -> torch.device:
@@ -61,6 +68,41 @@ def barrier() -> None:
 def finish() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+class Stopped(Exception):
+    """A signal asked for the end, and the work is saved; the message says how far it came."""
+
+
+def note(number: int, frame) -> None:
+    if asked and time.monotonic() > asked[0][1] + 1:
+        os._exit(128 + number)
+    asked.append((number, time.monotonic()))
+    if rank_and_world()[0] == 0 and len(asked) == 1:
+        os.write(2, f"\n{signal.Signals(number).name}: stopping after this step; once more stops at once\n".encode())
+
+
+@contextlib.contextmanager
+def stoppable():
+    """In this block the first SIGINT or SIGTERM is only noted: train ends its step, saves and raises Stopped, on which
+    the process ends with status 128 + the signal and the command that goes on. A second one ends it at once, if it
+    comes more than a second later: schedulers send theirs to torchrun and to its workers, which get it from both."""
+    asked.clear()
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except Stopped as e:
+        number = asked[0][0] if asked else signal.SIGTERM  # which came to another rank
+        ranks = os.environ.get("LOCAL_WORLD_SIZE")
+        start = ["torchrun", f"--nproc_per_node={ranks}"] if ranks else ["python"]
+        options = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
+        if rank_and_world()[0] == 0:
+            print(f"{e}; go on with: {shlex.join([*start, sys.argv[0], *options, '--resume'])}", file=sys.stderr)
+        finish()
+        sys.exit(128 + number)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def shard(model: GPTNeoX, dtype: torch.dtype, device: torch.device) -> None:
@@ -107,9 +149,13 @@ def fill(model: GPTNeoX, name: str | Path, **scratch) -> None:
 
 
 def gathered(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What FSDP spread over the ranks, as whole tensors on the first one's CPU; every rank must ask."""
+    """Tensors to save, whole and on the first rank's CPU; every rank must ask. Raises InputError for one not finite."""
     pieces = ((name, whole(tensor)) for name, tensor in tensors.items())
-    return {name: piece.cpu() for name, piece in pieces if rank_and_world()[0] == 0}
+    pieces = {name: piece.cpu() for name, piece in pieces if rank_and_world()[0] == 0}
+    for name, piece in pieces.items():
+        if not piece.isfinite().all():
+            raise InputError(f"{name} is not finite and not saved; what was saved before is as it was; lower --lr")
+    return pieces
 
 
 @contextlib.contextmanager
@@ -123,27 +169,6 @@ def enough_memory(what: str, way_out: str):
         asked = re.search(r"allocate ([\d.]+ \w+)", str(e))
         asked = f" (it asked for {asked[1]} more)" if asked else ""
         raise InputError(f"out of memory: {what}{asked}; {way_out}") from None
-
-
-@contextlib.contextmanager
-def new_folder(path: Path):
-    """A folder to fill that becomes `path`, in the place of what was there, only when the block ends well."""
-    path = path.resolve()
-    partial, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
-    if old.exists() and not path.exists():  # killed between the two renames below
-        os.rename(old, path)
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if path.exists():
-        os.rename(path, old)
-    os.rename(partial, path)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -182,6 +207,14 @@ def can_compile(device: torch.device) -> tuple[bool, str]:
     return True, f"torch.compile ({'triton' if device.type == 'cuda' else compiler} found; --no-compile for eager)"
 
 
+def pinned(name: str) -> str:
+    """A name on the hub as ORG/NAME@COMMIT, the commit that its revision is now; a folder or scratch:SIZE as it is."""
+    if name.startswith("scratch:") or Path(name).exists():
+        return name
+    folder = model_folder(name)  # …/models--ORG--NAME/snapshots/COMMIT
+    return f"{folder.parents[1].name.removeprefix('models--').replace('--', '/')}@{folder.name}"
+
+
 def say(*lines: str) -> None:
     """Print on the first rank."""
     if rank_and_world()[0] == 0:
@@ -204,6 +237,23 @@ def check_fit(model: GPTNeoX, data: Data, seq_len: int) -> None:
                          f"{model.config.vocab_size:,}; prepare the data with the model's tokenizer")
 
 
+def check_data(data: Data, everything: bool = False) -> None:
+    """Compare the data with the hashes in meta.json: the tokenizer, and 16 random CHUNKs of the bins or all of them.
+    Raises InputError where they differ."""
+    from tqdm import tqdm
+    files = {f"{name}.bin": file for name, file in data.meta["files"].items()}
+    parts = [(name, slice(None), file["sha256"]) for name, file in files.items()]
+    if not everything:
+        parts = [(name, slice(i * CHUNK, (i + 1) * CHUNK), start)
+                 for name, file in files.items() for i, start in enumerate(file.get("chunks", []))]
+        parts = random.SystemRandom().sample(parts, min(16, len(parts)))
+    parts.append(("tokenizer.json", slice(None), data.meta["tokenizer"]["sha256"]))
+    for name, part, known in tqdm(parts, "check data", disable=None, leave=False):
+        content = np.memmap(data.folder / name, np.uint8, "r")[part]
+        if hashlib.sha256(content).hexdigest()[:len(known)] != known:
+            raise InputError(f"{data.folder / name}: damaged, its hash is not the one in meta.json; prepare it again")
+
+
 def check_tokenizer(model: str, data: Data) -> None:
     """Warn where a model comes with another tokenizer than the data was made with."""
     path = Path() if model.startswith("scratch:") else model_folder(model) / "tokenizer.json"
@@ -214,7 +264,7 @@ def check_tokenizer(model: str, data: Data) -> None:
 def rows_at_once(model: GPTNeoX, seq_len: int, device: torch.device) -> int:
     """How many sequences make a batch whose logits, the largest tensor, take 4 GB in fp32 and a tenth of a GPU's memory
     at most; 128 MB elsewhere."""
-    logits = min(2**30, gpu_memory(device) // 40) if device.type == "cuda" else 2**25
+    logits = min(2**30, torch.cuda.get_device_properties(device).total_memory // 40) if device.type == "cuda" else 2**25
     return max(1, logits // (seq_len * model.config.vocab_size))
 
 
@@ -228,7 +278,7 @@ def rows_in_training(model: GPTNeoX, seq_len: int, dtype: torch.dtype, device: t
     state = 18 * sum(p.numel() for p in model.parameters()) // (world if is_sharded(model) else 1)
     token = (4 if model.checkpointing else 40) * c.hidden_size * c.num_hidden_layers + 6 * c.vocab_size
     token *= 1 if dtype == torch.bfloat16 else 2
-    fit = (gpu_memory(device) * 9 // 10 - state) // (seq_len * token)
+    fit = (torch.cuda.get_device_properties(device).total_memory * 9 // 10 - state) // (seq_len * token)
     if world > 1:  # as many on every rank
         least = torch.tensor(fit, device=device)
         dist.all_reduce(least, dist.ReduceOp.MIN)
@@ -236,8 +286,20 @@ def rows_in_training(model: GPTNeoX, seq_len: int, dtype: torch.dtype, device: t
     return max(1, min(rows, fit))
 
 
-def gpu_memory(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).total_memory
+def flops_per_token(model: GPTNeoX, seq_len: int) -> int:
+    """Floating-point operations of training on one token: 6 for each weight that multiplies, and 12 L d T for
+    attention, not halved for its causality (2204.02311, appendix B)."""
+    c = model.config
+    matrices = sum(p.numel() for p in model.parameters())
+    if not c.tie_word_embeddings:
+        matrices -= c.vocab_size * c.hidden_size  # a look-up multiplies nothing
+    return 6 * matrices + 12 * c.num_hidden_layers * c.hidden_size * seq_len
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """The GPU's dense bf16 FLOP/s by its maker's data sheet; 0 where it is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" and dtype == torch.bfloat16 else ""
+    return next((peak for known, peak in PEAK.items() if known in name), 0.0)
 
 
 @torch.no_grad()
@@ -271,7 +333,12 @@ def evaluate(model: GPTNeoX, data: Data, split: str, seq_len: int, dtype: torch.
         losses = losses.to(device)
         dist.all_reduce(losses)
     ends = np.cumsum([counts[d] for d in data.domains])
-    return dict(zip(data.domains, np.split(losses.cpu().numpy(), ends[:-1])))
+    losses = dict(zip(data.domains, np.split(losses.cpu().numpy(), ends[:-1])))
+    for d, values in losses.items():
+        if not np.isfinite(values).all():
+            raise InputError(f"{d}'s {split} split: the model's loss on sequence {np.isfinite(values).argmin()} is not "
+                             "finite; its weights are damaged, or too large for --dtype")
+    return losses
 
 
 def mean_loss(losses: dict[str, np.ndarray]) -> float:
@@ -402,10 +469,12 @@ def main():
     parser.add_argument("--device")
     parser.add_argument("--dtype", help="float32 or bfloat16 (default: bfloat16 where the hardware has it)")
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--check-data", action="store_true", help="hash all of the data first, not a sample of it")
     args = parser.parse_args()
     if len(set(args.models)) < len(args.models):
         raise InputError("the same model is named twice")
     data, device = Data(args.data), start(args.device)
+    check_data(data, args.check_data)
     losses, seq_len = {}, args.seq_len
     for name in args.models:
         model = None

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from eval import (barrier, compare, evaluate, fill, finish, mean_loss, model_card, rank_and_world, results, say,
-                  signed, start, table)
-from model import GPTNeoX, load_json, publish, write_text
-from prepare import SAMPLE, ArgumentParser, Data, InputError, cli, prepare
+                  signed, start, stoppable, table)
+from model import GPTNeoX, load_json, replacing, write_text
+from prepare import SAMPLE, ArgumentParser, Data, InputError, cli, hold, prepare
 from train import (RESUME_HINT, Mixture, add_options, claim, defaults, keep, open_run, parse_mixture, passes_of,
                    rescale, this_pass, times_seen, train)
 
@@ -53,12 +53,17 @@ def pretrain(model: GPTNeoX, data: Data, hyper: dict, args) -> Path:
     """Pretrain random weights briefly, in place, on a lopsided mixture; one of the same data and settings is reused."""
     hyper = hyper | {"lr": args.base_lr or defaults(model)["base_lr"], "warmup": 0.1}
     counts = lopsided(data, args.base_sequences)
-    record = {"settings": {"model": args.model, **hyper, "dtype": str(hyper["dtype"])},
-              "passes": [this_pass(data, hyper, counts)]}
+    settings = {key: str(value) for key, value in hyper.items() if key != "micro_batch_size"}
+    record = {"settings": {"model": args.model, **settings}, "passes": [this_pass(data, hyper, counts)]}
     digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:8]
     folder = Path(args.out).parent / f"base-{args.model.partition(':')[2]}-{digest}"
     say(f"base    {folder}, lr {hyper['lr']:g}, sequences: " + ", ".join(f"{d} {n:,}" for d, n in counts.items()))
-    trained(model, data, counts, hyper, folder, "pretrain", args, record=record)
+    with contextlib.ExitStack() as stack:
+        if rank_and_world()[0] == 0 and not (folder / "model.safetensors").is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(hold(folder / ".lock", folder))  # which other runs may want, too
+            stack.callback((folder / ".lock").unlink)
+        trained(model, data, counts, hyper, folder, "pretrain", args, record=record)
     return folder
 
 
@@ -84,7 +89,10 @@ def search(model: GPTNeoX, base: str, data: Data, first: dict[str, int], hyper: 
     """
     out, T, domains = Path(args.out), hyper["seq_len"], data.domains
     path = out / "history.jsonl"
-    history = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    try:
+        history = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    except ValueError:
+        raise InputError(f"{path}: damaged; remove it, and the rounds are measured anew") from None
     A = np.array([first.get(d, 0) for d in domains], dtype=np.float64)
     say("", "share of the mixture and validation loss, nats per token",
         f"{'round':>5}{'mean':>9}" + "".join(f"{d[:16]:>18}" for d in domains))
@@ -170,9 +178,8 @@ def picture(history: list[dict], domains: list[str], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = right.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(7, len(labels)), frameon=False)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, dpi=120, format="png")
-    publish(partial, path)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
 
 
 def write_results(data: Data, history: list[dict], result: dict, hyper: dict, passes: list[dict], args) -> None:
@@ -223,19 +230,20 @@ def main():
     data, model, hyper = open_run(args)
     first = parse_mixture(args.start, data, args.sequences, hyper["seq_len"])
     own = ("method", "rule", "rate", "rounds", "grow", "sequences", "eval_sequences", "base_sequences", "base_lr")
-    claim(out, args, data, hyper, {"start": first, **{name: vars(args)[name] for name in own}}, [])
-    with stage("base"):
-        base = pretrain(model, data, hyper, args) if args.model.startswith("scratch:") else Path(args.model)
-    passes = passes_of(base)
-    if not (out / "model.safetensors").is_file():
-        seen = times_seen(data, hyper["seq_len"], passes)
-        with stage("rounds"):
-            history = search(model, str(base), data, first, hyper, seen, args)
-        with stage("comparison"):
-            result = comparison(model, data, history, hyper, seen, args)
-        if rank_and_world()[0] == 0:
-            write_results(data, history, result, hyper, passes, args)
-        keep(model, data, out, getattr(torch, args.save_dtype))  # last: it makes the run a finished one
+    more = {"start": first, **{name: vars(args)[name] for name in own}}
+    with claim(out, args, data, hyper, more, []), stoppable():
+        with stage("base"):
+            base = pretrain(model, data, hyper, args) if args.model.startswith("scratch:") else Path(args.model)
+        passes = passes_of(base)
+        if not (out / "model.safetensors").is_file():
+            seen = times_seen(data, hyper["seq_len"], passes)
+            with stage("rounds"):
+                history = search(model, str(base), data, first, hyper, seen, args)
+            with stage("comparison"):
+                result = comparison(model, data, history, hyper, seen, args)
+            if rank_and_world()[0] == 0:
+                write_results(data, history, result, hyper, passes, args)
+            keep(model, data, out, getattr(torch, args.save_dtype))  # last: it makes the run a finished one
     if rank_and_world()[0] == 0:
         result = load_json(out / "result.json")
         say("", f"test split, {result['seq_len']} tokens a sequence", table(result), verdict(result), "",

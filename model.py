@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,17 +27,32 @@ from torch.utils.checkpoint import checkpoint
 from prepare import END_OF_TEXT, ArgumentParser, InputError, Tokenizer, cli, hub_folder
 
 
-def publish(partial: Path, path: Path) -> None:
-    """Put a finished file in its place, which holds the old one or the new one, whatever happens."""
-    with open(partial, "rb+") as f:
-        os.fsync(f.fileno())
-    os.replace(partial, path)
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+@contextlib.contextmanager
+def replacing(path: Path):
+    """A file, or folder, to write that is `path` when the block ends well, and then on the disk; what was there stays
+    until then, whatever happens. Raises InputError where it cannot be written."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        sync(partial)
+        os.replace(partial, path)
+        sync(path.parent)
+    except (OSError, SafetensorError) as e:
+        raise InputError(f"{path}: cannot be written ({getattr(e, 'strerror', e)}); it is as it was before") from None
+    finally:
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    publish(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def load_json(path: Path) -> dict:
@@ -83,9 +99,6 @@ SHAPES = {
     "pythia-1.4b": shape(24, 2048, 16), "pythia-2.8b": shape(32, 2560, 32),
     "pythia-6.9b": shape(32, 4096, 32, 50432), "pythia-12b": shape(36, 5120, 40, 50688),
 }
-
-
-LOGITS = 2**30  # at once: 2 GB in bf16, 4 GB in fp32
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -177,7 +190,7 @@ class GPTNeoX(nn.Module):
         super().__init__()
         self.config = config
         self.checkpointing = False  # of activations: keep only what enters a layer, compute the rest again
-        self.logits_at_once = LOGITS  # more are computed in parts, and again for the gradient
+        self.logits_at_once = 2**30  # 4 GB in fp32; more are computed in parts, and again for the gradient
         self.gpt_neox = nn.ModuleDict({
             "embed_in": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers)),
@@ -312,22 +325,13 @@ def verify(path: Path) -> None:
 
 @functools.cache
 def model_folder(name: str) -> Path:
-    """The folder of a model: `name` itself or, for a name on the hub, the one in its cache, named by the commit.
-    Raises InputError."""
+    """The folder of a model: `name` itself or, of the hub, one in the cache, named by the commit. Raises InputError."""
     if Path(name).exists():
         return Path(name)
     folder = hub_folder(name, ["config.json", "tokenizer.json", "model*.safetensors", "model.safetensors.index.json"])
     for path in folder.glob("*.json"):
         verify(path)
     return folder
-
-
-def pinned(name: str) -> str:
-    """A name on the hub as ORG/NAME@COMMIT, the commit that its revision is now; a folder or scratch:SIZE as it is."""
-    if name.startswith("scratch:") or Path(name).exists():
-        return name
-    folder = model_folder(name)  # …/models--ORG--NAME/snapshots/COMMIT
-    return f"{folder.parents[1].name.removeprefix('models--').replace('--', '/')}@{folder.name}"
 
 
 def weight_files(name: str) -> list[Path]:
@@ -350,12 +354,11 @@ def weight_files(name: str) -> list[Path]:
 
 def elsewhere(name: str) -> str:
     """Where on the hub a model has safetensors, if this revision has none; .bin files can hold code and stay unread."""
-    if Path(name).exists():
-        return ""
-    repo = pinned(name).partition("@")[0]
+    repo = name.partition("@")[0] if "/" in name else f"EleutherAI/{name.partition('@')[0]}"
     with contextlib.suppress(Exception):  # of several libraries, where the hub cannot be asked
         from huggingface_hub import file_exists
-        if any(file_exists(repo, f"model.safetensors{end}") for end in ("", ".index.json")):
+        files = [] if Path(name).exists() else ["model.safetensors", "model.safetensors.index.json"]
+        if any(file_exists(repo, file) for file in files):
             return f" in this revision; {repo}@main has it, which for a Pythia is step143000"
     return ""
 
@@ -393,8 +396,7 @@ def read_weights(files: list[Path], model: GPTNeoX, device, dtype: torch.dtype) 
     if tied:
         model.embed_out.weight = model.gpt_neox.embed_in.weight
     model.make_rotary()
-    for p in model.parameters():
-        p.requires_grad_(True)
+    model.requires_grad_(True)
 
 
 def load(name: str | Path, device="cpu", dtype: torch.dtype = torch.float32, vocab_size: int | None = None,
@@ -458,13 +460,12 @@ def save(model: GPTNeoX, folder: str | Path, tokenizer: str | Path | None = None
 
 
 def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """save_file, but whole or not at all, on the disk when it returns, and with the mode that the umask gives."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.touch()
-    mode = partial.stat().st_mode
-    save_file(tensors, partial, metadata={"format": "pt"})
-    partial.chmod(mode)
-    publish(partial, path)
+    """save_file, but whole or not at all, and with the mode that the umask gives."""
+    with replacing(path) as partial:
+        partial.touch()
+        mode = partial.stat().st_mode
+        save_file(tensors, partial, metadata={"format": "pt"})
+        partial.chmod(mode)
 
 
 def find_device(name: str | None) -> torch.device:
@@ -489,9 +490,8 @@ def main():
     args = parser.parse_args()
     device = find_device(args.device)
     model, tokenizer = load(args.model, device), Tokenizer(args.model)
-    prompt = tokenizer.encode(args.prompt or "\n").astype("int64")
     generator = torch.Generator(device).manual_seed(args.seed)
-    tokens = torch.from_numpy(prompt)[None].to(device)
+    tokens = torch.from_numpy(tokenizer.encode(args.prompt or "\n").astype("int64"))[None].to(device)
     tokens = model.generate(tokens, args.tokens, args.temperature, tokenizer.end_of_text, generator)
     print(tokenizer.decode(tokens[0].tolist()))
 

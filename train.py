@@ -6,6 +6,7 @@
 
 The order of the pass is a pure function of data, counts and seed; ranks, micro-batches and restarts only slice it.
 """
+import contextlib
 import hashlib
 import json
 import math
@@ -17,19 +18,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
-from eval import (assign, autocast, autocast_dtype, barrier, can_compile, check_fit, check_tokenizer, enough_memory,
-                  evaluate, fill, finish, gathered, is_sharded, mean_loss, model_card, new_folder, rank_and_world,
-                  results, rows_in_training, say, shard, start, table, whole, window_count)
-from model import SHAPES, GPTNeoX, load, load_json, pinned, save, write_safetensors, write_text
-from prepare import SAMPLE, SPLITS, ArgumentParser, Data, InputError, cli
+from eval import (Stopped, asked, assign, autocast, autocast_dtype, barrier, can_compile, check_data, check_fit,
+                  check_tokenizer, enough_memory, evaluate, fill, finish, flops_per_token, gathered, is_sharded,
+                  mean_loss, model_card, peak_flops, pinned, rank_and_world, results, rows_in_training, say, shard,
+                  start, stoppable, table, whole, window_count)
+from model import SHAPES, GPTNeoX, load, load_json, replacing, save, sync, write_safetensors, write_text
+from prepare import SAMPLE, SPLITS, ArgumentParser, Data, InputError, cli, hold
 
 HORIZON = {"arxiv": 608, "books": 613, "github": 226, "web": 8516, "wikipedia": 1438}  # the published mixture
-PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
-        "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12}  # dense bf16 FLOP/s, by GPU; the first name that fits counts
 RESUME_HINT = "; the same command with --resume goes on"
 
 
@@ -134,8 +133,6 @@ def parse_mixture(text: str, data: Data, sequences: int | None, seq_len: int) ->
     if text == "horizon":
         counts = HORIZON
     elif text.endswith(".json"):
-        if not Path(text).is_file():
-            raise InputError(f"--mix {text}: no such file")
         counts = load_json(Path(text))
         if "counts" in counts:
             if counts.get("seq_len", seq_len) != seq_len and sequences is None:
@@ -185,9 +182,8 @@ def micro_batches(mixture: Mixture, step: int, batch_size: int, micro_batch_size
 
 def make_optimizer(model: GPTNeoX, device: torch.device) -> torch.optim.AdamW:
     """Pythia's AdamW (2304.01373, appendix); matrices decay, biases and norms do not."""
-    parameters = list(model.parameters())
-    groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.1},
-              {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
+    groups = [{"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": 0.1},
+              {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=device.type in ("cuda", "cpu"))
 
 
@@ -200,7 +196,8 @@ def train(model: GPTNeoX, data: Data, counts: dict[str, int], *, seq_len: int, b
 
     counts: {domain: sequences of seq_len tokens}. lr: the schedule's peak. warmup: share of the pass. dtype: of
     autocast; the weights stay as they are. out: a folder for log.jsonl and checkpoints; the run goes on from the newest
-    one there. eval_every, save_every: in steps, 0 for never. Raises InputError for bad counts and infinite gradients.
+    sound one there. eval_every, save_every: in steps, 0 for never. A step whose loss or gradient is not finite leaves
+    the model as it is. Raises InputError for bad counts and after three such steps in a row, Stopped after a signal.
     """
     from tqdm import tqdm
     check_fit(model, data, seq_len)
@@ -214,16 +211,17 @@ def train(model: GPTNeoX, data: Data, counts: dict[str, int], *, seq_len: int, b
     fewer = f"--micro-batch-size {M // 2}" if M > 1 else "--activation-checkpointing, a shorter --seq-len or --fsdp"
     memory = f"training on {M} sequences of {seq_len} tokens at a time", f"try {fewer}"
     with enough_memory(*memory):
-        first = load_checkpoint(out, model, optimizer) if out is not None else 0
+        first, updates = load_checkpoint(out, model, optimizer) if out is not None else (0, 0)
         if ddp:
             parallel = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-    log = open_log(out / "log.jsonl", first) if out is not None and rank == 0 else None
+    log = cut_log(out / "log.jsonl", first) if out is not None and rank == 0 else None
+    in_a_row = 0  # steps that made no update
     flops, peak = flops_per_token(model, seq_len), peak_flops(device, dtype) * world
     bar = tqdm(total=steps, initial=first, desc=title, unit="step", disable=None if rank == 0 else True, leave=False)
     for step in range(first, steps):
         started = time.perf_counter()
-        sequences = min(batch_size, len(mixture) - step * batch_size)
-        total = torch.zeros((), device=device)
+        batch = range(step * batch_size, min((step + 1) * batch_size, len(mixture)))
+        total = torch.tensor([0.0, len(asked)], device=device)  # the loss, and the signals that came to any rank
         parts = [(tokens.to(device), weights.to(device))
                  for tokens, weights in micro_batches(mixture, step, batch_size, M)]
         with enough_memory(*memory):
@@ -231,23 +229,26 @@ def train(model: GPTNeoX, data: Data, counts: dict[str, int], *, seq_len: int, b
                 parallel.require_backward_grad_sync = i == len(parts) - 1  # read by DDP's forward, so set before it
                 with autocast(device, dtype):
                     losses = parallel(tokens[:, :-1], tokens[:, 1:])  # (M, T)
-                loss = (losses * weights).sum() / (sequences * seq_len)  # the true number of tokens, on all ranks
+                loss = (losses * weights).sum() / (len(batch) * seq_len)  # the true number of tokens, on all ranks
                 (loss * world).backward()  # DDP and FSDP divide by world
-                total += loss.detach()
+                total[0] += loss.detach()
             if world > 1:
                 dist.all_reduce(total)
             norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)).item()
-            rate = learning_rate(step, steps, lr, warmup)
-            if not math.isfinite(norm):
-                raise InputError(f"step {step}: the gradient is not finite (loss {total.item()}); "
-                                 f"lower --lr, now {lr:g}")
+            (loss, stop), rate = total.tolist(), learning_rate(step, steps, lr, warmup)
+            finite = math.isfinite(loss) and math.isfinite(norm)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            optimizer.step()
+            if finite:
+                optimizer.step()
             optimizer.zero_grad(set_to_none=not ddp)  # DDP's gradients live in its buckets
-        line = {"step": step, "loss": total.item(), "lr": rate, "grad_norm": norm, "sequences": sequences}
-        line["tokens_per_second"] = round(sequences * seq_len / (time.perf_counter() - started))
-        bar.set_postfix_str(f"loss {line['loss']:.3f}, lr {rate:.1e}, {line['tokens_per_second']:,} tok/s, "
+        line = {"step": step, "loss": loss, "lr": rate, "grad_norm": norm, "sequences": len(batch)}
+        line["tokens_per_second"] = round(len(batch) * seq_len / (time.perf_counter() - started))
+        if not finite:
+            line |= {"loss": None, "grad_norm": None, "skipped": list(batch)}
+            say(f"\nstep {step}: loss {loss}, gradient norm {norm}: no update from sequences {batch[0]} to {batch[-1]}")
+        updates, in_a_row = updates + finite, 0 if finite else in_a_row + 1
+        bar.set_postfix_str(f"loss {loss:.3f}, lr {rate:.1e}, {line['tokens_per_second']:,} tok/s, "
                             f"MFU {line['tokens_per_second'] * flops / peak if peak else 0:.0%}", refresh=False)
         bar.update()
         if eval_every and (step + 1) % eval_every == 0:
@@ -256,70 +257,82 @@ def train(model: GPTNeoX, data: Data, counts: dict[str, int], *, seq_len: int, b
             if rank == 0:
                 bar.write(f"step {step + 1}: val " + ", ".join(f"{d} {v:.4f}" for d, v in line["val"].items()))
         if log:
-            log.write(json.dumps(line) + "\n")
-            log.flush()
-        if save_every and out is not None and (step + 1) % save_every == 0 and step + 1 < steps:
-            save_checkpoint(out, model, optimizer, step + 1)
+            with open(log, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        if in_a_row == 3:
+            raise InputError(f"{title}: loss or gradient not finite in steps {step - 2} to {step}, sequences "
+                             f"{(step - 2) * batch_size} to {batch[-1]}; look at these, or lower --lr, now {lr:g}")
+        if out is not None and step + 1 < steps and (stop or save_every and (step + 1) % save_every == 0):
+            save_checkpoint(out, model, optimizer, step + 1, updates)
+        if stop and step + 1 < steps:
+            raise Stopped(f"{title}: stopped and saved after step {step + 1} of {steps}")
     bar.close()
-    if log:
-        log.close()
     return model
 
 
-def flops_per_token(model: GPTNeoX, seq_len: int) -> int:
-    """Floating-point operations of training on one token: 6 for each weight that multiplies, and 12 L d T for
-    attention, not halved for its causality (2204.02311, appendix B)."""
-    c = model.config
-    matrices = sum(p.numel() for p in model.parameters())
-    if not c.tie_word_embeddings:
-        matrices -= c.vocab_size * c.hidden_size  # a look-up multiplies nothing
-    return 6 * matrices + 12 * c.num_hidden_layers * c.hidden_size * seq_len
-
-
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """The GPU's dense bf16 FLOP/s by its maker's data sheet; 0 where it is not known."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" and dtype == torch.bfloat16 else ""
-    return next((peak for known, peak in PEAK.items() if known in name), 0.0)
-
-
 def checkpoints(out: Path) -> list[Path]:
-    return sorted(out.glob("checkpoint-*"))
+    return sorted(out.glob("checkpoint-" + 8 * "[0-9]"))
 
 
-def save_checkpoint(out: Path, model: GPTNeoX, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Weights, optimizer state and the step, as a folder that appears whole; then the older ones go."""
-    older = [folder for folder in checkpoints(out) if folder.name != f"checkpoint-{step:08d}"]
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_checkpoint(out: Path, model: GPTNeoX, optimizer: torch.optim.Optimizer, step: int, updates: int) -> None:
+    """Weights, optimizer and steps, with the sha256 of each in manifest.json, as a folder that appears whole; the
+    newest two stay. updates: how many the steps made. Raises InputError where it cannot be written."""
     weights = gathered({name: p.detach() for name, p in model.named_parameters()})
-    state = gathered({f"{name}.{key}": optimizer.state[p][key] for name, p in model.named_parameters()
-                      for key in ("exp_avg", "exp_avg_sq")})
+    moments = gathered({f"{name}.{key}": optimizer.state[p][key] for name, p in model.named_parameters()
+                        for key in ("exp_avg", "exp_avg_sq") if updates})
     if rank_and_world()[0] > 0:
         return
-    with new_folder(out / f"checkpoint-{step:08d}") as folder:
+    with replacing(out / f"checkpoint-{step:08d}") as folder:
+        folder.mkdir()
         write_safetensors(folder / "model.safetensors", weights)
-        write_safetensors(folder / "optimizer.safetensors", state)
-        write_text(folder / "state.json", json.dumps({"step": step}) + "\n")
-    for folder in older:
-        shutil.rmtree(folder)
+        write_safetensors(folder / "optimizer.safetensors", moments)
+        write_text(folder / "state.json", json.dumps({"step": step, "updates": updates}) + "\n")
+        hashes = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+        write_text(folder / "manifest.json", json.dumps(hashes, indent=1) + "\n")
+        sync(out / "log.jsonl")
+        shutil.rmtree(out / f"checkpoint-{step:08d}", ignore_errors=True)  # one that was passed over
+    for older in checkpoints(out)[:-2]:
+        shutil.rmtree(older)
 
 
-def load_checkpoint(out: Path, model: GPTNeoX, optimizer: torch.optim.Optimizer) -> int:
-    """Restore the newest checkpoint in `out`, if there is one; returns the step to go on with."""
-    found = checkpoints(out)
+def load_checkpoint(out: Path, model: GPTNeoX, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
+    """Restore the newest sound checkpoint in `out`, saying which are passed over; returns the steps done and how many
+    updates they made. What a killed process left half written is removed."""
+    found = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
+    if rank_and_world()[0] == 0:
+        for leftover in out.glob(".*.partial"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        for folder in reversed(checkpoints(out)):
+            try:
+                for name, known in load_json(folder / "manifest.json").items():
+                    if sha256(folder / name) != known:
+                        raise InputError(f"{name} is not what it was when it was saved")
+                found += int(folder.name[-8:])
+                break
+            except (OSError, InputError) as e:
+                say(f"{folder} is damaged and passed over: {e}")
+    if dist.is_initialized():
+        dist.broadcast(found, 0)
     if not found:
-        return 0
-    try:
-        step, weights, state = load_json(found[-1] / "state.json")["step"], {}, {}
-        if rank_and_world()[0] == 0 or not is_sharded(model):
-            weights, state = load_file(found[-1] / "model.safetensors"), load_file(found[-1] / "optimizer.safetensors")
-        for name, p in model.named_parameters():
-            assign(p, weights[name] if weights else None)
-            moments = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
-            for key, moment in moments.items():
-                assign(moment, state[f"{name}.{key}"] if state else None)
-            optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device), **moments}
-        return step
-    except (SafetensorError, KeyError) as e:
-        raise InputError(f"{found[-1]}: damaged ({e}); remove it to go on without it") from None
+        return 0, 0
+    folder, weights, moments = out / f"checkpoint-{found.item():08d}", {}, {}
+    say(f"going on from {folder}")
+    step, updates = (load_json(folder / "state.json")[key] for key in ("step", "updates"))
+    if rank_and_world()[0] == 0 or not is_sharded(model):
+        weights, moments = load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
+    for name, p in model.named_parameters():
+        assign(p, weights[name] if weights else None)
+        own = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq") if updates}
+        for key, moment in own.items():
+            assign(moment, moments[f"{name}.{key}"] if moments else None)
+        if updates:
+            optimizer.state[p] = {"step": torch.tensor(float(updates), device=p.device), **own}
+    return step, updates
 
 
 def keep(model: GPTNeoX, data: Data, out: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -331,11 +344,11 @@ def keep(model: GPTNeoX, data: Data, out: Path, dtype: torch.dtype = torch.float
             shutil.rmtree(folder)
 
 
-def open_log(path: Path, first: int):
-    """Open log.jsonl to append, without the lines of steps that will be done again."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() and first else []
-    write_text(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first))
-    return open(path, "a")
+def cut_log(path: Path, first: int) -> Path:
+    """Leave in log.jsonl the lines of the steps before `first`: the others will be done again."""
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    write_text(path, "".join(f"{line}\n" for line in lines[:first]))
+    return path
 
 
 def add_options(parser: ArgumentParser, out: str) -> None:
@@ -359,6 +372,7 @@ def add_options(parser: ArgumentParser, out: str) -> None:
     add("--no-compile", action="store_true")
     add("--activation-checkpointing", action="store_true", help="keep less for the backward pass, compute more")
     add("--fsdp", action="store_true", help="spread model and optimizer over the ranks, for a model that fits no GPU")
+    add("--check-data", action="store_true", help="hash all of the data first, not a sample of it")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--overwrite", action="store_true", help="start anew, over the run in --out")
 
@@ -371,6 +385,7 @@ def open_run(args) -> tuple[Data, GPTNeoX, dict]:
         if value is not None and not low <= value <= high:
             raise InputError(f"--{name.replace('_', '-')} {value}: expected {low} to {high}")
     data, device, args.model = Data(args.data), start(args.device), pinned(args.model)
+    check_data(data, args.check_data)
     dtype, scratch = autocast_dtype(args.dtype, device), {"vocab_size": data.vocab_size, "seed": args.seed}
     with enough_memory(f"loading {args.model}", "take a smaller one"):
         if args.fsdp:
@@ -384,7 +399,6 @@ def open_run(args) -> tuple[Data, GPTNeoX, dict]:
     hyper |= {"micro_batch_size": args.micro_batch_size, "warmup": args.warmup, "seed": args.seed, "dtype": dtype}
     check_fit(model, data, hyper["seq_len"])
     check_tokenizer(args.model, data)
-    train_tokens = sum(data.size(d, "train")["tokens"] for d in data.domains)
     for d in data.domains:
         for split in SPLITS:
             window_count(data, d, split, hyper["seq_len"])
@@ -395,7 +409,8 @@ def open_run(args) -> tuple[Data, GPTNeoX, dict]:
         compiled, why = False, "eager (torch.compile fails on a CPU with bfloat16 parameters)"
     if compiled:
         model.compile_parts()
-    say(f"data    {args.data}: {len(data.domains)} domains, {train_tokens:,} training tokens",
+    say(f"data    {args.data}: {sum(data.size(d, 'train')['tokens'] for d in data.domains):,} training tokens of "
+        f"{len(data.domains)} domains",
         f"model   {args.model}: {sum(p.numel() for p in model.parameters()):,} parameters on {device.type} x "
         f"{rank_and_world()[1]}, {precision} ({reason}), {why}")
     return data, model, hyper
@@ -412,31 +427,41 @@ def this_pass(data: Data, hyper: dict, counts: dict[str, int]) -> dict:
     return {"data": data.identity, "seq_len": hyper["seq_len"], "seed": hyper["seed"], "counts": counts}
 
 
-def claim(out: Path, args, data: Data, hyper: dict, more: dict, passes: list[dict]) -> None:
-    """Make `out` the folder of this run, or check that it is. Raises InputError before anything is touched."""
-    settings = {"model": args.model, "data": data.identity, **hyper, "dtype": str(hyper["dtype"]), **more}
+@contextlib.contextmanager
+def claim(out: Path, args, data: Data, hyper: dict, more: dict, passes: list[dict]):
+    """Make `out` the folder of this run, or check that it is, and keep others out of it while the block lasts. Raises
+    InputError before anything is touched."""
     record = out / "run.json"
-    if record.is_file() and args.resume:
-        old = load_json(record).get("settings", {})
-        different = [f"{key} was {old.get(key)}, is {settings.get(key)}" for key in {**old, **settings}
-                     if old.get(key) != settings.get(key)]
-        if different:
-            raise InputError(f"{out}: --resume with other settings: {'; '.join(different)}")
-        return
-    if out.exists() and any(out.iterdir()) and not args.overwrite:
-        raise InputError(f"{out} holds no run that could be resumed; --overwrite starts one there" if args.resume else
-                         f"{out} already holds a run; --resume continues it, --overwrite starts anew")
-    barrier()  # every rank has looked before the first one changes anything
-    if rank_and_world()[0] == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        stale = ("model.safetensors", "run.json", "log.jsonl", "history.jsonl", "result.json", "mix.json", "mix.png",
-                 "checkpoint-*", "round-*", "uniform")
-        for old in (path for pattern in stale for path in out.glob(pattern)):  # first what makes it a finished run
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
-        write_text(record, json.dumps({"settings": settings, "passes": passes}, indent=1) + "\n")
-    barrier()
-    if not record.is_file():
-        raise InputError(f"{out}: this node does not see what the first one wrote there; every node must see --out")
+    with contextlib.ExitStack() as stack:
+        if rank_and_world()[0] == 0:
+            files = [path for path in sorted(Path(args.model).glob("*"))
+                     if path.suffix == ".safetensors" or path.name in ("config.json", "run.json")]
+            settings = {"model": args.model, "model's files": [sha256(path)[:16] for path in files],
+                        "data": data.identity, "tokenizer": data.meta["tokenizer"]["sha256"], **hyper,
+                        "dtype": str(hyper["dtype"]), **more}
+            del settings["micro_batch_size"]  # which may change
+            resuming = args.resume and record.is_file()
+            old = load_json(record).get("settings", {}) if resuming else settings
+            if old != settings:
+                different = [f"{key} was {old.get(key)}, is {settings.get(key)}" for key in {**old, **settings}
+                             if old.get(key) != settings.get(key)]
+                raise InputError(f"{out}: --resume with other settings: {'; '.join(different)}")
+            if not resuming and not args.overwrite and out.exists() and {p.name for p in out.iterdir()} - {".lock"}:
+                what = "no run that could be resumed" if args.resume else "a run already, which --resume continues"
+                raise InputError(f"{out} holds {what}; --overwrite starts anew there")
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(hold(out / ".lock", out))
+            stack.callback((out / ".lock").unlink)
+            if not resuming:
+                stale = ("model.safetensors", "run.json", "log.jsonl", "history.jsonl", "result.json", "mix.json",
+                         "mix.png", "checkpoint-*", "round-*", "uniform")
+                for path in (path for pattern in stale for path in out.glob(pattern)):  # first what makes it finished
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                write_text(record, json.dumps({"settings": settings, "passes": passes}, indent=1) + "\n")
+        barrier()
+        if not record.is_file():
+            raise InputError(f"{out}: this node does not see what the first one wrote there; every node must see --out")
+        yield
 
 
 def main():
@@ -449,22 +474,22 @@ def main():
     data, model, hyper = open_run(args)
     T, dtype, out = hyper["seq_len"], hyper["dtype"], Path(args.out)
     counts = parse_mixture(args.mix, data, args.sequences, T)
-    repeats = Mixture(data, counts, T).repeats()
+    repeats = Mixture(data, counts, T).repeats().items()
     passes = passes_of(args.model)
-    claim(out, args, data, hyper, {"counts": counts}, passes + [this_pass(data, hyper, counts)])
-    if not (out / "model.safetensors").is_file():
-        say(f"pass    {sum(counts.values()):,} sequences of {T} tokens, {hyper['batch_size']} a step, "
-            f"lr {hyper['lr']:g}; times through a domain: " + ", ".join(f"{d} {r:.2f}" for d, r in repeats.items()))
-        losses = {"before": evaluate(model, data, "val", T, dtype, args.eval_sequences)}
-        train(model, data, counts, **hyper, seen=times_seen(data, T, passes), eval_every=args.eval_every,
-              eval_sequences=args.eval_sequences, save_every=args.save_every, out=out)
-        losses["after"] = evaluate(model, data, "val", T, dtype, args.eval_sequences)
-        if rank_and_world()[0] == 0:
-            write_text(out / "result.json", json.dumps(results(losses, data, "val", T), indent=1) + "\n")
-            card = model_card(out.name, args.model, data, counts, hyper, load_json(out / "result.json"), passes)
-            write_text(out / "README.md", card)
-        keep(model, data, out, getattr(torch, args.save_dtype))
-        barrier()
+    with claim(out, args, data, hyper, {"counts": counts}, passes + [this_pass(data, hyper, counts)]), stoppable():
+        if not (out / "model.safetensors").is_file():
+            say(f"pass    {sum(counts.values()):,} sequences of {T} tokens, {hyper['batch_size']} a step, "
+                f"lr {hyper['lr']:g}; times through a domain: " + ", ".join(f"{d} {r:.2f}" for d, r in repeats))
+            losses = {"before": evaluate(model, data, "val", T, dtype, args.eval_sequences)}
+            train(model, data, counts, **hyper, seen=times_seen(data, T, passes), eval_every=args.eval_every,
+                  eval_sequences=args.eval_sequences, save_every=args.save_every, out=out)
+            losses["after"] = evaluate(model, data, "val", T, dtype, args.eval_sequences)
+            if rank_and_world()[0] == 0:
+                write_text(out / "result.json", json.dumps(results(losses, data, "val", T), indent=1) + "\n")
+                card = model_card(out.name, args.model, data, counts, hyper, load_json(out / "result.json"), passes)
+                write_text(out / "README.md", card)
+            keep(model, data, out, getattr(torch, args.save_dtype))
+            barrier()
     if rank_and_world()[0] == 0:
         result = load_json(out / "result.json")
         say(f"validation losses, {T} tokens a sequence", table(result), f"model and log in {out}")
