@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import resource
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a network; those of the 
 
 from model import Config, GPTNeoX, save  # noqa: E402
 from prepare import Data, cli, prepare  # noqa: E402
+from train import RESUME_HINT  # noqa: E402
 
 SMALL = ["--device", "cpu", "--dtype", "float32", "--no-compile"]
 
@@ -123,3 +127,57 @@ def command(*argv, ranks: int = 0, memory: float | None = None, **kwargs) -> sub
         capture_output=True,
         **kwargs,
     )
+
+
+os.environ["PYTHONPATH"] = str(ROOT)  # for a server that imports the scripts once: its children start at once
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["mix"])
+DISK = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")  # what Python does to a disk, as its audit calls it
+
+
+def child(name: str, argv: list[str], output: str, kill_at: int, largest: int, rank: dict) -> None:
+    """Runs a script as a user does, but for: SIGKILL just before its kill_at-th change of the disk; no file may become
+    larger than `largest` bytes."""
+    for stream in (1, 2):
+        os.dup2(os.open(f"{output}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    os.environ.update(rank)
+    sys.argv, changes = [f"{name}.py", *argv], 0
+    torch.set_num_threads(1)
+    if largest:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+
+    def count(event, args):
+        nonlocal changes
+        if event in DISK and not (event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR)):
+            changes += 1
+            if changes == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    if kill_at:
+        sys.addaudithook(count)
+    cli(__import__(name).main, RESUME_HINT)
+
+
+class Run:
+    """A script in a process of its own, which has started when this returns."""
+
+    def __init__(self, tmp_path, name, *argv, kill_at=0, largest=0, rank=None):
+        self.output = str(tmp_path / f"output-{random.randrange(10**9)}")
+        arguments = (name, [str(a) for a in argv], self.output, kill_at, largest, rank or {})
+        self.process = processes.Process(target=child, args=arguments)
+        self.process.start()
+
+    def end(self, seconds: float = 120) -> tuple[int, str, str]:
+        """Waits for it; returns (exit status, stdout, stderr), as the `script` fixture does."""
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, "still running"
+        files = [Path(f"{self.output}.{stream}") for stream in (1, 2)]
+        return self.process.exitcode, *(file.read_text() if file.exists() else "" for file in files)
+
+    def wait_for(self, condition) -> None:
+        while self.process.is_alive() and not condition():
+            time.sleep(0.002)
+
+    def send(self, number: int) -> None:
+        os.kill(self.process.pid, number)

@@ -214,17 +214,6 @@ def test_prepare_replaces_nothing(script, tmp_path):
     assert source.exists()
 
 
-def test_a_damaged_checkpoint_is_named(script, data, small, tmp_path):
-    argv = ["--data", data.folder, "--model", small, "--out", tmp_path / "run", "--mix", "sums=24", *SMALL]
-    assert script("train", *argv)[0] == 0
-    (tmp_path / "run" / "model.safetensors").unlink()
-    checkpoint = tmp_path / "run" / "checkpoint-00000002"
-    checkpoint.mkdir()
-    for name in ("model", "optimizer"):
-        (checkpoint / f"{name}.safetensors").write_bytes(b"damaged")
-    fails(script("train", *argv, "--resume"), checkpoint, "damaged")
-
-
 @pytest.mark.parametrize("name", ["train", "mix"])
 def test_an_out_that_cannot_be_written(script, data, small, tmp_path, name):
     (tmp_path / "file").write_text("")
