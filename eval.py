@@ -97,7 +97,7 @@ def stoppable():
         start = ["torchrun", f"--nproc_per_node={ranks}"] if ranks else ["python"]
         options = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
         if rank_and_world()[0] == 0:
-            print(f"{e}; go on with: {shlex.join([*start, sys.argv[0], *options, '--resume'])}", file=sys.stderr)
+            print(f"\n{e}; go on with: {shlex.join([*start, sys.argv[0], *options, '--resume'])}", file=sys.stderr)
         finish()
         sys.exit(128 + number)
     finally:

@@ -43,6 +43,10 @@ def whole(data, small, tmp_path_factory):
     return folder / "run"
 
 
+def lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
 def same_log(a, b) -> bool:
     a, b = ([{**line, "tokens_per_second": 0} for line in log_of(folder)] for folder in (a, b))
     return a == b
@@ -61,29 +65,32 @@ def sound(folder: Path) -> list[int]:
     return steps
 
 
-def lives(seed: int, longest: float):
-    """Twenty ways to die: half of them at some moment, half just before some change of the disk."""
-    rng = random.Random(seed)
-    for i in range(20):
-        yield (rng.uniform(0.2, longest), 0) if i % 2 else (60, rng.randint(1, 60))
-
-
-def test_train_killed_at_twenty_moments_ends_with_the_same_weights(data, small, whole, tmp_path):
-    out, reached = tmp_path / "run", set()
-    for seconds, kill_at in lives(1, 1.5):
-        run = Run(tmp_path, "train", *argv(data, small, out, "--resume"), kill_at=kill_at)
-        run.process.join(seconds)
+def test_train_killed_at_twenty_moments_ends_with_the_same_weights(data, small, tmp_path):
+    """Some steps after it began; before a change of the disk, often in the writing of a checkpoint; and at the end."""
+    rng, out, more = random.Random(1), tmp_path / "run", ("--sequences", 1200)
+    assert Run(tmp_path, "train", *argv(data, small, tmp_path / "whole", *more)).end()[0] == 0
+    reached = []
+    for life in range(20):
+        done = lines(out / "log.jsonl")
+        kill_at, further = (rng.randint(1, 60), 1000) if life % 2 else (0, rng.randint(1, 12))
+        target = 150 if life > 17 else done + further
+        run = Run(tmp_path, "train", *argv(data, small, out, *more, "--resume"), kill_at=kill_at if life < 18 else 0)
+        run.wait_for(lambda: lines(out / "log.jsonl") >= target)
+        time.sleep(rng.uniform(0, 0.02))
         run.process.kill()
         run.end()
-        for checkpoint in out.glob("checkpoint-*"):  # being removed, one can be in parts: the newest never is
-            if not (checkpoint / "manifest.json").exists():
-                assert checkpoint != max(out.glob("checkpoint-*"))
-        reached |= {checkpoint.name for checkpoint in out.glob("checkpoint-*")}
-    assert len(reached) > 2
-    status, _, err = Run(tmp_path, "train", *argv(data, small, out, "--resume")).end()
+        found = sorted(out.glob("checkpoint-*"))
+        assert all(
+            (checkpoint / "manifest.json").exists() for checkpoint in found[1:]
+        )  # the oldest may be half removed
+        reached += [int(found[-1].name[-8:])] if found else []
+    assert len(set(reached)) >= 10 and reached == sorted(reached), reached
+    status, _, err = Run(tmp_path, "train", *argv(data, small, out, *more, "--resume")).end()
     assert status == 0, err
-    assert same_weights(out, whole) and same_log(out, whole)
-    assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}  # and no leftovers
+    assert same_weights(out, tmp_path / "whole") and same_log(out, tmp_path / "whole")
+    assert {path.name for path in out.iterdir()} == {
+        path.name for path in (tmp_path / "whole").iterdir()
+    }  # no leftovers
 
 
 def test_mix_killed_at_twenty_moments_ends_the_same(data, tmp_path):
@@ -98,9 +105,20 @@ def test_mix_killed_at_twenty_moments_ends_the_same(data, tmp_path):
     assert status == 0, err
     out, took = tmp_path / "broken" / "run", time.perf_counter() - began
     stages = set()
-    for seconds, kill_at in lives(2, took):
-        run = Run(tmp_path, "mix", *options(out, "--resume"), kill_at=2 * kill_at)
-        run.process.join(seconds)
+    rng = random.Random(2)
+    rounds = lines(tmp_path / "whole" / "run" / "history.jsonl")
+    for life in range(20):  # at some moment; before some change of the disk; after the last round, in the comparison
+        run = Run(
+            tmp_path,
+            "mix",
+            *options(out, "--resume"),
+            kill_at=rng.randint(1, 120) if life % 3 == 1 and life < 17 else 0,
+        )
+        if life > 16:
+            run.wait_for(lambda: lines(out / "history.jsonl") == rounds)
+            time.sleep(rng.uniform(0, 0.1))
+        else:
+            run.process.join(60 if life % 3 == 1 else rng.uniform(0.2, took))
         run.process.kill()
         run.end()
         stages |= {path.parent.name for path in (tmp_path / "broken").rglob("log.jsonl")}
@@ -170,14 +188,13 @@ def test_with_every_checkpoint_damaged_the_run_is_done_anew(data, small, whole, 
 def test_files_have_the_mode_that_the_umask_says(data, small, tmp_path):
     old = os.umask(0o027)
     try:
-        run = Run(tmp_path, "train", *argv(data, small, tmp_path / "run"))
+        train(load(small), data, {"sums": 16}, seq_len=32, batch_size=4, lr=1e-3, save_every=1, out=tmp_path)
     finally:
         os.umask(old)
-    modes = {}
-    while run.process.is_alive():
-        with contextlib.suppress(OSError):
-            modes |= {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "run").rglob("*.*") if p.is_file()}
-    assert run.end()[0] == 0 and {"optimizer.safetensors", "manifest.json", "model.safetensors"} <= set(modes)
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in tmp_path.rglob("*")}
+    files = ("log.jsonl", "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
+    folders = ("checkpoint-00000002", "checkpoint-00000003")
+    assert modes == dict.fromkeys(files, "0o640") | dict.fromkeys(folders, "0o750")
 
 
 @pytest.mark.parametrize(

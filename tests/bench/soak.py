@@ -19,10 +19,12 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 from conftest import SMALL, Run, made_documents, write_jsonl  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 import prepare  # noqa: E402
 
 SCRIPTS = ("train", "mix", "prepare")
+FAULTS = ("SIGKILL at some moment", "SIGKILL before a change of the disk", "SIGTERM", "SIGINT", "full disk", "damage")
 
 
 def options(script: str, folder: Path, data: Path) -> list:
@@ -72,7 +74,7 @@ def main():
     with tempfile.TemporaryDirectory() as top:
         top = Path(top)
         for d in ("code", "prose", "sums"):
-            write_jsonl(top / f"{d}.jsonl", made_documents(d, 400))
+            write_jsonl(top / f"{d}.jsonl", made_documents(d, 120))
         sources = {d: [top / f"{d}.jsonl"] for d in ("code", "prose", "sums")}
         data = prepare.prepare(top / "data", sources, "train:400", val_fraction=0.2, test_fraction=0.2).folder
         expected, took = {}, {}
@@ -82,18 +84,21 @@ def main():
             status, _, err = Run(top, script, *options(script, top / script, data)).end()
             assert status == 0, err
             expected[script], took[script] = content(top / script), time.perf_counter() - began
-        end, script, folder = time.monotonic() + 60 * args.minutes, "train", top / "broken"
-        while time.monotonic() < end:
+        began, script, folder = time.monotonic(), "train", top / "broken"
+        bar = tqdm(total=60 * args.minutes, bar_format="{l_bar}{bar}| {elapsed}, {postfix}")
+        while bar.n < bar.total:
+            bar.set_postfix_str(f"{survived.total()} faults survived", refresh=False)
+            bar.update(min(bar.total, time.monotonic() - began) - bar.n)
             folder.mkdir(exist_ok=True)
             resume = ["--resume"] if script != "prepare" else []
-            fault = rng.choice(("SIGKILL at some moment", "SIGKILL before a change of the disk", "SIGTERM", "SIGINT", "full disk", "damage", "nothing"))  # fmt: skip
+            fault = rng.choice(FAULTS)
             if fault == "damage":
                 fault = damage(folder, rng) or "nothing"
-            kill_at = rng.randint(1, 150) if fault == "SIGKILL before a change of the disk" else 0
-            largest = rng.randint(1000, 2_000_000) if fault == "full disk" else 0
+            kill_at = rng.randint(1, 60) if fault == FAULTS[1] else 0
+            largest = rng.randint(1000, 8_000_000) if fault == "full disk" else 0
             run = Run(top, script, *options(script, folder, data), *resume, kill_at=kill_at, largest=largest)
             if fault.startswith("SIG") and not kill_at:
-                time.sleep(rng.uniform(0, 1.1 * took[script]))
+                time.sleep(rng.uniform(0, 0.7 * took[script]))
                 if run.process.is_alive():
                     run.send(getattr(signal, fault.split()[0]))
             status, _, err = run.end(600)
@@ -107,6 +112,7 @@ def main():
                 script = rng.choice(SCRIPTS)
             for output in top.glob("output-*"):
                 output.unlink()
+        bar.close()
     for fault, n in sorted(survived.items()):
         if n:
             print(f"{fault:<40}{n:>6}")
