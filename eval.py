@@ -75,11 +75,13 @@ class Stopped(Exception):
 
 
 def note(number: int, frame) -> None:
+    """Handle a signal; by os.write, for it may have interrupted a print."""
     if asked and time.monotonic() > asked[0][1] + 1:
         os._exit(128 + number)
     asked.append((number, time.monotonic()))
     if rank_and_world()[0] == 0 and len(asked) == 1:
-        os.write(2, f"\n{signal.Signals(number).name}: stopping after this step; once more stops at once\n".encode())
+        name = signal.Signals(number).name
+        os.write(2, f"\n{name}: stopping when this step, or evaluation, is done; once more stops at once\n".encode())
 
 
 @contextlib.contextmanager

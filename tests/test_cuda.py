@@ -64,3 +64,11 @@ def test_out_of_memory_on_the_gpu_names_a_smaller_micro_batch(data, tmp_path):
     argv += [tmp_path / "run", "--sequences", 2**18, "--batch-size", 2**18, "--micro-batch-size", 2**18, "--no-compile"]
     done = command("train.py", *argv)
     assert done.returncode == 2 and "try --micro-batch-size 131072" in done.stderr, done.stderr
+
+
+def test_two_runs_on_the_gpu_see_the_same_sequences(data, small, tmp_path):
+    argv = ["--data", data.folder, "--model", small, "--mix", "uniform", "--sequences", 80, "--batch-size", 8, "--out"]
+    for out in ("one", "two"):
+        assert command("train.py", *argv, tmp_path / out, "--dtype", "float32").returncode == 0
+    one, two = ([json.loads(line) for line in open(tmp_path / out / "log.jsonl")] for out in ("one", "two"))
+    assert [line["loss"] for line in one] == pytest.approx([line["loss"] for line in two], abs=1e-3)
