@@ -80,8 +80,7 @@ def note(number: int, frame) -> None:
         os._exit(128 + number)
     asked.append((number, time.monotonic()))
     if rank_and_world()[0] == 0 and len(asked) == 1:
-        name = signal.Signals(number).name
-        os.write(2, f"\n{name}: stopping when this step, or evaluation, is done; once more stops at once\n".encode())
+        os.write(2, b"\nstopping when this step, or evaluation, is done; another signal stops at once\n")
 
 
 @contextlib.contextmanager
@@ -251,9 +250,10 @@ def check_data(data: Data, everything: bool = False) -> None:
         parts = random.SystemRandom().sample(parts, min(16, len(parts)))
     parts.append(("tokenizer.json", slice(None), data.meta["tokenizer"]["sha256"]))
     for name, part, known in tqdm(parts, "check data", disable=None, leave=False):
-        content = np.memmap(data.folder / name, np.uint8, "r")[part]
+        path = data.folder / name
+        content = np.memmap(path, np.uint8, "r")[part] if path.stat().st_size else b""
         if hashlib.sha256(content).hexdigest()[:len(known)] != known:
-            raise InputError(f"{data.folder / name}: damaged, its hash is not the one in meta.json; prepare it again")
+            raise InputError(f"{path}: damaged, its hash is not the one in meta.json; prepare it again")
 
 
 def check_tokenizer(model: str, data: Data) -> None:

@@ -20,7 +20,7 @@ from eval import (barrier, compare, evaluate, fill, finish, mean_loss, model_car
 from model import GPTNeoX, load_json, replacing, write_text
 from prepare import SAMPLE, ArgumentParser, Data, InputError, cli, hold, prepare
 from train import (RESUME_HINT, Mixture, add_options, claim, defaults, keep, open_run, parse_mixture, passes_of,
-                   rescale, this_pass, times_seen, train)
+                   rescale, sha256, this_pass, times_seen, train)
 
 RATES = {"multiplicative": 1.0, "additive": 400.0, "share": 0.25}  # found by trying; README.md has the evidence
 
@@ -62,24 +62,30 @@ def pretrain(model: GPTNeoX, data: Data, hyper: dict, args) -> Path:
         if rank_and_world()[0] == 0 and not (folder / "model.safetensors").is_file():
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(hold(folder / ".lock", folder))  # which other runs may want, too
-            stack.callback((folder / ".lock").unlink)
         trained(model, data, counts, hyper, folder, "pretrain", args, record=record)
     return folder
 
 
 def trained(model: GPTNeoX, data: Data, counts: dict[str, int], hyper: dict, folder: Path, title: str, args,
             seen: dict | None = None, record: dict | None = None) -> None:
-    """Train the model, in place, and keep it as a folder; where that was done before, load it from there instead."""
-    if (folder / "model.safetensors").is_file():
-        fill(model, folder)
-        return
+    """Train the model, in place, and keep it as a folder; where that was done before, load it from there instead, if
+    its sha256 is still the same."""
+    weights, manifest = folder / "model.safetensors", folder / "manifest.json"
     if rank_and_world()[0] == 0:
         folder.mkdir(parents=True, exist_ok=True)
-    train(model, data, counts, **hyper, seen=seen, save_every=args.save_every, out=folder, title=title)
-    if rank_and_world()[0] == 0 and record:
-        write_text(folder / "run.json", json.dumps(record, indent=1) + "\n")
+        if weights.is_file() and manifest.is_file() and load_json(manifest).get(weights.name) != sha256(weights):
+            say(f"{weights} is damaged, and made anew")
+            weights.unlink(), manifest.unlink()
+    barrier()
+    if weights.is_file():
+        fill(model, folder)
+    else:
+        train(model, data, counts, **hyper, seen=seen, save_every=args.save_every, out=folder, title=title)
+        if rank_and_world()[0] == 0 and record:
+            write_text(folder / "run.json", json.dumps(record, indent=1) + "\n")
     keep(model, data, folder)
-    barrier()  # the others may read what the first rank wrote
+    if rank_and_world()[0] == 0 and not manifest.is_file():
+        write_text(manifest, json.dumps({weights.name: sha256(weights)}, indent=1) + "\n")
 
 
 def search(model: GPTNeoX, base: str, data: Data, first: dict[str, int], hyper: dict, seen: dict, args) -> list[dict]:
@@ -91,7 +97,9 @@ def search(model: GPTNeoX, base: str, data: Data, first: dict[str, int], hyper: 
     path = out / "history.jsonl"
     try:
         history = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    except ValueError:
+        if any(set(line) != {"round", "quantities", "counts", "mean", "losses"} for line in history):
+            raise ValueError
+    except (ValueError, TypeError):
         raise InputError(f"{path}: damaged; remove it, and the rounds are measured anew") from None
     A = np.array([first.get(d, 0) for d in domains], dtype=np.float64)
     say("", "share of the mixture and validation loss, nats per token",
@@ -112,9 +120,10 @@ def search(model: GPTNeoX, base: str, data: Data, first: dict[str, int], hyper: 
                 fill(model, base)
             if rank_and_world()[0] == 0:
                 write_text(path, "".join(json.dumps(line) + "\n" for line in history))
-                for line in history[2:]:  # of weights, the first round's and the best one's are needed again
-                    if line["round"] != best_round(history)["round"]:
-                        (out / f"round-{line['round']}" / "model.safetensors").unlink(missing_ok=True)
+        if rank_and_world()[0] == 0:
+            for line in history[2:]:  # of weights, the first round's and the best one's are needed again
+                if line["round"] != best_round(history)["round"]:
+                    (out / f"round-{line['round']}" / "model.safetensors").unlink(missing_ok=True)
         line = history[number]
         shares = {d: f"{n / sum(line['counts'].values()):.1%}" for d, n in (line["counts"] or {}).items()}
         cells = [f"{shares.get(d, ''):>10}{line['losses'][d]:>8.4f}" for d in domains]
@@ -131,7 +140,7 @@ def best_round(history: list[dict]) -> dict:
     return min(history[1:], key=lambda line: line["mean"])
 
 
-def comparison(model: GPTNeoX, data: Data, history: list[dict], hyper: dict, seen: dict, args) -> dict:
+def comparison(model: GPTNeoX, base: str, data: Data, history: list[dict], hyper: dict, seen: dict, args) -> dict:
     """Untouched, uniform with as many sequences, and the best round on the test split; the model ends as the last."""
     out, T, best = Path(args.out), hyper["seq_len"], best_round(history)
     losses = {"untouched": evaluate(model, data, "test", T, hyper["dtype"])}
@@ -139,7 +148,8 @@ def comparison(model: GPTNeoX, data: Data, history: list[dict], hyper: dict, see
     folder = out / ("round-1" if history[1]["counts"] == uniform else "uniform")
     trained(model, data, uniform, hyper, folder, "uniform", args, seen)
     losses["uniform"] = evaluate(model, data, "test", T, hyper["dtype"])
-    fill(model, out / f"round-{best['round']}")
+    fill(model, base)
+    trained(model, data, best["counts"], hyper, out / f"round-{best['round']}", "best round", args, seen)
     losses["reweighted"] = evaluate(model, data, "test", T, hyper["dtype"])
     result = results(losses, data, "test", T)
     return result | {"reweighted - uniform": compare(losses["uniform"], losses["reweighted"], data, "test", T)}
@@ -240,10 +250,10 @@ def main():
             with stage("rounds"):
                 history = search(model, str(base), data, first, hyper, seen, args)
             with stage("comparison"):
-                result = comparison(model, data, history, hyper, seen, args)
+                result = comparison(model, str(base), data, history, hyper, seen, args)
             if rank_and_world()[0] == 0:
                 write_results(data, history, result, hyper, passes, args)
-            keep(model, data, out, getattr(torch, args.save_dtype))  # last: it makes the run a finished one
+        keep(model, data, out, getattr(torch, args.save_dtype))  # last: it makes the run a finished one
     if rank_and_world()[0] == 0:
         result = load_json(out / "result.json")
         say("", f"test split, {result['seq_len']} tokens a sequence", table(result), verdict(result), "",

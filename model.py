@@ -45,7 +45,7 @@ def replacing(path: Path):
         os.replace(partial, path)
         sync(path.parent)
     except (OSError, SafetensorError) as e:
-        raise InputError(f"{path}: cannot be written ({getattr(e, 'strerror', e)}); it is as it was before") from None
+        raise InputError(f"{path}: cannot be written ({getattr(e, 'strerror', e)}); nothing older is lost") from None
     finally:
         shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
 

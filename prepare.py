@@ -429,7 +429,7 @@ def prepare(out: str | Path, sources: dict[str | None, list[Path]] | None = None
     if min(fractions.values()) <= 0 or sum(fractions.values()) >= 1:
         raise InputError(f"--val-fraction {val_fraction} --test-fraction {test_fraction}: every split needs a share")
     sample, overlap = ([], {}) if sources else make_sample(fractions)
-    stage = out.with_name(f".{out.name}-{hashlib.sha256(repr(sources).encode()).hexdigest()[:8]}.partial")
+    stage = out.with_name(f".{out.name}-{hashlib.sha256(repr((sources, domain_key)).encode()).hexdigest()[:8]}.partial")
     stage.mkdir(parents=True, exist_ok=True)
     with hold(path := stage / "tokenizer.json", out), contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, stage, ignore_errors=True)

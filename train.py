@@ -211,17 +211,16 @@ def train(model: GPTNeoX, data: Data, counts: dict[str, int], *, seq_len: int, b
     fewer = f"--micro-batch-size {M // 2}" if M > 1 else "--activation-checkpointing, a shorter --seq-len or --fsdp"
     memory = f"training on {M} sequences of {seq_len} tokens at a time", f"try {fewer}"
     with enough_memory(*memory):
-        first, updates = load_checkpoint(out, model, optimizer) if out is not None else (0, 0)
+        first, updates, in_a_row = load_checkpoint(out, model, optimizer) if out is not None else (0, 0, 0)
         if ddp:
             parallel = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     log = cut_log(out / "log.jsonl", first) if out is not None and rank == 0 else None
-    in_a_row = 0  # steps that made no update
     flops, peak = flops_per_token(model, seq_len), peak_flops(device, dtype) * world
     bar = tqdm(total=steps, initial=first, desc=title, unit="step", disable=None if rank == 0 else True, leave=False)
     for step in range(first, steps):
         started = time.perf_counter()
         batch = range(step * batch_size, min((step + 1) * batch_size, len(mixture)))
-        total = torch.tensor([0.0, len(asked)], device=device)  # the loss, and the signals that came to any rank
+        total = torch.zeros(2, device=device)  # the loss, and the signals that came to any rank
         parts = [(tokens.to(device), weights.to(device))
                  for tokens, weights in micro_batches(mixture, step, batch_size, M)]
         with enough_memory(*memory):
@@ -232,6 +231,7 @@ def train(model: GPTNeoX, data: Data, counts: dict[str, int], *, seq_len: int, b
                 loss = (losses * weights).sum() / (len(batch) * seq_len)  # the true number of tokens, on all ranks
                 (loss * world).backward()  # DDP and FSDP divide by world
                 total[0] += loss.detach()
+            total[1] = len(asked)
             if world > 1:
                 dist.all_reduce(total)
             norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)).item()
@@ -262,9 +262,9 @@ def train(model: GPTNeoX, data: Data, counts: dict[str, int], *, seq_len: int, b
         if in_a_row == 3:
             raise InputError(f"{title}: loss or gradient not finite in steps {step - 2} to {step}, sequences "
                              f"{(step - 2) * batch_size} to {batch[-1]}; look at these, or lower --lr, now {lr:g}")
-        if out is not None and step + 1 < steps and (stop or save_every and (step + 1) % save_every == 0):
-            save_checkpoint(out, model, optimizer, step + 1, updates)
-        if stop and step + 1 < steps:
+        if out is not None and (stop or step + 1 < steps and save_every and (step + 1) % save_every == 0):
+            save_checkpoint(out, model, optimizer, (step + 1, updates, in_a_row))
+        if stop:
             raise Stopped(f"{title}: stopped and saved after step {step + 1} of {steps}")
     bar.close()
     return model
@@ -279,9 +279,10 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_checkpoint(out: Path, model: GPTNeoX, optimizer: torch.optim.Optimizer, step: int, updates: int) -> None:
-    """Weights, optimizer and steps, with the sha256 of each in manifest.json, as a folder that appears whole; the
-    newest two stay. updates: how many the steps made. Raises InputError where it cannot be written."""
+def save_checkpoint(out: Path, model: GPTNeoX, optimizer: torch.optim.Optimizer, state: tuple[int, int, int]) -> None:
+    """Weights, optimizer and state, with the sha256 of each in manifest.json, as a folder that appears whole; the
+    newest two stay. state: steps done, the updates that they made, and how many of the last ones made none."""
+    step, updates, in_a_row = state
     weights = gathered({name: p.detach() for name, p in model.named_parameters()})
     moments = gathered({f"{name}.{key}": optimizer.state[p][key] for name, p in model.named_parameters()
                         for key in ("exp_avg", "exp_avg_sq") if updates})
@@ -291,26 +292,26 @@ def save_checkpoint(out: Path, model: GPTNeoX, optimizer: torch.optim.Optimizer,
         folder.mkdir()
         write_safetensors(folder / "model.safetensors", weights)
         write_safetensors(folder / "optimizer.safetensors", moments)
-        write_text(folder / "state.json", json.dumps({"step": step, "updates": updates}) + "\n")
+        write_text(folder / "state.json", json.dumps({"step": step, "updates": updates, "in_a_row": in_a_row}) + "\n")
         hashes = {path.name: sha256(path) for path in sorted(folder.iterdir())}
         write_text(folder / "manifest.json", json.dumps(hashes, indent=1) + "\n")
         sync(out / "log.jsonl")
         shutil.rmtree(out / f"checkpoint-{step:08d}", ignore_errors=True)  # one that was passed over
-    for older in checkpoints(out)[:-2]:
-        shutil.rmtree(older)
+    for other in sorted(checkpoints(out), key=lambda path: int(path.name[-8:]) <= step)[:-2]:  # passed over, or older
+        shutil.rmtree(other)
 
 
-def load_checkpoint(out: Path, model: GPTNeoX, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
-    """Restore the newest sound checkpoint in `out`, saying which are passed over; returns the steps done and how many
-    updates they made. What a killed process left half written is removed."""
+def load_checkpoint(out: Path, model: GPTNeoX, optimizer: torch.optim.Optimizer) -> tuple[int, int, int]:
+    """Restore the newest sound checkpoint in `out`, saying which are passed over, and return its state. What a killed
+    process left half written is removed."""
     found = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
     if rank_and_world()[0] == 0:
         for leftover in out.glob(".*.partial"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         for folder in reversed(checkpoints(out)):
             try:
-                for name, known in load_json(folder / "manifest.json").items():
-                    if sha256(folder / name) != known:
+                for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
+                    if sha256(folder / name) != load_json(folder / "manifest.json").get(name):
                         raise InputError(f"{name} is not what it was when it was saved")
                 found += int(folder.name[-8:])
                 break
@@ -319,10 +320,10 @@ def load_checkpoint(out: Path, model: GPTNeoX, optimizer: torch.optim.Optimizer)
     if dist.is_initialized():
         dist.broadcast(found, 0)
     if not found:
-        return 0, 0
+        return 0, 0, 0
     folder, weights, moments = out / f"checkpoint-{found.item():08d}", {}, {}
     say(f"going on from {folder}")
-    step, updates = (load_json(folder / "state.json")[key] for key in ("step", "updates"))
+    step, updates, in_a_row = (load_json(folder / "state.json")[key] for key in ("step", "updates", "in_a_row"))
     if rank_and_world()[0] == 0 or not is_sharded(model):
         weights, moments = load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
     for name, p in model.named_parameters():
@@ -332,16 +333,18 @@ def load_checkpoint(out: Path, model: GPTNeoX, optimizer: torch.optim.Optimizer)
             assign(moment, moments[f"{name}.{key}"] if moments else None)
         if updates:
             optimizer.state[p] = {"step": torch.tensor(float(updates), device=p.device), **own}
-    return step, updates
+    return step, updates, in_a_row
 
 
 def keep(model: GPTNeoX, data: Data, out: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Save the finished model with its tokenizer; its checkpoints are no longer needed. Every rank must take part."""
-    weights = gathered(model.state_dict())
+    """Save the finished model with its tokenizer, if that is not done, and remove its checkpoints; on every rank."""
+    weights = gathered({name: weight.to(dtype) for name, weight in model.state_dict().items()})
     if rank_and_world()[0] == 0:
-        save(model, out, data.folder / "tokenizer.json", dtype, weights)
+        if not (out / "model.safetensors").is_file():
+            save(model, out, data.folder / "tokenizer.json", dtype, weights)
         for folder in checkpoints(out):
             shutil.rmtree(folder)
+    barrier()  # the others may read what the first rank wrote
 
 
 def cut_log(path: Path, first: int) -> Path:
@@ -423,22 +426,19 @@ def passes_of(model: str) -> list[dict]:
 
 
 def this_pass(data: Data, hyper: dict, counts: dict[str, int]) -> dict:
-    """What a model folder says of the pass it was trained on."""
     return {"data": data.identity, "seq_len": hyper["seq_len"], "seed": hyper["seed"], "counts": counts}
 
 
 @contextlib.contextmanager
 def claim(out: Path, args, data: Data, hyper: dict, more: dict, passes: list[dict]):
-    """Make `out` the folder of this run, or check that it is, and keep others out of it while the block lasts. Raises
-    InputError before anything is touched."""
+    """Make `out` this run's folder, or check that it is, and keep others out. Raises InputError first of all."""
     record = out / "run.json"
     with contextlib.ExitStack() as stack:
         if rank_and_world()[0] == 0:
-            files = [path for path in sorted(Path(args.model).glob("*"))
+            files = [sha256(path)[:16] for path in sorted(Path(args.model).glob("*"))
                      if path.suffix == ".safetensors" or path.name in ("config.json", "run.json")]
-            settings = {"model": args.model, "model's files": [sha256(path)[:16] for path in files],
-                        "data": data.identity, "tokenizer": data.meta["tokenizer"]["sha256"], **hyper,
-                        "dtype": str(hyper["dtype"]), **more}
+            settings = {"model": args.model, "model's files": files, "data": data.identity,
+                        "tokenizer": data.meta["tokenizer"]["sha256"], **hyper, "dtype": str(hyper["dtype"]), **more}
             del settings["micro_batch_size"]  # which may change
             resuming = args.resume and record.is_file()
             old = load_json(record).get("settings", {}) if resuming else settings
@@ -446,16 +446,17 @@ def claim(out: Path, args, data: Data, hyper: dict, more: dict, passes: list[dic
                 different = [f"{key} was {old.get(key)}, is {settings.get(key)}" for key in {**old, **settings}
                              if old.get(key) != settings.get(key)]
                 raise InputError(f"{out}: --resume with other settings: {'; '.join(different)}")
-            if not resuming and not args.overwrite and out.exists() and {p.name for p in out.iterdir()} - {".lock"}:
-                what = "no run that could be resumed" if args.resume else "a run already, which --resume continues"
-                raise InputError(f"{out} holds {what}; --overwrite starts anew there")
+            if not resuming and out.exists() and {path.name for path in out.iterdir()} - {".lock", ".run.json.partial"}:
+                if not (args.overwrite and record.is_file()):
+                    raise InputError(f"{out} is not empty; --resume continues a run there, --overwrite starts it anew")
+                if Path(args.model).resolve().is_relative_to(out.resolve()):
+                    raise InputError(f"{out}: --overwrite would remove {args.model}; choose another --out")
             out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(hold(out / ".lock", out))
-            stack.callback((out / ".lock").unlink)
             if not resuming:
-                stale = ("model.safetensors", "run.json", "log.jsonl", "history.jsonl", "result.json", "mix.json",
-                         "mix.png", "checkpoint-*", "round-*", "uniform")
-                for path in (path for pattern in stale for path in out.glob(pattern)):  # first what makes it finished
+                stale = ("model.safetensors", "checkpoint-*", "history.jsonl", "round-*", "uniform", "log.jsonl",
+                         "result.json", "mix.json", "mix.png")  # first what makes it finished
+                for path in (path for pattern in stale for path in out.glob(pattern)):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
                 write_text(record, json.dumps({"settings": settings, "passes": passes}, indent=1) + "\n")
         barrier()
@@ -488,8 +489,7 @@ def main():
                 write_text(out / "result.json", json.dumps(results(losses, data, "val", T), indent=1) + "\n")
                 card = model_card(out.name, args.model, data, counts, hyper, load_json(out / "result.json"), passes)
                 write_text(out / "README.md", card)
-            keep(model, data, out, getattr(torch, args.save_dtype))
-            barrier()
+        keep(model, data, out, getattr(torch, args.save_dtype))
     if rank_and_world()[0] == 0:
         result = load_json(out / "result.json")
         say(f"validation losses, {T} tokens a sequence", table(result), f"model and log in {out}")

@@ -201,9 +201,21 @@ def test_resume_and_overwrite_do_not_touch_what_is_no_run(script, data, small, t
     for file in ("model.safetensors", "checkpoint-5/x", "uniform/notes.txt"):
         (tmp_path / "mine" / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "mine" / file).write_text("mine")
-    argv = ["--data", data.folder, "--model", small, "--out", tmp_path / "mine", "--sequences", 8, *SMALL, "--resume"]
-    fails(script(name, *argv), "no run")
+    argv = ["--data", data.folder, "--model", small, "--out", tmp_path / "mine", "--sequences", 8, *SMALL]
+    for way in ("--resume", "--overwrite"):
+        fails(script(name, *argv, way), tmp_path / "mine", "not empty")
     assert sum(p.is_file() for p in (tmp_path / "mine").rglob("*")) == 3
+
+
+@pytest.mark.parametrize("name", ["train", "mix"])
+def test_a_run_does_not_overwrite_the_model_that_it_starts_from(script, data, small, tmp_path, name):
+    base = ["--data", data.folder, "--sequences", 8, "--batch-size", 8, *SMALL]
+    out = tmp_path / "run"
+    assert script("train", *base, "--model", small, "--out", out)[0] == 0
+    shutil.copytree(small, out / "round-1")
+    for model in (out, out / "round-1"):
+        fails(script(name, *base, "--model", model, "--out", out, "--overwrite"), "would remove", model)
+        assert (model / "model.safetensors").exists()
 
 
 def test_prepare_replaces_nothing(script, tmp_path):

@@ -93,6 +93,20 @@ def test_train_killed_at_twenty_moments_ends_with_the_same_weights(data, small, 
     }  # no leftovers
 
 
+@pytest.mark.parametrize("kill_at", [1, 2, 3, 4, 5, 86, 88, 95])
+def test_train_killed_as_it_begins_or_ends_leaves_nothing_behind(data, small, tmp_path, kill_at):
+    """Before there is a record of the run; after the model is there, but its checkpoints still are, too."""
+    more = ("--sequences", 64, "--save-every", 2)
+    assert Run(tmp_path, "train", *argv(data, small, tmp_path / "whole", *more)).end()[0] == 0
+    run = Run(tmp_path, "train", *argv(data, small, tmp_path / "run", *more), kill_at=kill_at)
+    assert run.end()[0] == -signal.SIGKILL
+    status, _, err = Run(tmp_path, "train", *argv(data, small, tmp_path / "run", *more, "--resume")).end()
+    assert status == 0, err
+    assert same_weights(tmp_path / "run", tmp_path / "whole")
+    names = [{path.relative_to(top) for path in top.rglob("*")} for top in (tmp_path / "run", tmp_path / "whole")]
+    assert names[0] == names[1]
+
+
 def test_mix_killed_at_twenty_moments_ends_the_same(data, tmp_path):
     def options(out, *more):
         return ["--data", data.folder, "--out", out, "--seq-len", 32, "--base-sequences", 128, "--batch-size", 8,
@@ -172,16 +186,24 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(data, small, whole, tmp_p
     assert same_weights(out, whole) and same_log(out, whole)
 
 
-def test_with_every_checkpoint_damaged_the_run_is_done_anew(data, small, whole, tmp_path):
+@pytest.mark.parametrize("manifest", ["{", "{}", "[]", '{"model.safetensors": 3}'])
+def test_with_every_checkpoint_damaged_the_run_is_done_anew_and_keeps_what_it_saves(
+    data, small, whole, tmp_path, manifest
+):
     out = tmp_path / "run"
     run = Run(tmp_path, "train", *argv(data, small, out))
-    run.wait_for(lambda: list(out.glob("checkpoint-*")))
+    run.wait_for(lambda: list(out.glob("checkpoint-0000001?")))
     run.process.kill()
     run.end()
     for checkpoint in out.glob("checkpoint-*"):
-        (checkpoint / "manifest.json").write_text("{")
+        (checkpoint / "manifest.json").write_text(manifest)
+    run = Run(tmp_path, "train", *argv(data, small, out, "--resume"))
+    run.wait_for(lambda: list(out.glob("checkpoint-0000000[2-6]")))
+    run.send(signal.SIGTERM)
+    status, text, err = run.end()
+    assert status == 143 and text.count("is damaged and passed over: ") == 2, text + err
     status, text, err = Run(tmp_path, "train", *argv(data, small, out, "--resume")).end()
-    assert status == 0 and "passed over" in text, err
+    assert status == 0 and "going on from" in text, err
     assert same_weights(out, whole) and same_log(out, whole)
 
 
@@ -252,6 +274,18 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(data, small, whole, 
     assert status == 0 and same_weights(out, whole) and same_log(out, whole), err
 
 
+def test_a_signal_in_the_last_step_saves_it(data, small, tmp_path):
+    """A long one, so that nothing else is left to do but the evaluation."""
+    more = ("--batch-size", 4000, "--sequences", 4000, "--micro-batch-size", 8, "--save-every", 0)
+    run = Run(tmp_path, "train", *argv(data, small, tmp_path / "run", *more))
+    run.wait_for(lambda: (tmp_path / "run" / "log.jsonl").exists())
+    run.send(signal.SIGTERM)
+    status, _, err = run.end()
+    assert status == 143 and sound(tmp_path / "run") == [1] and "after step 1 of 1" in err
+    assert Run(tmp_path, "train", *argv(data, small, tmp_path / "run", *more, "--resume")).end()[0] == 0
+    assert lines(tmp_path / "run" / "log.jsonl") == 1
+
+
 def test_a_second_signal_ends_it_at_once(data, small, tmp_path):
     """In a step that takes minutes."""
     more = ("--batch-size", 400_000, "--sequences", 800_000, "--micro-batch-size", 8)
@@ -262,7 +296,7 @@ def test_a_second_signal_ends_it_at_once(data, small, tmp_path):
     assert run.process.is_alive()
     run.send(signal.SIGTERM)
     status, _, err = run.end(5)
-    assert status == 143 and "once more stops at once" in err and not list((tmp_path / "run").glob("checkpoint-*"))
+    assert status == 143 and "another signal stops at once" in err and not list((tmp_path / "run").glob("checkpoint-*"))
 
 
 def ranks(tmp_path, *argv) -> list[Run]:
@@ -392,6 +426,8 @@ def test_three_poisoned_batches_in_a_row_end_it_with_the_last_good_checkpoint(da
     result = script("train", *poison_argv(poison, fragile, tmp_path / "run", "--save-every", 1))
     fails((result[0], "", result[2]), "not finite in steps 4 to 6", "sequences 32 to 55", "lower --lr, now 0.001")
     assert sound(tmp_path / "run") == [5, 6] and not (tmp_path / "run" / "model.safetensors").exists()
+    again = script("train", *poison_argv(poison, fragile, tmp_path / "run", "--save-every", 1, "--resume"))
+    fails((again[0], "", again[2]), "not finite in steps 4 to 6")  # resumed at the third, it ends there as well
     a, b = (load_file(tmp_path / "run" / f"checkpoint-0000000{step}" / "model.safetensors") for step in (5, 6))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert [line["step"] for line in log_of(tmp_path / "run") if "skipped" in line] == [1, 4, 5, 6]
@@ -427,6 +463,36 @@ def test_weights_that_are_not_finite_are_neither_used_nor_saved(data, small, tmp
     fails(script("eval", tmp_path / "bad", "--data", data.folder, "--device", "cpu"), "test split", "is not finite")
 
 
+def test_weights_that_overflow_the_type_they_are_saved_in_are_not_saved(data, small, tmp_path, script):
+    from model import save
+
+    model = load(small)
+    with torch.no_grad():
+        model.gpt_neox.embed_in.weight[500] = 1e6
+    save(model, tmp_path / "large", small / "tokenizer.json")
+    result = script("train", *argv(data, tmp_path / "large", tmp_path / "run", "--save-dtype", "float16"))
+    fails(result, "gpt_neox.embed_in.weight is not finite")
+    assert not (tmp_path / "run" / "model.safetensors").exists() and sound(tmp_path / "run")
+
+
+@pytest.mark.parametrize("damaged", ["round-1", "base"])
+def test_a_damaged_model_of_an_earlier_round_is_made_anew(data, tmp_path, damaged):
+    options = ["--data", data.folder, "--out", tmp_path / "run", "--seq-len", 32, "--base-sequences", 64]
+    options += ["--batch-size", 8, "--sequences", 48, "--rounds", 2, "--eval-sequences", 20, *SMALL]
+    assert Run(tmp_path, "mix", *options).end()[0] == 0
+    expected = load_file(tmp_path / "run" / "model.safetensors"), (tmp_path / "run" / "result.json").read_bytes()
+    for name in ("model.safetensors", "history.jsonl", "result.json"):  # as if it had been killed in the first round
+        (tmp_path / "run" / name).unlink()
+    folder = tmp_path / "run" / "round-1" if damaged == "round-1" else next(tmp_path.glob("base-*"))
+    content = np.memmap(folder / "model.safetensors", np.uint8, "r+")
+    content[-1000] ^= 8
+    content.flush()
+    status, text, err = Run(tmp_path, "mix", *options, "--resume").end()
+    assert status == 0 and f"{folder / 'model.safetensors'} is damaged, and made anew" in text, err
+    found = load_file(tmp_path / "run" / "model.safetensors"), (tmp_path / "run" / "result.json").read_bytes()
+    assert found[1] == expected[1] and all(torch.equal(found[0][name], expected[0][name]) for name in expected[0])
+
+
 def test_a_file_that_cannot_grow_costs_nothing_that_was_there(data, small, whole, tmp_path):
     out = tmp_path / "run"
     run = Run(tmp_path, "train", *argv(data, small, out))
@@ -436,7 +502,7 @@ def test_a_file_that_cannot_grow_costs_nothing_that_was_there(data, small, whole
     before = sound(out)
     for largest in (1000, 300_000):  # less than the weights; less than the optimizer's state
         fails(Run(tmp_path, "train", *argv(data, small, out, "--resume"), largest=largest).end(), out, "File too large")
-        assert sound(out) == before and not list(out.glob(".*"))
+        assert sound(out) == before and not list(out.glob(".*.partial"))
     assert Run(tmp_path, "train", *argv(data, small, out, "--resume")).end()[0] == 0
     assert same_weights(out, whole) and same_log(out, whole)
 
@@ -494,6 +560,10 @@ def test_data_that_vanishes_or_rots(data, small, tmp_path, script):
     fails(run.end(), tmp_path / "d" / "sums.val.bin", "No such file")
     fails(script("train", *argv(copy, small, tmp_path / "run", "--resume")), tmp_path / "d" / "sums.val.bin", "missing")
     (tmp_path / "away").rename(tmp_path / "d" / "sums.val.bin")
+    text = (tmp_path / "d" / "tokenizer.json").read_text()
+    (tmp_path / "d" / "tokenizer.json").write_text("")
+    fails(script("eval", small, "--data", tmp_path / "d", "--device", "cpu"), "tokenizer.json", "damaged")
+    (tmp_path / "d" / "tokenizer.json").write_text(text)
     for name in ("sums.train.bin", "prose.test.bin", "tokenizer.json"):
         content = bytearray((tmp_path / "d" / name).read_bytes())
         content[len(content) // 2] ^= 4
