@@ -294,12 +294,11 @@ def read_config(path: Path) -> Config:
     for name, field in Config.__dataclass_fields__.items():
         value = known.get(name)
         value = values.get(name, field.default) if value is None else value
-        if isinstance(value, int) and not isinstance(value, bool) and field.type is float:
-            value = float(value)
         high = {bool: 2, int: 2**20, float: 1e9}[field.type]
-        if type(value) is not field.type or not (0 < value < high or value is False):
+        whole = type(value) is int and field.type is float  # 10000 will do for 10000.0
+        if not (whole or type(value) is field.type) or not (0 < value < high or value is False):
             raise InputError(f"{path}: {name} is {value!r}, expected a sensible {field.type.__name__}")
-        settings[name] = value
+        settings[name] = field.type(value)
     config = Config(**settings)
     R = config.rotary_dims
     if config.num_hidden_layers > 1024 or R * config.max_position_embeddings > 2**27:

@@ -143,7 +143,7 @@ def rank_encoding(spec: dict, tokenizer):
         merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
         made = [vocab[a + b] for a, b in merges]
         special = {token["content"] for token in spec["added_tokens"] if token["special"]}
-        runs = [token["content"] for token in spec["added_tokens"] if not token["special"]]
+        runs = [token["content"] * token["normalized"] for token in spec["added_tokens"] if not token["special"]]
         alphabet = sorted(ByteLevel.alphabet())  # printable bytes as themselves, then the others from U+0100 on
         printable = [ord(c) for c in alphabet if ord(c) < 256]
         byte = dict(zip(alphabet, printable + sorted(set(range(256)) - set(printable))))
