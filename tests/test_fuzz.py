@@ -141,7 +141,7 @@ def passes(draw):
     return lengths, small, {d: small.get(d, 0) + more.get(d, 0) for d in small | more}, draw(st.integers(0, 2**40))
 
 
-@fuzz(200)
+@fuzz(150)
 @given(passes(), st.lists(st.integers(0, 9), max_size=3))
 def test_any_pass_has_its_counts_whole_epochs_the_least_seen_first_and_even_prefixes(drawing, seeds):
     lengths, small, large, seed = drawing
@@ -167,7 +167,7 @@ def test_any_pass_has_its_counts_whole_epochs_the_least_seen_first_and_even_pref
         assert all(abs(so_far[d] - length * share) <= bound for d, share in shares.items())
 
 
-@fuzz(200)
+@fuzz(150)
 @given(passes(), st.integers(1, 9), st.integers(1, 20), st.integers(1, 8), st.integers(0, 9))
 def test_any_world_reads_the_same_batches_from_any_step_on(drawing, world, batch_size, micro, first):
     lengths, _, counts, seed = drawing
@@ -198,7 +198,7 @@ def whole(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("name", SOURCES)
-@fuzz(200)
+@fuzz(150)
 @given(st.data())
 def test_a_damaged_source_is_read_for_what_it_holds_or_refused_in_one_line(whole, name, d):
     content, allowed = d.draw(damaged(SOURCES[name], name)), d.draw(st.sampled_from([0, 1, 1000]))
@@ -239,7 +239,7 @@ def models(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
-@fuzz(400)
+@fuzz(250)
 @given(st.data())
 def test_a_damaged_model_has_the_shapes_of_its_config_or_is_refused_in_one_line(models, name, d):
     good = (models / name).read_bytes()
