@@ -2,9 +2,10 @@
 
     python mix.py                                                    # the whole method on a laptop, in minutes
     python mix.py --data data/pile --model pythia-70m --sequences 2000 --out out/pile
-    python mix.py --rule share --out out/share                       # another reading of the rule
+    python mix.py --method merge --out out/merge                     # another method; README.md says which to take
 
-Ends with the table that counts: untouched, uniform and reweighted, on the test split, trained on as many sequences.
+A method is a function of a Search, which trains and measures mixtures; it returns the mixture that it found. All end
+with the table that counts: untouched, uniform and the mixture found, on the test split, on as many sequences.
 """
 import contextlib
 import hashlib
@@ -14,15 +15,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.nn.utils import parameters_to_vector
 
-from eval import (barrier, compare, evaluate, fill, finish, mean_loss, model_card, rank_and_world, results, say,
-                  signed, start, stoppable, table)
+from eval import (autocast, barrier, compare, enough_memory, evaluate, fill, finish, model_card,
+                  rank_and_world, results, rows_in_training, say, signed, start, stoppable, table, window_count)
 from model import GPTNeoX, load_json, replacing, write_text
 from prepare import SAMPLE, ArgumentParser, Data, InputError, cli, hold, prepare
 from train import (RESUME_HINT, Mixture, add_options, claim, defaults, keep, open_run, parse_mixture, passes_of,
                    rescale, sha256, this_pass, times_seen, train)
 
 RATES = {"multiplicative": 1.0, "additive": 400.0, "share": 0.25}  # found by trying; README.md has the evidence
+CHOICES = ("method", "objective", "signal", "rule", "rate")
 
 
 def update(quantities: np.ndarray, losses: np.ndarray, rate: float, rule: str = "multiplicative") -> np.ndarray:
@@ -59,9 +63,9 @@ def pretrain(model: GPTNeoX, data: Data, hyper: dict, args) -> Path:
     folder = Path(args.out).parent / f"base-{args.model.partition(':')[2]}-{digest}"
     say(f"base    {folder}, lr {hyper['lr']:g}, sequences: " + ", ".join(f"{d} {n:,}" for d, n in counts.items()))
     with contextlib.ExitStack() as stack:
-        if rank_and_world()[0] == 0 and not (folder / "model.safetensors").is_file():
+        if rank_and_world()[0] == 0 and not (folder / "model.safetensors").is_file():  # other runs may want it, too
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(hold(folder / ".lock", folder))  # which other runs may want, too
+            stack.enter_context(hold(folder / ".lock", folder))
         trained(model, data, counts, hyper, folder, "pretrain", args, record=record)
     return folder
 
@@ -88,131 +92,363 @@ def trained(model: GPTNeoX, data: Data, counts: dict[str, int], hyper: dict, fol
         write_text(manifest, json.dumps({weights.name: sha256(weights)}, indent=1) + "\n")
 
 
-def search(model: GPTNeoX, base: str, data: Data, first: dict[str, int], hyper: dict, seen: dict, args) -> list[dict]:
-    """The rounds. Each starts from the weights of base, on as many sequences; they differ in nothing but the mixture.
+class Search:
+    """What a method works with: a base to train from, the validation split to measure on, a record of what was tried.
 
-    Returns a dict a round, round 0 being the untouched model. Rounds that history.jsonl holds already are not redone.
+    baseline: the base's loss on every validation window, {domain: (n,)}. untouched: their means (K,), in the order of
+    data.domains. first: --start. cap: the largest shares (K,) worth training on. history: what was recorded. tokens:
+    what the search cost, {"trained", "evaluated"}.
     """
-    out, T, domains = Path(args.out), hyper["seq_len"], data.domains
-    path = out / "history.jsonl"
-    try:
-        history = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        if any(set(line) != {"round", "quantities", "counts", "mean", "losses"} for line in history):
-            raise ValueError
-    except (ValueError, TypeError):
-        raise InputError(f"{path}: damaged; remove it, and the rounds are measured anew") from None
-    A = np.array([first.get(d, 0) for d in domains], dtype=np.float64)
-    say("", "share of the mixture and validation loss, nats per token",
-        f"{'round':>5}{'mean':>9}" + "".join(f"{d[:16]:>18}" for d in domains))
-    for number in range(args.rounds + 1):
-        if number > 2 and number - 1 - best_round(history[:number])["round"] >= 2:
-            say("stopped: the mean validation loss has not improved for two rounds")
-            break
-        if number == len(history):
-            counts = None
-            if number > 0:
-                counts = rescale(dict(zip(domains, A.tolist())), round(A.sum()) if args.grow else args.sequences)
-                trained(model, data, counts, hyper, out / f"round-{number}", f"round {number}", args, seen)
-            losses = evaluate(model, data, "val", T, hyper["dtype"], args.eval_sequences)
-            history.append({"round": number, "quantities": A.tolist(), "counts": counts, "mean": mean_loss(losses),
-                            "losses": {d: float(values.mean()) for d, values in losses.items()}})
-            if number > 0:
-                fill(model, base)
+
+    def __init__(self, model: GPTNeoX, base: Path | str, data: Data, hyper: dict, passes: list[dict], args):
+        self.model, self.base, self.data, self.hyper, self.passes, self.args = model, base, data, hyper, passes, args
+        self.out, self.history, self.names, self.tokens = Path(args.out), [], {}, {"trained": 0, "evaluated": 0}
+        self.seen = times_seen(data, hyper["seq_len"], passes)
+        self.first = parse_mixture(args.start, data, args.sequences, hyper["seq_len"])
+        say("", "share of the mixture and validation loss, nats per token",
+            f"{'round':>5}{args.objective:>9}" + "".join(f"{d[:16]:>18}" for d in data.domains))
+        self.baseline = self.evaluate()
+        self.untouched = np.array([values.mean() for values in self.baseline.values()])
+        windows = np.array([window_count(data, d, "train", hyper["seq_len"]) for d in data.domains])
+        self.cap = 4 * windows / args.sequences  # more than 4 repeats begin to cost (2305.16264)
+        self.record(None, self.untouched)
+
+    def counts(self, shares) -> dict[str, int]:
+        """Shares (K,), in any unit, as a mixture of --sequences."""
+        return rescale(dict(zip(self.data.domains, map(float, shares))), self.args.sequences)
+
+    def shares(self, counts: dict[str, int]) -> np.ndarray:
+        return np.array([counts.get(d, 0) for d in self.data.domains]) / sum(counts.values())
+
+    def folder(self, counts: dict[str, int], name: str) -> Path:
+        """Where the run on a mixture is kept: under the name that it was first asked for with."""
+        return self.out / self.names.setdefault(str(sorted((d, n) for d, n in counts.items() if n)), name)
+
+    def train(self, counts: dict[str, int], name: str) -> None:
+        """Make the model the base trained on the mixture, which is loaded if that was done before."""
+        fill(self.model, self.base)
+        trained(self.model, self.data, counts, self.hyper, self.folder(counts, name), name, self.args, self.seen)
+        self.tokens["trained"] += sum(counts.values()) * self.hyper["seq_len"]
+
+    def evaluate(self) -> dict[str, np.ndarray]:
+        """The model's loss on every validation window, --eval-sequences of a domain at most: {domain: (n,)}."""
+        T, dtype = self.hyper["seq_len"], self.hyper["dtype"]
+        losses = evaluate(self.model, self.data, "val", T, dtype, self.args.eval_sequences)
+        self.tokens["evaluated"] += sum(map(len, losses.values())) * T
+        return losses
+
+    def measure(self, counts: dict[str, int], name: str) -> np.ndarray:
+        """Train on the mixture and return the validation losses (K,); they are read if that was done before."""
+        path, T = self.folder(counts, name) / "val.json", self.hyper["seq_len"]
+        if path.is_file():
+            losses = load_json(path)
+            if sorted(losses) != self.data.domains or not all(type(loss) is float for loss in losses.values()):
+                raise InputError(f"{path}: damaged; remove it, and it is measured anew")
+            self.tokens["trained"] += sum(counts.values()) * T
+            self.tokens["evaluated"] += sum(map(len, self.baseline.values())) * T
+        else:
+            self.train(counts, name)
+            losses = {d: float(values.mean()) for d, values in self.evaluate().items()}
             if rank_and_world()[0] == 0:
-                write_text(path, "".join(json.dumps(line) + "\n" for line in history))
+                write_text(path, json.dumps(losses, indent=1) + "\n")
+        return np.array([losses[d] for d in self.data.domains])
+
+    def record(self, counts: dict[str, int] | None, losses: np.ndarray | None = None, **more) -> None:
+        """Note a mixture, and its validation losses (K,) if they were measured, in history.jsonl, and print them."""
+        domains, known = self.data.domains, losses is not None
+        line = {"round": len(self.history), "counts": counts, "mean": float(losses.mean()) if known else None,
+                "worst": float((losses - self.untouched).max()) if known else None,
+                "losses": dict(zip(domains, losses.tolist())) if known else None, **more}
+        self.history.append(line)
         if rank_and_world()[0] == 0:
-            for line in history[2:]:  # of weights, the first round's and the best one's are needed again
-                if line["round"] != best_round(history)["round"]:
-                    (out / f"round-{line['round']}" / "model.safetensors").unlink(missing_ok=True)
-        line = history[number]
-        shares = {d: f"{n / sum(line['counts'].values()):.1%}" for d, n in (line["counts"] or {}).items()}
-        cells = [f"{shares.get(d, ''):>10}{line['losses'][d]:>8.4f}" for d in domains]
-        repeats = Mixture(data, line["counts"], T).repeats() if line["counts"] else {}
-        repeated = [f"  {d} {times:.1f} times" for d, times in repeats.items() if times > 1]
-        say(f"{number:>5}{line['mean']:>9.4f}" + "".join(cells + repeated))
-        if number > 0:
-            A = update(line["quantities"], [line["losses"][d] for d in domains], args.rate, args.rule)
-    return history
+            write_text(self.out / "history.jsonl", "".join(json.dumps(line) + "\n" for line in self.history))
+        shares = [f"{share:.1%}" for share in self.shares(counts)] if counts else [""] * len(domains)
+        values = [f"{loss:.4f}" for loss in losses] if known else [""] * len(domains)
+        cells = [f"{share:>10}{value:>8}" for share, value in zip(shares, values)]
+        repeats = Mixture(self.data, counts, self.hyper["seq_len"]).repeats() if counts else {}
+        cells += [f"  {d} {times:.1f} times" for d, times in repeats.items() if times > 1]
+        objective = f"{line[self.args.objective]:>9.4f}" if known else " " * 9
+        say(f"{line['round']:>5}{objective}{''.join(cells)}".rstrip())
+
+    def best(self) -> dict:
+        """The recorded mixture with the lowest objective; the earlier one of equals."""
+        return min((line for line in self.history[1:] if line["losses"]), key=lambda line: line[self.args.objective])
 
 
-def best_round(history: list[dict]) -> dict:
-    """The round with the lowest mean validation loss; the earlier one of equals."""
-    return min(history[1:], key=lambda line: line["mean"])
+def fixed(search: Search) -> dict[str, int]:
+    """`uniform`, p = 1/K, and `natural`, p ∝ the tokens that there are: no search."""
+    return parse_mixture(search.args.method, search.data, search.args.sequences, search.hyper["seq_len"])
 
 
-def comparison(model: GPTNeoX, base: str, data: Data, history: list[dict], hyper: dict, seen: dict, args) -> dict:
-    """Untouched, uniform with as many sequences, and the best round on the test split; the model ends as the last."""
-    out, T, best = Path(args.out), hyper["seq_len"], best_round(history)
-    losses = {"untouched": evaluate(model, data, "test", T, hyper["dtype"])}
-    uniform = parse_mixture("uniform", data, sum(best["counts"].values()), T)
-    folder = out / ("round-1" if history[1]["counts"] == uniform else "uniform")
-    trained(model, data, uniform, hyper, folder, "uniform", args, seen)
-    losses["uniform"] = evaluate(model, data, "test", T, hyper["dtype"])
-    fill(model, base)
-    trained(model, data, best["counts"], hyper, out / f"round-{best['round']}", "best round", args, seen)
-    losses["reweighted"] = evaluate(model, data, "test", T, hyper["dtype"])
+def reweight(search: Search) -> dict[str, int]:
+    """The seed's rounds: train on A, measure L, A ← update(A, L); the best round's mixture is the result.
+    With --signal excess the rule sees (L - L_ref) / τ, what can still be learnt (2305.10429, section 2): L_ref is the
+    loss that the whole budget buys where the domain gets it alone, τ the standard deviation of the excesses."""
+    args, domains = search.args, search.data.domains
+    A = np.array([search.first.get(d, 0) for d in domains], dtype=np.float64)
+    if args.signal == "excess":
+        alone = np.array([search.measure({d: args.sequences}, f"only-{d}")[k] for k, d in enumerate(domains)])
+    for number in range(1, args.rounds + 1):
+        if number > 2 and number - 1 - search.best()["round"] >= 2:
+            say(f"stopped: the {args.objective} has not improved for two rounds")
+            break
+        counts = rescale(dict(zip(domains, A.tolist())), round(A.sum()) if args.grow else args.sequences)
+        L, more = search.measure(counts, f"round-{number}"), {}
+        if args.signal == "excess":
+            more = {"excess": (L - alone).tolist(), "temperature": float((L - alone).std())}
+        search.record(counts, L, quantities=A.tolist(), **more)
+        for line in search.history[2:]:  # of weights, the first round's and the best one's are needed again
+            if line["round"] != search.best()["round"] and rank_and_world()[0] == 0:
+                (search.folder(line["counts"], "") / "model.safetensors").unlink(missing_ok=True)
+        A = update(A, (L - alone) / max(more["temperature"], 1e-9) if more else L, args.rate, args.rule)
+    return search.best()["counts"]
+
+
+def doremi(search: Search, rate: float = 1.0, smoothing: float = 1e-3) -> dict[str, int]:
+    """DoReMi (2305.10429, algorithm 1): the reference is the base tuned on uniform, the proxy the base tuned on other
+    windows of it, with the loss of domain d weighted by α_d. Every step, λ_d = the mean of max(ℓ_proxy - ℓ_ref, 0) over
+    the domain's tokens, α ← softmax(log α + η λ), α ← (1 - c) α + c / K, for the next step; the mixture is the mean α.
+    rate: η. smoothing: c. Both are the paper's."""
+    data, hyper, domains = search.data, search.hyper, search.data.domains
+    K, uniform = len(domains), search.counts([1] * len(domains))
+    seen = times_seen(data, hyper["seq_len"], search.passes + [this_pass(data, hyper, uniform)])
+    mixture = Mixture(data, uniform, hyper["seq_len"], hyper["seed"], seen)
+    domain = np.array([domains.index(mixture.row(i)[0]) for i in range(len(mixture))])
+    reference, sampled = torch.zeros(len(mixture), hyper["seq_len"]), search.shares(uniform)
+    alpha, scores, sums, path = np.full(K, 1 / K), np.zeros(K), np.zeros((2, K)), []
+
+    def note(step, rows, losses, weights):
+        reference[rows] = losses.float().cpu()
+        return weights
+
+    def move():
+        total = torch.from_numpy(sums).to(next(search.model.parameters()).device)
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        excess, tokens = total.cpu().numpy()
+        scores[tokens > 0] = excess[tokens > 0] / tokens[tokens > 0]  # a domain that the batch lacks keeps its last one
+        raised = alpha * np.exp(rate * (scores - scores.max()))
+        alpha[:] = (1 - smoothing) * raised / raised.sum() + smoothing / K
+        path.append(alpha.copy())
+        sums[:] = 0
+
+    def weigh(step, rows, losses, weights):
+        if step > len(path):
+            move()
+        excess = (losses.float().cpu() - reference[rows]).clamp(min=0).sum(1)
+        for k, value, counted in zip(domain[rows], excess.tolist(), weights[:, 0].tolist()):
+            sums[:, k] += counted * value, counted * losses.shape[1]
+        return weights * torch.from_numpy((alpha / sampled)[domain[rows], None]).to(weights)
+
+    search.train(uniform, "uniform")
+    train(search.model, data, uniform, **hyper | {"lr": 0.0}, seen=seen, title="reference", weigh=note)  # only looks
+    fill(search.model, search.base)
+    train(search.model, data, uniform, **hyper, seen=seen, title="proxy", weigh=weigh)
+    move()
+    search.tokens["trained"] += 2 * len(mixture) * hyper["seq_len"]
+    means = np.cumsum(path, axis=0) / np.arange(1, len(path) + 1)[:, None]
+    for i in np.unique(np.linspace(0, len(path) - 1, 10).astype(int)):
+        search.record(search.counts(means[i]), step=int(i) + 1)
+    return search.counts(means[-1])
+
+
+def emphasis(changes: np.ndarray, objective: str) -> np.ndarray:
+    """∂ objective / ∂ losses, (K,): of their mean, or of the largest change, which is smoothed over 0.01 nats."""
+    if objective == "mean":
+        return np.full(len(changes), 1 / len(changes))
+    weights = np.exp((changes - changes.max()) / 0.01)
+    return weights / weights.sum()
+
+
+def descend(slopes, start: np.ndarray, low, high, steps: int, pull: float = 0.0) -> list[np.ndarray]:
+    """Minimise F(w) + pull · KL(w ‖ start) over shares, low <= w <= high, by exponentiated gradient (Kivinen & Warmuth
+    1997, section 3): w ← w ⊙ exp(-η (∇F + pull · log(w / start))), normalised, η = 1 / √step. Returns the path of w.
+    slopes(w, step): ∇F. All are (K,)."""
+    path = [start]
+    for step in range(steps):
+        slope = slopes(path[-1], step) + pull * np.log(path[-1] / start)
+        w = path[-1] * np.exp(np.clip((slope.mean() - slope) / np.sqrt(step + 1), -1, 1))
+        for _ in range(50):  # until both hold
+            w = np.clip(w / w.sum(), low, high)
+        path.append(w / w.sum())
+    return path
+
+
+def stand_in(search: Search):
+    """Merged experts in place of trained mixtures: θ(w) = θ_0 + s Σ_k w_k τ_k. τ_k is how far a short run on domain k
+    alone, 1/K of a pass, goes from the base θ_0, and s brings θ(start) as near as can be to a run on the start.
+    Returns that run's losses (K,), a function that makes the model θ(w), and s τ (K, parameters)."""
+    model, start = search.model, search.shares(search.first)
+    fill(model, search.base)
+    base = parameters_to_vector(model.parameters()).detach()
+
+    def way(counts: dict[str, int], name: str) -> torch.Tensor:
+        search.train(counts, name)
+        return parameters_to_vector(model.parameters()).detach() - base
+
+    def place(w: np.ndarray) -> None:
+        theta = base + torch.from_numpy(w).to(base) @ experts
+        for p, part in zip(model.parameters(), theta.split([p.numel() for p in model.parameters()])):
+            p.detach().copy_(part.view_as(p))
+
+    target = way(search.first, "round-1")
+    losses = np.array([values.mean() for values in search.evaluate().values()])
+    one = max(1, search.args.sequences // len(start))
+    experts = torch.stack([way({d: one}, f"only-{d}") for d in search.data.domains])
+    merged = torch.from_numpy(start).to(base) @ experts
+    s = (target @ merged / (merged @ merged)).item()
+    experts *= s
+    search.record(search.first, losses, scale=s)
+    return losses, place, experts
+
+
+def gradient(search: Search, weights: np.ndarray, part: int, parts: int) -> np.ndarray:
+    """Leave the gradient of Σ_d weights_d L_d in the model's parameters and return how far each L_d (K,) is from the
+    untouched model's; L_d is the domain's loss on every parts-th validation window, from `part` on."""
+    data, model, T, changes = search.data, search.model, search.hyper["seq_len"], []
+    device, dtype = next(model.parameters()).device, search.hyper["dtype"]
+    B = min(search.hyper["batch_size"], rows_in_training(model, T, dtype, device))
+    model.zero_grad()
+    for weight, (d, untouched) in zip(weights, search.baseline.items()):
+        windows, loss = range(part % len(untouched), len(untouched), parts), 0.0
+        for i in range(0, len(windows), B):
+            rows = [data.tokens(d, "val")[c * T:(c + 1) * T + 1] for c in windows[i:i + B]]
+            batch = np.stack(rows + rows[:1] * (B - len(rows))).astype(np.int64)  # of one shape, for the compiler
+            batch = torch.from_numpy(batch).to(device)
+            with autocast(device, dtype), enough_memory(f"{B} sequences of {T}", "try --activation-checkpointing"):
+                mean = model(batch[:, :-1], batch[:, 1:])[:len(rows)].sum() / (len(windows) * T)
+                (mean * weight).backward()
+            loss += mean.item()
+        changes.append(loss - untouched[windows].mean())
+        search.tokens["trained"] += len(windows) * T  # which have a backward pass, too
+    return np.array(changes)
+
+
+def merge(search: Search, steps: int = 12, pull: float = 0.05) -> dict[str, int]:
+    """OP-Mix (2605.15220) by gradient: ∂L/∂w_k = ⟨∇L(θ(w)), s τ_k⟩ is exact for the stand-in, on the validation split,
+    of which every step takes another part; with Olmix's pull to the start and its cap on repeats (2602.12237)."""
+    losses, place, experts = stand_in(search)
+    changes = losses - search.untouched
+
+    def slopes(w: np.ndarray, step: int) -> np.ndarray:
+        nonlocal changes
+        place(w)
+        changes = gradient(search, emphasis(changes, search.args.objective), step, steps)
+        found = experts @ parameters_to_vector(p.grad for p in search.model.parameters())
+        if dist.is_initialized():
+            dist.broadcast(found, 0)  # for all ranks to take the same path
+        return found.double().cpu().numpy()
+
+    path = descend(slopes, search.shares(search.first), 1e-4, search.cap, steps, pull)
+    for w in path[1:]:
+        search.record(search.counts(w))
+    search.model.zero_grad()
+    return search.counts(path[-1])
+
+
+def returns(search: Search) -> dict[str, int]:
+    """Diminishing returns: L_i(p) = a_i - Σ_k B_ik ln p_k through K + 1 trained runs, the start p and (p + e_k) / 2 for
+    each domain k. Its mean is least at p_k ∝ Σ_i B_ik: a domain's share is what it gives, like the exponents of Cobb &
+    Douglas (1928). No share may be less than half of the least that was tried."""
+    start, domains = search.shares(search.first), search.data.domains
+    mixtures = {"round-1": start} | {f"more-{d}": (start + only) / 2 for d, only in zip(domains, np.eye(len(start)))}
+    logs, losses = [], []
+    for name, shares in mixtures.items():
+        counts = search.counts(shares)
+        losses.append(search.measure(counts, name))
+        search.record(counts, losses[-1])
+        logs.append([1, *np.log(search.shares(counts).clip(0.5 / search.args.sequences))])
+    a, *B = np.linalg.lstsq(np.array(logs), np.array(losses), rcond=None)[0]
+    B = -np.array(B)  # [k, i]
+
+    def slopes(p: np.ndarray, step: int) -> np.ndarray:
+        changes = a - np.log(p) @ B - search.untouched
+        return -B @ emphasis(changes, search.args.objective) / p
+
+    p = descend(slopes, start, start / 4, search.cap, 1000)[-1]
+    search.record(search.counts(p), predicted=(a - np.log(p) @ B).tolist(), a=a.tolist(), B=B.tolist())
+    return search.counts(p)
+
+
+METHODS = {"uniform": fixed, "natural": fixed} | {f.__name__: f for f in (reweight, doremi, merge, returns)}
+
+
+def comparison(search: Search, counts: dict[str, int]) -> dict:
+    """Untouched, uniform with as many sequences, and the mixture found, on the test split; ends with the last model."""
+    model, data, T, dtype = search.model, search.data, search.hyper["seq_len"], search.hyper["dtype"]
+    name = "reweighted" if search.args.method == "reweight" else search.args.method
+    fill(model, search.base)
+    losses = {"untouched": evaluate(model, data, "test", T, dtype)}
+    search.train(parse_mixture("uniform", data, sum(counts.values()), T), "uniform")
+    losses["uniform"] = evaluate(model, data, "test", T, dtype)
+    if name != "uniform":
+        search.train(counts, "found")
+        losses[name] = evaluate(model, data, "test", T, dtype)
     result = results(losses, data, "test", T)
-    return result | {"reweighted - uniform": compare(losses["uniform"], losses["reweighted"], data, "test", T)}
+    return result | {"difference": compare(losses["uniform"], losses[name], data, "test", T)}
 
 
 def verdict(result: dict) -> str:
-    """What the table says of reweighted and uniform, in words."""
-    difference = result["reweighted - uniform"]
+    """What the table says of the mixture found and of uniform, in words."""
+    difference, name = result["difference"], list(result["models"])[-1]
     low, high = difference["mean"]["interval"]
-    words = "better than" if high < 0 else "worse than" if low > 0 else "not distinguishable from"
     if low == high == 0:
-        return "reweighted is uniform: no later round had a lower mean validation loss"
-    return (f"reweighted - uniform: {signed(difference['mean'])} nats, better in {difference['improved']} of "
+        return f"{name} is uniform" + ": no other mixture was better" * (name != "uniform")
+    words = "better than" if high < 0 else "worse than" if low > 0 else "not distinguishable from"
+    return (f"{name} - uniform: {signed(difference['mean'])} nats, better in {difference['improved']} of "
             f"{len(result['domains'])} domains: {words} uniform, by this seed")
 
 
-def picture(history: list[dict], domains: list[str], path: Path) -> None:
+def picture(search: Search, found: int, path: Path) -> None:
     """Two panels by round: the mixture, and how far each domain's validation loss is from the untouched model's."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    numbers = [line["round"] for line in history]
+    mixtures, measured = search.history[1:], [line for line in search.history if line["losses"]]
+    shares = np.array([search.shares(line["counts"]) for line in mixtures])
+    changes = np.array([list(line["losses"].values()) for line in measured]) - search.untouched
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    for k, d in enumerate(domains):
+    for k, d in enumerate(search.data.domains):
         style = {"color": f"C{k % 10}", "marker": "os^Dv"[k // 10 % 5], "label": d}
-        shares = [100 * line["counts"].get(d, 0) / sum(line["counts"].values()) for line in history[1:]]
-        left.plot(numbers[1:], shares, **style)
-        right.plot(numbers, [line["losses"][d] - history[0]["losses"][d] for line in history], **style)
-    right.plot(numbers, [line["mean"] - history[0]["mean"] for line in history], "k--", linewidth=2, label="mean")
+        left.plot([line["round"] for line in mixtures], 100 * shares[:, k], **style)
+        right.plot([line["round"] for line in measured], changes[:, k], **style)
+    right.plot([line["round"] for line in measured], changes.mean(1), "k--", linewidth=2, label="mean")
     right.axhline(0, color="0.7", linewidth=1, zorder=0)
-    left.set(title="The mixture", xlabel="round", ylabel="share of the sequences (%)", xticks=numbers[1:])
-    left.set_ylim(bottom=0)
-    right.set(title="Validation loss", xlabel="round (0: untouched)", ylabel="change in nats per token", xticks=numbers)
+    left.set(title="The mixture", xlabel="round", ylabel="share of the sequences (%)", ylim=(0, None))
+    right.set(title="Validation loss", xlabel="round (0: untouched)", ylabel="change in nats per token")
     for axes in (left, right):
-        axes.axvline(best_round(history)["round"], color="0.88", linewidth=10, zorder=0, label="best round")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.axvline(found, color="0.88", linewidth=10, zorder=0, label="mixture found")
         axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = right.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(7, len(labels)), frameon=False)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False)
     with replacing(path) as partial:
         figure.savefig(partial, dpi=120, format="png")
 
 
-def write_results(data: Data, history: list[dict], result: dict, hyper: dict, passes: list[dict], args) -> None:
+def write_results(search: Search, counts: dict[str, int], result: dict) -> None:
     """The mixture, the table's numbers, the picture and the model's card."""
-    out, best = Path(args.out), best_round(history)
-    settings = {name: vars(args)[name] for name in ("method", "rule", "rate", "seed", "data", "model")}
-    mixture = {"counts": best["counts"], "unit": "sequences", "seq_len": hyper["seq_len"], "round": best["round"]}
-    write_text(out / "mix.json", json.dumps(mixture | settings, indent=1) + "\n")
+    out, args, data, hyper, passes = search.out, search.args, search.data, search.hyper, search.passes
+    found = next(line["round"] for line in search.history if line["counts"] == counts and line["losses"])
+    mixture = {"counts": counts, "unit": "sequences", "seq_len": hyper["seq_len"], "round": found}
+    mixture |= {"tokens": search.tokens} | {name: vars(args)[name] for name in (*CHOICES, "seed", "data", "model")}
+    write_text(out / "mix.json", json.dumps(mixture, indent=1) + "\n")
     write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
-    picture(history, data.domains, out / "mix.png")
-    record = load_json(out / "run.json") | {"passes": passes + [this_pass(data, hyper, best["counts"])]}
+    picture(search, found, out / "mix.png")
+    record = load_json(out / "run.json") | {"passes": passes + [this_pass(data, hyper, counts)]}
     write_text(out / "run.json", json.dumps(record, indent=1) + "\n")
-    card = model_card(out.name, args.model, data, best["counts"], hyper, result, passes)
-    write_text(out / "README.md", card)
+    write_text(out / "README.md", model_card(out.name, args.model, data, counts, hyper, result, passes))
 
 
 def main():
     parser = ArgumentParser(__doc__)
     add_options(parser, "out/mix")
     add = parser.add_argument
-    add("--method", default="reweight", choices=("reweight",), help="(default: %(default)s)")
+    add("--method", default="reweight", choices=tuple(METHODS), help="(default: %(default)s)")
+    add("--objective", default="mean", choices=("mean", "worst"), help="what the search lowers: the mean loss of all "
+        "domains, or the largest change of any from the untouched model (default: %(default)s)")
     add("--rule", default="multiplicative", choices=tuple(RATES), help="reading of the formula (default: %(default)s)")
     add("--rate", type=float, metavar="R", help=f"r (default: {', '.join(f'{k} {r:g}' for k, r in RATES.items())})")
+    add("--signal", default="loss", choices=("loss", "excess"), help="what the rule sees (default: %(default)s)")
     add("--rounds", type=int, default=4, metavar="N", help="at most (default: %(default)s)")
     add("--grow", action="store_true", help="train on the growing quantities, not on --sequences in their proportions")
     add("--start", default="uniform", help="the first mixture, like train.py's --mix (default: %(default)s)")
@@ -224,42 +460,39 @@ def main():
     for name in ("rounds", "rate", "base_sequences", "base_lr"):
         if vars(args)[name] is not None and not 0 < vars(args)[name] < 1e9:
             raise InputError(f"--{name.replace('_', '-')} {vars(args)[name]}: expected more than 0")
-    out, stages = Path(args.out), {}
-
-    @contextlib.contextmanager
-    def stage(name: str):
-        began = time.perf_counter()
-        yield
-        stages[name] = time.perf_counter() - began
-
+    out, clock = Path(args.out), [time.perf_counter()]
     start(args.device)
-    with stage("sample"):
-        if args.data == SAMPLE and not Path(args.data).exists() and rank_and_world()[0] == 0:
-            prepare(args.data)
-        barrier()
+    if args.data == SAMPLE and not Path(args.data).exists() and rank_and_world()[0] == 0:
+        prepare(args.data)
+    barrier()
+    clock.append(time.perf_counter())
     data, model, hyper = open_run(args)
     first = parse_mixture(args.start, data, args.sequences, hyper["seq_len"])
-    own = ("method", "rule", "rate", "rounds", "grow", "sequences", "eval_sequences", "base_sequences", "base_lr")
-    more = {"start": first, **{name: vars(args)[name] for name in own}}
+    if args.method == "merge" and args.fsdp:
+        raise InputError("--method merge adds whole models up: it does not go with --fsdp")
+    if args.method in ("merge", "returns") and not all(first.get(d) for d in data.domains):
+        raise InputError(f"--start {args.start}: --method {args.method} needs every domain in it")
+    own = (*CHOICES, "rounds", "grow", "sequences", "eval_sequences", "base_sequences", "base_lr")
+    more = {"start": first} | {name: vars(args)[name] for name in own}
     with claim(out, args, data, hyper, more, []), stoppable():
-        with stage("base"):
-            base = pretrain(model, data, hyper, args) if args.model.startswith("scratch:") else Path(args.model)
-        passes = passes_of(base)
+        base = pretrain(model, data, hyper, args) if args.model.startswith("scratch:") else args.model
+        clock.append(time.perf_counter())
         if not (out / "model.safetensors").is_file():
-            seen = times_seen(data, hyper["seq_len"], passes)
-            with stage("rounds"):
-                history = search(model, str(base), data, first, hyper, seen, args)
-            with stage("comparison"):
-                result = comparison(model, str(base), data, history, hyper, seen, args)
+            search = Search(model, base, data, hyper, passes_of(base), args)
+            counts = METHODS[args.method](search)
+            if not any(line["counts"] == counts and line["losses"] for line in search.history):
+                search.record(counts, search.measure(counts, "found"))
+            clock.append(time.perf_counter())
+            result = comparison(search, counts)
             if rank_and_world()[0] == 0:
-                write_results(data, history, result, hyper, passes, args)
+                write_results(search, counts, result)
+            clock.append(time.perf_counter())
         keep(model, data, out, getattr(torch, args.save_dtype))  # last: it makes the run a finished one
     if rank_and_world()[0] == 0:
-        result = load_json(out / "result.json")
+        result, times = load_json(out / "result.json"), zip(("sample", "base", "search", "comparison"), np.diff(clock))
         say("", f"test split, {result['seq_len']} tokens a sequence", table(result), verdict(result), "",
             f"{out} holds the mixture (mix.json), the picture (mix.png) and the model",
-            "wall time: " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in stages.items())
-            + f", all {sum(stages.values()):.0f} s")
+            "wall time: " + "".join(f"{name} {t:.0f} s, " for name, t in times) + f"all {clock[-1] - clock[0]:.0f} s")
     finish()
 
 

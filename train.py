@@ -166,10 +166,8 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 
 
 def micro_batches(mixture: Mixture, step: int, batch_size: int, micro_batch_size: int):
-    """This rank's part of sequences [step B, (step + 1) B), M at a time: tokens (M, T + 1) int64, weights (M, 1) fp32.
-
-    Every rank gets as many micro-batches, each of M rows; rows that fill one up have weight 0.
-    """
+    """This rank's part of sequences [step B, (step + 1) B), M at a time: tokens (M, T + 1) int64, weights (M, 1)
+    fp32 and numbers. Every rank gets as many micro-batches, each of M rows; rows that fill one up have weight 0."""
     rank, world = rank_and_world()
     batch = range(step * batch_size, min((step + 1) * batch_size, len(mixture)))
     mine = batch[rank::world]
@@ -177,7 +175,7 @@ def micro_batches(mixture: Mixture, step: int, batch_size: int, micro_batch_size
         part = mine[i:i + micro_batch_size]
         rows = [*part, *[batch[0]] * (micro_batch_size - len(part))]
         tokens = np.stack([mixture.row(j)[1] for j in rows]).astype(np.int64)
-        yield torch.from_numpy(tokens), (torch.arange(micro_batch_size) < len(part)).float()[:, None]
+        yield torch.from_numpy(tokens), (torch.arange(micro_batch_size) < len(part)).float()[:, None], rows
 
 
 def make_optimizer(model: GPTNeoX, device: torch.device) -> torch.optim.AdamW:
@@ -191,13 +189,14 @@ def train(model: GPTNeoX, data: Data, counts: dict[str, int], *, seq_len: int, b
           micro_batch_size: int | None = None, warmup: float = 0.2, seed: int = 0,
           seen: dict[str, np.ndarray] | None = None, dtype: torch.dtype = torch.float32, eval_every: int = 0,
           eval_sequences: int | None = None, save_every: int = 0, out: Path | None = None,
-          title: str = "train") -> GPTNeoX:
+          title: str = "train", weigh=None) -> GPTNeoX:
     """Train the model, in place, on one pass over the mixture; returns it.
 
     counts: {domain: sequences of seq_len tokens}. lr: the schedule's peak. warmup: share of the pass. dtype: of
     autocast; the weights stay as they are. out: a folder for log.jsonl and checkpoints; the run goes on from the newest
-    sound one there. eval_every, save_every: in steps, 0 for never. A step whose loss or gradient is not finite leaves
-    the model as it is. Raises InputError for bad counts and after three such steps in a row, Stopped after a signal.
+    sound one there. eval_every, save_every: in steps, 0 for never. weigh(step, rows, losses, weights) gives the weights
+    that sequences `rows` of the pass, (M, 1), have instead. A step whose loss or gradient is not finite leaves the
+    model as it is. Raises InputError for bad counts and after three such steps in a row, Stopped after a signal.
     """
     from tqdm import tqdm
     check_fit(model, data, seq_len)
@@ -221,13 +220,14 @@ def train(model: GPTNeoX, data: Data, counts: dict[str, int], *, seq_len: int, b
         started = time.perf_counter()
         batch = range(step * batch_size, min((step + 1) * batch_size, len(mixture)))
         total = torch.zeros(2, device=device)  # the loss, and the signals that came to any rank
-        parts = [(tokens.to(device), weights.to(device))
-                 for tokens, weights in micro_batches(mixture, step, batch_size, M)]
+        parts = [(tokens.to(device), weights.to(device), rows)
+                 for tokens, weights, rows in micro_batches(mixture, step, batch_size, M)]
         with enough_memory(*memory):
-            for i, (tokens, weights) in enumerate(parts):
+            for i, (tokens, weights, rows) in enumerate(parts):
                 parallel.require_backward_grad_sync = i == len(parts) - 1  # read by DDP's forward, so set before it
                 with autocast(device, dtype):
                     losses = parallel(tokens[:, :-1], tokens[:, 1:])  # (M, T)
+                weights = weigh(step, rows, losses.detach(), weights) if weigh else weights
                 loss = (losses * weights).sum() / (len(batch) * seq_len)  # the true number of tokens, on all ranks
                 (loss * world).backward()  # DDP and FSDP divide by world
                 total[0] += loss.detach()
@@ -265,7 +265,7 @@ def train(model: GPTNeoX, data: Data, counts: dict[str, int], *, seq_len: int, b
         if out is not None and (stop or step + 1 < steps and save_every and (step + 1) % save_every == 0):
             save_checkpoint(out, model, optimizer, (step + 1, updates, in_a_row))
         if stop:
-            raise Stopped(f"{title}: stopped and saved after step {step + 1} of {steps}")
+            raise Stopped(f"{title}: stopped {'and saved ' if out else ''}after step {step + 1} of {steps}")
     bar.close()
     return model
 
@@ -454,8 +454,8 @@ def claim(out: Path, args, data: Data, hyper: dict, more: dict, passes: list[dic
             out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(hold(out / ".lock", out))
             if not resuming:
-                stale = ("model.safetensors", "checkpoint-*", "history.jsonl", "round-*", "uniform", "log.jsonl",
-                         "result.json", "mix.json", "mix.png")  # first what makes it finished
+                stale = ("model.safetensors", "checkpoint-*", "history.jsonl", "round-*", "only-*", "more-*", "uniform",
+                         "found", "log.jsonl", "result.json", "mix.json", "mix.png")  # first what makes it finished
                 for path in (path for pattern in stale for path in out.glob(pattern)):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
                 write_text(record, json.dumps({"settings": settings, "passes": passes}, indent=1) + "\n")

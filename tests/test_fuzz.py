@@ -180,7 +180,7 @@ def test_any_world_reads_the_same_batches_from_any_step_on(drawing, world, batch
             for rank, mixture in enumerate(ranks):
                 patch.setattr(train, "rank_and_world", lambda: (rank, world))
                 parts = list(micro_batches(mixture, step, batch_size, micro))
-                shapes.add(tuple(tokens.shape for tokens, _ in parts))
+                shapes.add(tuple(tokens.shape for tokens, _, _ in parts))
                 found += [tuple(row) for part in parts for row, weight in zip(part[0].tolist(), part[1]) if weight]
             assert sorted(found) == sorted(rows[step * batch_size : (step + 1) * batch_size])
             assert len(shapes) == 1 and {*shapes.pop()} == {(micro, T + 1)}

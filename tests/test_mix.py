@@ -13,7 +13,7 @@ from conftest import ROOT, SMALL, command
 from test_train import same_weights
 
 from eval import can_compile
-from mix import best_round, lopsided, update, verdict
+from mix import descend, emphasis, lopsided, update, verdict
 from prepare import InputError
 
 LN = np.log
@@ -98,6 +98,10 @@ def whole(data, tmp_path_factory):
 
 def history_of(out) -> list[dict]:
     return [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+
+
+def best_round(history: list[dict]) -> dict:
+    return min(history[1:], key=lambda line: np.mean(list(line["losses"].values())))
 
 
 def test_the_main_job_writes_what_it_promises(whole, data):

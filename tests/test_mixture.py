@@ -111,8 +111,8 @@ def test_ranks_and_micro_batches_only_slice_the_batch(counted, monkeypatch, worl
         for rank in range(world):
             monkeypatch.setattr(train, "rank_and_world", lambda: (rank, world))
             parts = list(micro_batches(mixture, step, batch_size, micro))
-            sizes.add((len(parts), *{tokens.shape for tokens, _ in parts}))
-            rows += [tuple(row) for tokens, weights in parts for row, w in zip(tokens.tolist(), weights[:, 0]) if w]
+            sizes.add((len(parts), *{tokens.shape for tokens, _, _ in parts}))
+            rows += [tuple(row) for tokens, weights, _ in parts for row, w in zip(tokens.tolist(), weights[:, 0]) if w]
         expected = [
             tuple(mixture.row(i)[1]) for i in range(step * batch_size, min((step + 1) * batch_size, len(mixture)))
         ]
