@@ -425,12 +425,12 @@ def picture(search: Search, found: int, path: Path) -> None:
         figure.savefig(partial, dpi=120, format="png")
 
 
-def write_results(search: Search, counts: dict[str, int], result: dict) -> None:
+def write_results(search: Search, counts: dict[str, int], cost: dict[str, int], result: dict) -> None:
     """The mixture, the table's numbers, the picture and the model's card."""
     out, args, data, hyper, passes = search.out, search.args, search.data, search.hyper, search.passes
     found = next(line["round"] for line in search.history if line["counts"] == counts and line["losses"])
     mixture = {"counts": counts, "unit": "sequences", "seq_len": hyper["seq_len"], "round": found}
-    mixture |= {"tokens": search.tokens} | {name: vars(args)[name] for name in (*CHOICES, "seed", "data", "model")}
+    mixture |= {"tokens": cost} | {name: vars(args)[name] for name in (*CHOICES, "seed", "data", "model")}
     write_text(out / "mix.json", json.dumps(mixture, indent=1) + "\n")
     write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
     picture(search, found, out / "mix.png")
@@ -479,13 +479,13 @@ def main():
         clock.append(time.perf_counter())
         if not (out / "model.safetensors").is_file():
             search = Search(model, base, data, hyper, passes_of(base), args)
-            counts = METHODS[args.method](search)
+            counts, cost = METHODS[args.method](search), dict(search.tokens)
             if not any(line["counts"] == counts and line["losses"] for line in search.history):
                 search.record(counts, search.measure(counts, "found"))
             clock.append(time.perf_counter())
             result = comparison(search, counts)
             if rank_and_world()[0] == 0:
-                write_results(search, counts, result)
+                write_results(search, counts, cost, result)
             clock.append(time.perf_counter())
         keep(model, data, out, getattr(torch, args.save_dtype))  # last: it makes the run a finished one
     if rank_and_world()[0] == 0:
