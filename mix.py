@@ -222,9 +222,9 @@ def doremi(search: Search, rate: float = 1.0, smoothing: float = 1e-3) -> dict[s
         return weights
 
     def move():
-        total = torch.from_numpy(sums).to(next(search.model.parameters()).device)
+        total = torch.from_numpy(sums)
         if dist.is_initialized():
-            dist.all_reduce(total)
+            dist.all_reduce(total := total.to(next(search.model.parameters()).device))
         excess, tokens = total.cpu().numpy()
         scores[tokens > 0] = excess[tokens > 0] / tokens[tokens > 0]  # a domain that the batch lacks keeps its last one
         raised = alpha * np.exp(rate * (scores - scores.max()))

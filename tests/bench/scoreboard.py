@@ -56,7 +56,8 @@ class Bench:
         self.args, out = args, Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
         self.data, self.model, self.hyper = open_run(args)
-        self.base = pretrain(self.model, self.data, self.hyper, args)
+        scratch = args.model.startswith("scratch:")
+        self.base = pretrain(self.model, self.data, self.hyper, args) if scratch else Path(args.model)
         self.passes, self.domains, self.T = passes_of(self.base), self.data.domains, self.hyper["seq_len"]
         self.seen = times_seen(self.data, self.T, self.passes)
         own = {name: str(value) for name, value in self.hyper.items() if name != "seed"}
