@@ -346,27 +346,26 @@ def merge(search: Search, steps: int = 12, pull: float = 0.05) -> dict[str, int]
     return search.counts(path[-1])
 
 
-def returns(search: Search) -> dict[str, int]:
-    """Diminishing returns: L_i(p) = a_i - Σ_k B_ik ln p_k through K + 1 trained runs, the start p and (p + e_k) / 2 for
-    each domain k. Its mean is least at p_k ∝ Σ_i B_ik: a domain's share is what it gives, like the exponents of Cobb &
-    Douglas (1928). No share may be less than half of the least that was tried."""
-    start, domains = search.shares(search.first), search.data.domains
-    mixtures = {"round-1": start} | {f"more-{d}": (start + only) / 2 for d, only in zip(domains, np.eye(len(start)))}
-    logs, losses = [], []
-    for name, shares in mixtures.items():
-        counts = search.counts(shares)
-        losses.append(search.measure(counts, name))
-        search.record(counts, losses[-1])
-        logs.append([1, *np.log(search.shares(counts).clip(0.5 / search.args.sequences))])
-    a, *B = np.linalg.lstsq(np.array(logs), np.array(losses), rcond=None)[0]
-    B = -np.array(B)  # [k, i]
+def returns(search: Search, rounds: int = 2) -> dict[str, int]:
+    """Diminishing returns: L_i(p) = a_i - Σ_k B_ik ln p_k, by least squares through trained runs. Its mean is least
+    where p_k ∝ Σ_i B_ik: a domain's share is what it gives, like the exponents of Cobb & Douglas (1928). The runs are
+    the start p and, for each domain k, (3 p + e_k) / 4; then K more around the minimum. No share is below start / 4."""
+    start, domains, args, logs, losses = search.shares(search.first), search.data.domains, search.args, [], []
+    p, runs = start, {"round-1": search.first}
+    for number in range(1, rounds + 1):
+        runs |= {f"more-{d}-{number}": search.counts(3 * p + only) for d, only in zip(domains, np.eye(len(p)))}
+        for name, counts in list(runs.items())[len(losses):]:
+            losses.append(search.measure(counts, name))
+            logs.append([1, *np.log(search.shares(counts).clip(0.5 / args.sequences))])
+            search.record(counts, losses[-1])
+        a, *B = np.linalg.lstsq(np.array(logs), np.array(losses), rcond=None)[0]
+        B = -np.array(B)  # [k, i]
 
-    def slopes(p: np.ndarray, step: int) -> np.ndarray:
-        changes = a - np.log(p) @ B - search.untouched
-        return -B @ emphasis(changes, search.args.objective) / p
+        def slopes(p: np.ndarray, step: int) -> np.ndarray:
+            return -B @ emphasis(a - np.log(p) @ B - search.untouched, args.objective) / p
 
-    p = descend(slopes, start, start / 4, search.cap, 1000)[-1]
-    search.record(search.counts(p), predicted=(a - np.log(p) @ B).tolist(), a=a.tolist(), B=B.tolist())
+        p = descend(slopes, start, start / 4, search.cap, 1000)[-1]
+        search.record(search.counts(p), predicted=(a - np.log(p) @ B).tolist(), a=a.tolist(), B=B.tolist())
     return search.counts(p)
 
 

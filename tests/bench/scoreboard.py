@@ -173,13 +173,15 @@ def proxies(bench: Bench, shares: np.ndarray, losses: np.ndarray) -> dict:
         for p in shares:
             place(p)
             merged.append([values.mean() for values in search.evaluate().values()])
-    law = bench.found("returns", 0)["history"][-1]
+    history = bench.found("returns", 0)["history"]
+    law, runs = history[-1], len([line for line in history[1:] if line["losses"]])
     folds = np.arange(len(shares)) % 4
     fitted = np.empty_like(losses)
     for fold in range(4):
         fitted[folds == fold] = log_linear(shares[folds != fold], losses[folds != fold])(shares[folds == fold])
-    predicted = {"merged experts": np.array(merged), "the law of returns, 6 runs": law["a"] - np.log(
-        shares.clip(0.5 / bench.args.sequences)) @ np.array(law["B"]), "log-linear fit, 3/4 of the runs": fitted}
+    logs = np.log(shares.clip(0.5 / bench.args.sequences))
+    predicted = {"merged experts": np.array(merged), f"the law of returns, {runs} runs": law["a"] - logs @ law["B"],
+                 "log-linear fit, 3/4 of the runs": fitted}  # fmt: skip
     distance = np.abs(shares - 1 / shares.shape[1]).sum(1)
     near, mean = distance <= np.median(distance), losses.mean(1)
     return {name: {"all": rank_correlation(L.mean(1), mean), "near": rank_correlation(L.mean(1)[near], mean[near]),
