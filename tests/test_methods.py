@@ -211,7 +211,9 @@ def trained_on_uniform(data, small):
 def test_the_scale_of_the_experts_is_a_projection(data, small, tmp_path):
     search = search_of(data, small, tmp_path / "run", method="merge")
     _, place, experts = stand_in(search)
-    base, run = (torch.cat([p.flatten() for p in load(name).parameters()]) for name in (small, tmp_path / "run/round-1"))
+    base, run = (
+        torch.cat([p.flatten() for p in load(name).parameters()]) for name in (small, tmp_path / "run/round-1")
+    )
     place(np.full(3, 1 / 3))
     merged = torch.cat([p.detach().flatten() for p in search.model.parameters()])
     assert torch.dot(run - merged, merged - base).abs() < 1e-4 * (merged - base).norm() * (run - base).norm()

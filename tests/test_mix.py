@@ -13,7 +13,7 @@ from conftest import ROOT, SMALL, command
 from test_train import same_weights
 
 from eval import can_compile
-from mix import descend, emphasis, lopsided, update, verdict
+from mix import lopsided, update, verdict
 from prepare import InputError
 
 LN = np.log

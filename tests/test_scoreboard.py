@@ -72,7 +72,9 @@ def test_a_small_scoreboard(scoreboard, data, small, tmp_path, monkeypatch, caps
     text = capsys.readouterr().out
     result = json.loads((out / "scoreboard.json").read_text())
     rows = result["rows"]
-    assert set(rows) == {*scoreboard.ROWS, scoreboard.BEST} and list(rows) == sorted(rows, key=lambda r: rows[r]["mean"])
+    assert set(rows) == {*scoreboard.ROWS, scoreboard.BEST} and list(rows) == sorted(
+        rows, key=lambda r: rows[r]["mean"]
+    )
     assert rows["uniform"]["mean"] == 0 == rows["uniform"]["spread"] and rows[scoreboard.BEST]["captured"] == 1
     assert len(result["reference"]["losses"]) == 6 and set(result["proxies"]) and "merged experts" in text
     for name, row in rows.items():
@@ -89,7 +91,9 @@ def test_a_small_scoreboard(scoreboard, data, small, tmp_path, monkeypatch, caps
         hyper = {"seq_len": 32, "batch_size": 8, "lr": 1e-2, "seed": 1001}
         model = train(load(small), data, parse_mixture(mixture, data, 24, 32), **hyper)
         mean[mixture] = np.mean([values.mean() for values in evaluate(model, data, "test", 32).values()])
-    assert rows["natural"]["seeds"][1]["uniform"]["change"] == pytest.approx(mean["natural"] - mean["uniform"], abs=1e-6)
+    assert rows["natural"]["seeds"][1]["uniform"]["change"] == pytest.approx(
+        mean["natural"] - mean["uniform"], abs=1e-6
+    )
     for name in ("scoreboard.png", "paths.png"):
         assert (out / name).read_bytes()[:4] == b"\x89PNG"
 

@@ -124,11 +124,19 @@ class Bench:
     def compared(self, counts: dict[str, int], seed: int) -> dict:
         """The mixture - uniform, and - untouched, on the test split with the final seed."""
         uniform = rescale(dict.fromkeys(self.domains, 1), sum(counts.values()))
-        losses, against = self.final(counts, seed), {"uniform": self.final(uniform, seed), "untouched": self.final(None, 0)}
+        losses, against = (
+            self.final(counts, seed),
+            {"uniform": self.final(uniform, seed), "untouched": self.final(None, 0)},
+        )
         result = {name: compare(other, losses, self.data, "test", self.T) for name, other in against.items()}
         worst = max(self.domains, key=lambda d: result["untouched"][d]["change"])
-        return {"loss": mean_loss(losses), "uniform": result["uniform"]["mean"], "worst domain": worst,
-                "improved": result["untouched"]["improved"], "worst": result["untouched"]["worst"]}
+        return {
+            "loss": mean_loss(losses),
+            "uniform": result["uniform"]["mean"],
+            "worst domain": worst,
+            "improved": result["untouched"]["improved"],
+            "worst": result["untouched"]["worst"],
+        }
 
 
 def log_linear(shares: np.ndarray, losses: np.ndarray, delta: float = 0.02):
@@ -136,8 +144,14 @@ def log_linear(shares: np.ndarray, losses: np.ndarray, delta: float = 0.02):
     P, L = torch.from_numpy(shares), torch.from_numpy(losses)
     c = (0.7 * L.min(0).values).log().requires_grad_()
     t = (L.mean(0) - c.detach().exp()).log()[:, None].repeat(1, P.shape[1]).requires_grad_()
-    optimizer = torch.optim.LBFGS([c, t], max_iter=2000, history_size=50, line_search_fn="strong_wolfe",
-                                  tolerance_grad=1e-10, tolerance_change=1e-14)
+    optimizer = torch.optim.LBFGS(
+        [c, t],
+        max_iter=2000,
+        history_size=50,
+        line_search_fn="strong_wolfe",
+        tolerance_grad=1e-10,
+        tolerance_change=1e-14,
+    )
 
     def closure():
         optimizer.zero_grad()
@@ -184,9 +198,15 @@ def proxies(bench: Bench, shares: np.ndarray, losses: np.ndarray) -> dict:
                  "log-linear fit, 3/4 of the runs": fitted}  # fmt: skip
     distance = np.abs(shares - 1 / shares.shape[1]).sum(1)
     near, mean = distance <= np.median(distance), losses.mean(1)
-    return {name: {"all": rank_correlation(L.mean(1), mean), "near": rank_correlation(L.mean(1)[near], mean[near]),
-                   "by domain": [rank_correlation(a, b) for a, b in zip(L.T, losses.T)],
-                   "pick": float(mean[L.mean(1).argmin()] - mean.min())} for name, L in predicted.items()}
+    return {
+        name: {
+            "all": rank_correlation(L.mean(1), mean),
+            "near": rank_correlation(L.mean(1)[near], mean[near]),
+            "by domain": [rank_correlation(a, b) for a, b in zip(L.T, losses.T)],
+            "pick": float(mean[L.mean(1).argmin()] - mean.min()),
+        }
+        for name, L in predicted.items()
+    }
 
 
 def verdict(row: dict) -> str:
@@ -204,20 +224,30 @@ def scoreboard(bench: Bench, found: dict[str, list[dict]], cost: int | None) -> 
         changes = [one["uniform"]["change"] for one in seeds]
         counts = np.array([[one["counts"].get(d, 0) for d in bench.domains] for one in of_seeds])
         tokens = {use: int(np.mean([one["tokens"][use] for one in of_seeds])) for use in ("trained", "evaluated")}
-        rows[name] = {"loss": float(np.mean([one["loss"] for one in seeds])), "mean": float(np.mean(changes)),
-                      "spread": max(changes) - min(changes), "seeds": seeds, "tokens": tokens,
-                      "share": (counts / counts.sum(1, keepdims=True)).mean(0).tolist()}
+        rows[name] = {
+            "loss": float(np.mean([one["loss"] for one in seeds])),
+            "mean": float(np.mean(changes)),
+            "spread": max(changes) - min(changes),
+            "seeds": seeds,
+            "tokens": tokens,
+            "share": (counts / counts.sum(1, keepdims=True)).mean(0).tolist(),
+        }
     best = rows.get(BEST, {}).get("mean")
     for row in rows.values():
-        row |= {"captured": row["mean"] / best if best else None, "verdict": verdict(row),
-                "cost": sum(row["tokens"].values()) / cost if cost else None}
+        row |= {
+            "captured": row["mean"] / best if best else None,
+            "verdict": verdict(row),
+            "cost": sum(row["tokens"].values()) / cost if cost else None,
+        }
     return dict(sorted(rows.items(), key=lambda item: item[1]["mean"]))
 
 
 def table(bench: Bench, rows: dict[str, dict]) -> str:
     width, n = max(map(len, rows)) + 2, len(next(iter(rows.values()))["seeds"])
     each = "".join(f"{f'seed {seed} [95%]':<29}" for seed in range(n))
-    lines = [f"{'':<{width}}{'test loss':>9}  {'- uniform':>9}  {'spread':>6}  {'captured':>8}  {each}better  worst domain"]
+    lines = [
+        f"{'':<{width}}{'test loss':>9}  {'- uniform':>9}  {'spread':>6}  {'captured':>8}  {each}better  worst domain"
+    ]
     for name, row in rows.items():
         captured = f"{row['captured']:.0%}" if row["captured"] is not None else ""
         line = f"{name:<{width}}{row['loss']:>9.4f}  {row['mean']:>+9.4f}  {row['spread']:>6.4f}  {captured:>8}  "
@@ -225,14 +255,24 @@ def table(bench: Bench, rows: dict[str, dict]) -> str:
         worst = max(row["seeds"], key=lambda one: one["worst"])
         improved = "/".join(sorted({str(one["improved"]) for one in row["seeds"]}))
         lines.append(f"{line}{improved:>6}  {worst['worst domain']} {worst['worst']:+.4f}")
-    lines += ["", f"{'':<{width}}" + "".join(f"{d[:12]:>13}" for d in bench.domains)
-              + f"{'trained':>10}{'evaluated':>11}{'of reference':>14}"]
+    lines += [
+        "",
+        f"{'':<{width}}"
+        + "".join(f"{d[:12]:>13}" for d in bench.domains)
+        + f"{'trained':>10}{'evaluated':>11}{'of reference':>14}",
+    ]
     for name, row in rows.items():
         tokens = [f"{row['tokens'][use] / 1e6:.1f} M" for use in ("trained", "evaluated")]
         cost = f"{row['cost']:.0%}" if row["cost"] is not None else ""
         line = f"{name:<{width}}" + "".join(f"{share:>13.1%}" for share in row["share"])
-        lines.append(f"{line}{tokens[0]:>10}{tokens[1]:>11}{cost:>14}  {row['verdict'] if name != 'uniform' else ''}".rstrip())
+        lines.append(
+            f"{line}{tokens[0]:>10}{tokens[1]:>11}{cost:>14}  {row['verdict'] if name != 'uniform' else ''}".rstrip()
+        )
     return "\n".join(lines)
+
+
+def share_of(counts: dict[str, int], domain: str) -> float:
+    return counts.get(domain, 0) / sum(counts.values())
 
 
 def figure_of(path: Path, draw, **layout) -> None:
@@ -267,11 +307,17 @@ def dot_plot(rows: dict[str, dict], path: Path) -> None:
             axes.annotate(f"{words}{cost}" if name != "uniform" else "", (1.01, y), va="center", fontsize=8,
                           xycoords=("axes fraction", "data"))  # fmt: skip
         axes.axvline(0, color="0.7", zorder=0)
-        axes.set(yticks=range(len(names)), yticklabels=names, xlabel="test loss - uniform's, nats per token")
+        axes.set_xscale("symlog", linthresh=0.01, linscale=1.5)
+        ticks = [-0.1, -0.03, -0.01, -0.005, 0, 0.005, 0.01, 0.03, 0.1, 0.3]
+        low, high = axes.get_xlim()
+        axes.set_xticks([x for x in ticks if low <= x <= high], [f"{x:+g}" for x in ticks if low <= x <= high])
+        axes.minorticks_off()
+        axes.set(yticks=range(len(names)), yticklabels=names)
+        axes.set_xlabel("test loss - uniform's, nats per token, 95% intervals (linear up to 0.01, then logarithmic)")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, loc="lower right", fontsize=8)
+        figure.legend(frameon=False, loc="outside upper center", ncols=seeds, fontsize=8)
 
-    figure_of(path, draw, figsize=(10, 0.5 * len(rows) + 1.2))
+    figure_of(path, draw, figsize=(10, 0.45 * len(rows) + 1.4))
 
 
 def paths(bench: Bench, found: dict[str, list[dict]], best: list[float], path: Path) -> None:
@@ -280,15 +326,18 @@ def paths(bench: Bench, found: dict[str, list[dict]], best: list[float], path: P
 
     def draw(figure, axes):
         for panel, (name, one) in zip(axes.flat, shown.items()):
-            history = [line["counts"] for line in one["history"][1:]] + [one["counts"]]
+            lines = one["history"][1:]
+            probes = any("predicted" in line for line in lines)  # then most mixtures are tried, not steps
             for k, d in enumerate(bench.domains):
                 color = f"C{k % 10}"
-                shares = [100 * counts.get(d, 0) / sum(counts.values()) for counts in history]
-                panel.plot(range(1, len(shares)), shares[:-1], color=color, marker=".", label=d)
-                panel.plot(len(shares) + 0.5, shares[-1], "D", color=color)
+                shares = {i + 1: 100 * share_of(line["counts"], d) for i, line in enumerate(lines)}
+                steps = [i for i in shares if not probes or i == 1 or "predicted" in lines[i - 1]]
+                panel.plot(list(shares), list(shares.values()), ".", color=color, alpha=0.4, markersize=4)
+                panel.plot(steps, [shares[i] for i in steps], color=color, marker=".", label=d)
+                panel.plot(len(lines) + 1, 100 * share_of(one["counts"], d), "D", color=color)
                 panel.axhline(100 * best[k], color=color, linestyle=":", linewidth=1)
             panel.set_title(name, fontsize=9)
-            panel.set_ylim(0, 65)
+            panel.set_ylim(bottom=0)
             panel.xaxis.get_major_locator().set_params(integer=True)
             panel.spines[["top", "right"]].set_visible(False)
         for panel in axes.flat[len(shown) :]:
@@ -299,7 +348,7 @@ def paths(bench: Bench, found: dict[str, list[dict]], best: list[float], path: P
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
 
-    figure_of(path, draw, nrows=2, ncols=-(-len(shown) // 2), figsize=(11, 5.5), sharey=True)
+    figure_of(path, draw, nrows=2, ncols=-(-len(shown) // 2), figsize=(11, 5.5))
 
 
 def transfer(args, found: dict[str, list[dict]]) -> tuple[Bench, dict[str, list[dict]]]:
@@ -333,7 +382,9 @@ def main():
     fit = log_linear(shares, losses)
     best = minimum(fit, len(bench.domains))
     reference = {"counts": rescale(dict(zip(bench.domains, best.tolist())), args.sequences), "tokens": bench.cost}
-    found = {row: [bench.found(row, seed) for seed in range(args.seeds)] for row in ROWS} | {BEST: [reference] * args.seeds}
+    found = {row: [bench.found(row, seed) for seed in range(args.seeds)] for row in ROWS} | {
+        BEST: [reference] * args.seeds
+    }
     rows = scoreboard(bench, found, sum(bench.cost.values()))
     checks = proxies(bench, shares, losses)
     say("", f"{args.data}: {args.sequences:,} sequences of {bench.T} tokens from {bench.base}, test split, nats per token",
