@@ -235,7 +235,7 @@ def scoreboard(bench: Bench, found: dict[str, list[dict]], cost: int | None) -> 
     best = rows.get(BEST, {}).get("mean")
     for row in rows.values():
         row |= {
-            "captured": row["mean"] / best if best else None,
+            "captured": row["mean"] / best + 0.0 if best else None,
             "verdict": verdict(row),
             "cost": sum(row["tokens"].values()) / cost if cost else None,
         }
@@ -310,7 +310,9 @@ def dot_plot(rows: dict[str, dict], path: Path) -> None:
         axes.set_xscale("symlog", linthresh=0.01, linscale=1.5)
         ticks = [-0.1, -0.03, -0.01, -0.005, 0, 0.005, 0.01, 0.03, 0.1, 0.3]
         low, high = axes.get_xlim()
-        axes.set_xticks([x for x in ticks if low <= x <= high], [f"{x:+g}" for x in ticks if low <= x <= high])
+        axes.set_xticks(
+            [x for x in ticks if low <= x <= high], [f"{x:+g}" if x else "0" for x in ticks if low <= x <= high]
+        )
         axes.minorticks_off()
         axes.set(yticks=range(len(names)), yticklabels=names)
         axes.set_xlabel("test loss - uniform's, nats per token, 95% intervals (linear up to 0.01, then logarithmic)")
