@@ -75,12 +75,13 @@ def test_a_small_scoreboard(scoreboard, data, small, tmp_path, monkeypatch, caps
     assert set(rows) == {*scoreboard.ROWS, scoreboard.BEST} and list(rows) == sorted(
         rows, key=lambda r: rows[r]["mean"]
     )
-    assert rows["uniform"]["mean"] == 0 == rows["uniform"]["spread"] and rows[scoreboard.BEST]["captured"] == 1
+    assert rows["uniform"]["mean"] == 0 == rows["uniform"]["spread"]
+    best = rows[scoreboard.BEST]["mean"]
     assert len(result["reference"]["losses"]) == 6 and set(result["proxies"]) and "merged experts" in text
     for name, row in rows.items():
         changes = [one["uniform"]["change"] for one in row["seeds"]]
         assert row["mean"] == pytest.approx(np.mean(changes)) and row["spread"] == pytest.approx(np.ptp(changes))
-        assert row["captured"] == pytest.approx(row["mean"] / rows[scoreboard.BEST]["mean"]) and name in text
+        assert row["captured"] == (pytest.approx(row["mean"] / best) if best < 0 else None) and name in text
         assert sum(row["share"]) == pytest.approx(1)
     reference = 32 * 24 * 6  # tokens trained on
     assert rows[scoreboard.BEST]["tokens"]["trained"] == reference and rows[scoreboard.BEST]["cost"] == 1

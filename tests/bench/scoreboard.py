@@ -235,7 +235,7 @@ def scoreboard(bench: Bench, found: dict[str, list[dict]], cost: int | None) -> 
     best = rows.get(BEST, {}).get("mean")
     for row in rows.values():
         row |= {
-            "captured": row["mean"] / best + 0.0 if best else None,
+            "captured": row["mean"] / best + 0.0 if best and best < 0 else None,
             "verdict": verdict(row),
             "cost": sum(row["tokens"].values()) / cost if cost else None,
         }
