@@ -182,11 +182,7 @@ def has_bf16(device: torch.device) -> bool:
 
 def autocast_dtype(name: str | None, device: torch.device) -> torch.dtype:
     """--dtype as a torch.dtype; None: bf16 where the hardware has it."""
-    if name is None:
-        name = "bfloat16" if has_bf16(device) else "float32"
-    if name not in ("float32", "bfloat16"):
-        raise InputError(f"--dtype {name}: choose float32 or bfloat16")
-    return getattr(torch, name)
+    return getattr(torch, name or ("bfloat16" if has_bf16(device) else "float32"))
 
 
 def autocast(device: torch.device, dtype: torch.dtype):
@@ -230,6 +226,13 @@ def window_count(data: Data, domain: str, split: str, seq_len: int) -> int:
     return (tokens - 1) // seq_len
 
 
+def windows_of(data: Data, domain: str, split: str, seq_len: int, limit: int | None = None) -> np.ndarray:
+    """The windows that stand for a split, by number: all, or `limit` of them, evenly spaced over its documents."""
+    count = window_count(data, domain, split, seq_len)
+    n = min(count, limit or count)
+    return np.arange(n) * count // n
+
+
 def check_fit(model: GPTNeoX, data: Data, seq_len: int) -> None:
     if seq_len > model.config.max_position_embeddings:
         raise InputError(f"--seq-len {seq_len}: the model reads at most {model.config.max_position_embeddings} tokens")
@@ -264,8 +267,7 @@ def check_tokenizer(model: str, data: Data) -> None:
 
 
 def rows_at_once(model: GPTNeoX, seq_len: int, device: torch.device) -> int:
-    """How many sequences make a batch whose logits, the largest tensor, take 4 GB in fp32 and a tenth of a GPU's memory
-    at most; 128 MB elsewhere."""
+    """How many sequences have logits that fit, in fp32, into a tenth of a GPU's memory and 4 GB; 128 MB elsewhere."""
     logits = min(2**30, torch.cuda.get_device_properties(device).total_memory // 40) if device.type == "cuda" else 2**25
     return max(1, logits // (seq_len * model.config.vocab_size))
 
@@ -309,15 +311,15 @@ def evaluate(model: GPTNeoX, data: Data, split: str, seq_len: int, dtype: torch.
              limit: int | None = None) -> dict[str, np.ndarray]:
     """Mean loss of every sequence (window of seq_len) of every domain's split: {domain: (n,) float64}, nats per token.
 
-    limit: only the first so many sequences of each domain. Under torchrun the ranks share the work and return the same.
-    Touches no random state. Raises InputError where a split is shorter than one sequence.
+    limit: of each domain at most so many sequences, evenly spaced (windows_of). Under torchrun the ranks share the work
+    and return the same. Touches no random state. Raises InputError where a split is shorter than one sequence.
     """
     from tqdm import tqdm
     check_fit(model, data, seq_len)
     rank, world = rank_and_world()
     device = next(model.parameters()).device
-    counts = {d: min(window_count(data, d, split, seq_len), limit or 2**63) for d in data.domains}
-    windows = [(data.tokens(d, split), c) for d in data.domains for c in range(counts[d])]
+    taken = {d: windows_of(data, d, split, seq_len, limit) for d in data.domains}
+    windows = [(data.tokens(d, split), c) for d in data.domains for c in taken[d]]
     B = rows_at_once(model, seq_len, device)
     losses = torch.zeros(len(windows), dtype=torch.float64)
     batches = range(rank * B, len(windows) + rank * B, world * B)  # as many on every rank; the last ones can be empty
@@ -334,7 +336,7 @@ def evaluate(model: GPTNeoX, data: Data, split: str, seq_len: int, dtype: torch.
     if world > 1:
         losses = losses.to(device)
         dist.all_reduce(losses)
-    ends = np.cumsum([counts[d] for d in data.domains])
+    ends = np.cumsum([*map(len, taken.values())])
     losses = dict(zip(data.domains, np.split(losses.cpu().numpy(), ends[:-1])))
     for d, values in losses.items():
         if not np.isfinite(values).all():
@@ -349,9 +351,9 @@ def mean_loss(losses: dict[str, np.ndarray]) -> float:
 
 
 def documents_of(data: Data, domain: str, split: str, seq_len: int, n: int) -> np.ndarray:
-    """For each of the first n windows, the number of the document that it begins in: (n,) int64."""
+    """For each of n windows (windows_of), the number of the document that it begins in: (n,) int64."""
     ends = np.flatnonzero(data.tokens(domain, split) == data.meta["tokenizer"]["end_of_text"])
-    return np.searchsorted(ends, np.arange(n) * seq_len)
+    return np.searchsorted(ends, windows_of(data, domain, split, seq_len, n) * seq_len)
 
 
 def bootstrap(differences: np.ndarray, documents: np.ndarray, resamples: int = 2000, seed: int = 0) -> np.ndarray:
@@ -392,8 +394,7 @@ def results(losses: dict[str, dict[str, np.ndarray]], data: Data, split: str, se
         out["domains"][d] = {"sequences": len(base[d]), "documents": documents}
     for name, by_domain in losses.items():
         nats = {d: float(values.mean()) for d, values in by_domain.items()}
-        per_byte = {d: data.size(d, split)["tokens"] / data.size(d, split)["bytes"] / math.log(2) for d in nats}
-        bits = {d: nats[d] * per_byte[d] for d in nats}
+        bits = {d: nats[d] / math.log(2) * data.size(d, split)["tokens"] / data.size(d, split)["bytes"] for d in nats}
         out["models"][name] = {"nats": nats | {"mean": float(np.mean(list(nats.values())))},
                                "bits_per_byte": bits | {"mean": float(np.mean(list(bits.values())))}}
         if by_domain is not base:
@@ -444,8 +445,7 @@ def model_card(title: str, model: str, data: Data, counts: dict[str, int], hyper
     in_cache, address = r".*/datasets--(.+?)--(.+?)/snapshots/([0-9a-f]{40})/(.+)", r"hf://datasets/\1/\2/\4@\3"
     sources = [f"{name:<{width}}  {re.sub(in_cache, address, path) if re.match(in_cache, path) else Path(path).name}"
                for name, paths in data.meta.get("sources", {}).items() for path in paths]
-    if len(sources) > 50:
-        sources[50:] = [f"and {len(sources) - 50:,} more files"]
+    sources[50:] = [f"and {len(sources) - 50:,} more files"] * (len(sources) > 50)
     before = [", ".join(f"{d} {n:,}" for d, n in p["counts"].items()) + f" of {p['seq_len']} tokens" for p in passes]
     settings = [f"{name} {str(value).removeprefix('torch.')}" for name, value in hyper.items() if value is not None]
     return "\n".join([
@@ -469,7 +469,7 @@ def main():
     parser.add_argument("--seq-len", type=int, metavar="T", help="tokens a sequence (default: the baseline's context)")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
     parser.add_argument("--device")
-    parser.add_argument("--dtype", help="float32 or bfloat16 (default: bfloat16 where the hardware has it)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="(default: bfloat16 where it is fast)")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--check-data", action="store_true", help="hash all of the data first, not a sample of it")
     args = parser.parse_args()

@@ -18,8 +18,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.utils import parameters_to_vector
 
-from eval import (autocast, barrier, compare, enough_memory, evaluate, fill, finish, model_card,
-                  rank_and_world, results, rows_in_training, say, signed, start, stoppable, table, window_count)
+from eval import (FEW_DOCUMENTS, autocast, barrier, compare, enough_memory, evaluate, fill, finish, model_card,
+                  rank_and_world, results, rows_in_training, say, signed, start, stoppable, table, window_count,
+                  windows_of)
 from model import GPTNeoX, load_json, replacing, write_text
 from prepare import SAMPLE, ArgumentParser, Data, InputError, cli, hold, prepare
 from train import (RESUME_HINT, Mixture, add_options, claim, defaults, keep, open_run, parse_mixture, passes_of,
@@ -37,13 +38,10 @@ def update(quantities: np.ndarray, losses: np.ndarray, rate: float, rule: str = 
     """
     A, L, r = np.asarray(quantities, dtype=np.float64), np.asarray(losses, dtype=np.float64), rate
     softmax = np.exp(L - L.max()) / np.exp(L - L.max()).sum()
-    if rule == "multiplicative":
-        return A + softmax * A * r
-    if rule == "additive":
-        return A + softmax * r
-    if rule == "share":
-        return A + softmax * A.sum() * r
-    raise InputError(f"--rule {rule}: choose {', '.join(RATES)}")
+    steps = {"multiplicative": softmax * A * r, "additive": softmax * r, "share": softmax * A.sum() * r}
+    if rule not in steps:
+        raise InputError(f"--rule {rule}: choose {', '.join(steps)}")
+    return A + steps[rule]
 
 
 def lopsided(data: Data, sequences: int) -> dict[str, int]:
@@ -95,22 +93,23 @@ def trained(model: GPTNeoX, data: Data, counts: dict[str, int], hyper: dict, fol
 class Search:
     """What a method works with: a base to train from, the validation split to measure on, a record of what was tried.
 
-    baseline: the base's loss on every validation window, {domain: (n,)}. untouched: their means (K,), in the order of
-    data.domains. first: --start. cap: the largest shares (K,) worth training on. history: what was recorded. tokens:
-    what the search cost, {"trained", "evaluated"}.
+    baseline: the base's loss on every window that is measured, {domain: (n,)}. untouched: their means (K,), in the
+    order of data.domains. first: --start. cap: the largest shares (K,) worth training on, 4 repeats of all that there
+    is (2305.16264). tokens: what the search cost.
     """
 
     def __init__(self, model: GPTNeoX, base: Path | str, data: Data, hyper: dict, passes: list[dict], args):
         self.model, self.base, self.data, self.hyper, self.passes, self.args = model, base, data, hyper, passes, args
         self.out, self.history, self.names, self.tokens = Path(args.out), [], {}, {"trained": 0, "evaluated": 0}
-        self.seen = times_seen(data, hyper["seq_len"], passes)
-        self.first = parse_mixture(args.start, data, args.sequences, hyper["seq_len"])
+        T, windows = hyper["seq_len"], [window_count(data, d, "train", hyper["seq_len"]) for d in data.domains]
+        self.seen, self.first = times_seen(data, T, passes), parse_mixture(args.start, data, args.sequences, T)
+        self.cap, self.baseline = 4 * np.array(windows) / args.sequences, self.evaluate()
+        for d, n in results({"untouched": self.baseline}, data, "val", T)["domains"].items():
+            if n["documents"] < FEW_DOCUMENTS:
+                say(f"warning: {d} is measured on {n['documents']} documents; take a larger --val-fraction for it")
         say("", "share of the mixture and validation loss, nats per token",
             f"{'round':>5}{args.objective:>9}" + "".join(f"{d[:16]:>18}" for d in data.domains))
-        self.baseline = self.evaluate()
         self.untouched = np.array([values.mean() for values in self.baseline.values()])
-        windows = np.array([window_count(data, d, "train", hyper["seq_len"]) for d in data.domains])
-        self.cap = 4 * windows / args.sequences  # more than 4 repeats begin to cost (2305.16264)
         self.record(None, self.untouched)
 
     def counts(self, shares) -> dict[str, int]:
@@ -131,7 +130,7 @@ class Search:
         self.tokens["trained"] += sum(counts.values()) * self.hyper["seq_len"]
 
     def evaluate(self) -> dict[str, np.ndarray]:
-        """The model's loss on every validation window, --eval-sequences of a domain at most: {domain: (n,)}."""
+        """The model's loss on the validation split, on --eval-sequences windows of a domain at most: {domain: (n,)}."""
         T, dtype = self.hyper["seq_len"], self.hyper["dtype"]
         losses = evaluate(self.model, self.data, "val", T, dtype, self.args.eval_sequences)
         self.tokens["evaluated"] += sum(map(len, losses.values())) * T
@@ -304,13 +303,14 @@ def stand_in(search: Search):
 
 def gradient(search: Search, weights: np.ndarray, part: int, parts: int) -> np.ndarray:
     """Leave the gradient of Σ_d weights_d L_d in the model's parameters and return how far each L_d (K,) is from the
-    untouched model's; L_d is the domain's loss on every parts-th validation window, from `part` on."""
+    untouched model's; L_d is the domain's loss on every parts-th measured window, from `part` on."""
     data, model, T, changes = search.data, search.model, search.hyper["seq_len"], []
     device, dtype = next(model.parameters()).device, search.hyper["dtype"]
     B = min(search.hyper["batch_size"], rows_in_training(model, T, dtype, device))
     model.zero_grad()
     for weight, (d, untouched) in zip(weights, search.baseline.items()):
-        windows, loss = range(part % len(untouched), len(untouched), parts), 0.0
+        taken, loss = slice(part % len(untouched), None, parts), 0.0
+        windows = windows_of(data, d, "val", T, len(untouched))[taken]
         for i in range(0, len(windows), B):
             rows = [data.tokens(d, "val")[c * T:(c + 1) * T + 1] for c in windows[i:i + B]]
             batch = np.stack(rows + rows[:1] * (B - len(rows))).astype(np.int64)  # of one shape, for the compiler
@@ -319,7 +319,7 @@ def gradient(search: Search, weights: np.ndarray, part: int, parts: int) -> np.n
                 mean = model(batch[:, :-1], batch[:, 1:])[:len(rows)].sum() / (len(windows) * T)
                 (mean * weight).backward()
             loss += mean.item()
-        changes.append(loss - untouched[windows].mean())
+        changes.append(loss - untouched[taken].mean())
         search.tokens["trained"] += len(windows) * T  # which have a backward pass, too
     return np.array(changes)
 

@@ -371,7 +371,7 @@ def add_options(parser: ArgumentParser, out: str) -> None:
     add("--save-every", type=int, default=100, metavar="N", help="a checkpoint every N steps (default: %(default)s)")
     add("--save-dtype", default="float32", choices=("float32", "float16", "bfloat16"), help="(default: %(default)s)")
     add("--device", help="(default: cuda where there is one, else cpu)")
-    add("--dtype", help="of autocast: float32 or bfloat16 (default: bfloat16 where the hardware has it)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of autocast (default: bfloat16 where it is fast)")
     add("--no-compile", action="store_true")
     add("--activation-checkpointing", action="store_true", help="keep less for the backward pass, compute more")
     add("--fsdp", action="store_true", help="spread model and optimizer over the ranks, for a model that fits no GPU")

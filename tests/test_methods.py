@@ -203,6 +203,15 @@ def test_the_gradient_of_merged_experts_is_the_slope_of_their_loss(data, small, 
     assert losses == pytest.approx([v.mean() for v in trained_on_uniform(data, small).values()], abs=1e-6)
 
 
+def test_a_search_warns_where_few_documents_are_measured(data, small, tmp_path, capsys):
+    search_of(data, small, tmp_path / "run", eval_sequences=5)
+    out = capsys.readouterr().out
+    assert all(f"warning: {d} is measured on " in out for d in data.domains)
+    search_of(data, small, tmp_path / "more", eval_sequences=10**6)
+    few = [d for d in data.domains if data.size(d, "val")["documents"] < 10]
+    assert capsys.readouterr().out.count("warning:") == len(few) < 3
+
+
 def trained_on_uniform(data, small):
     model = train(load(small), data, {"code": 16, "prose": 16, "sums": 16}, **HYPER, seen=times_seen(data, 32, []))
     return evaluate(model, data, "val", 32, limit=20)
