@@ -227,7 +227,7 @@ def window_count(data: Data, domain: str, split: str, seq_len: int) -> int:
 
 
 def windows_of(data: Data, domain: str, split: str, seq_len: int, limit: int | None = None) -> np.ndarray:
-    """The windows that stand for a split, by number: all, or `limit` of them, evenly spaced over its documents."""
+    """The windows that stand for a split, by number: all, or `limit` of them, evenly spaced."""
     count = window_count(data, domain, split, seq_len)
     n = min(count, limit or count)
     return np.arange(n) * count // n

@@ -70,8 +70,7 @@ def pretrain(model: GPTNeoX, data: Data, hyper: dict, args) -> Path:
 
 def trained(model: GPTNeoX, data: Data, counts: dict[str, int], hyper: dict, folder: Path, title: str, args,
             seen: dict | None = None, record: dict | None = None) -> None:
-    """Train the model, in place, and keep it as a folder; where that was done before, load it from there instead, if
-    its sha256 is still the same."""
+    """Train the model, in place, and keep it as a folder; if that was done before, load it, if its sha256 is right."""
     weights, manifest = folder / "model.safetensors", folder / "manifest.json"
     if rank_and_world()[0] == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,20 +92,19 @@ def trained(model: GPTNeoX, data: Data, counts: dict[str, int], hyper: dict, fol
 class Search:
     """What a method works with: a base to train from, the validation split to measure on, a record of what was tried.
 
-    baseline: the base's loss on every window that is measured, {domain: (n,)}. untouched: their means (K,), in the
-    order of data.domains. first: --start. cap: the largest shares (K,) worth training on, 4 repeats of all that there
-    is (2305.16264). tokens: what the search cost.
+    baseline: the base's loss on every window that is measured, {domain: (n,)}. untouched: their means (K,), by
+    data.domains. first: --start. cap: shares (K,) of 4 repeats (2305.16264). tokens: what the search cost.
     """
 
     def __init__(self, model: GPTNeoX, base: Path | str, data: Data, hyper: dict, passes: list[dict], args):
         self.model, self.base, self.data, self.hyper, self.passes, self.args = model, base, data, hyper, passes, args
         self.out, self.history, self.names, self.tokens = Path(args.out), [], {}, {"trained": 0, "evaluated": 0}
-        T, windows = hyper["seq_len"], [window_count(data, d, "train", hyper["seq_len"]) for d in data.domains]
+        T, self.windows = hyper["seq_len"], {d: window_count(data, d, "train", hyper["seq_len"]) for d in data.domains}
         self.seen, self.first = times_seen(data, T, passes), parse_mixture(args.start, data, args.sequences, T)
-        self.cap, self.baseline = 4 * np.array(windows) / args.sequences, self.evaluate()
+        self.cap, self.baseline = 4 * np.array([*self.windows.values()]) / args.sequences, self.evaluate()
         for d, n in results({"untouched": self.baseline}, data, "val", T)["domains"].items():
             if n["documents"] < FEW_DOCUMENTS:
-                say(f"warning: {d} is measured on {n['documents']} documents; take a larger --val-fraction for it")
+                say(f"warning: only {n['documents']} documents of {d} are measured; prepare more, or --eval-sequences")
         say("", "share of the mixture and validation loss, nats per token",
             f"{'round':>5}{args.objective:>9}" + "".join(f"{d[:16]:>18}" for d in data.domains))
         self.untouched = np.array([values.mean() for values in self.baseline.values()])
@@ -131,13 +129,13 @@ class Search:
 
     def evaluate(self) -> dict[str, np.ndarray]:
         """The model's loss on the validation split, on --eval-sequences windows of a domain at most: {domain: (n,)}."""
-        T, dtype = self.hyper["seq_len"], self.hyper["dtype"]
-        losses = evaluate(self.model, self.data, "val", T, dtype, self.args.eval_sequences)
-        self.tokens["evaluated"] += sum(map(len, losses.values())) * T
+        hyper, limit = self.hyper, self.args.eval_sequences
+        losses = evaluate(self.model, self.data, "val", hyper["seq_len"], hyper["dtype"], limit)
+        self.tokens["evaluated"] += sum(map(len, losses.values())) * hyper["seq_len"]
         return losses
 
-    def measure(self, counts: dict[str, int], name: str) -> np.ndarray:
-        """Train on the mixture and return the validation losses (K,); they are read if that was done before."""
+    def measure(self, counts: dict[str, int], name: str, keep: bool = True) -> np.ndarray:
+        """Train on the mixture, keep its weights or not, and return its losses (K,), read if that was done before."""
         path, T = self.folder(counts, name) / "val.json", self.hyper["seq_len"]
         if path.is_file():
             losses = load_json(path)
@@ -150,7 +148,15 @@ class Search:
             losses = {d: float(values.mean()) for d, values in self.evaluate().items()}
             if rank_and_world()[0] == 0:
                 write_text(path, json.dumps(losses, indent=1) + "\n")
+            barrier()
+        if not keep:
+            self.forget(counts)
         return np.array([losses[d] for d in self.data.domains])
+
+    def forget(self, counts: dict[str, int]) -> None:
+        """Remove a mixture's weights; its losses stay."""
+        for file in ("model.safetensors", "manifest.json") if rank_and_world()[0] == 0 else ():
+            (self.folder(counts, "") / file).unlink(missing_ok=True)
 
     def record(self, counts: dict[str, int] | None, losses: np.ndarray | None = None, **more) -> None:
         """Note a mixture, and its validation losses (K,) if they were measured, in history.jsonl, and print them."""
@@ -164,8 +170,7 @@ class Search:
         shares = [f"{share:.1%}" for share in self.shares(counts)] if counts else [""] * len(domains)
         values = [f"{loss:.4f}" for loss in losses] if known else [""] * len(domains)
         cells = [f"{share:>10}{value:>8}" for share, value in zip(shares, values)]
-        repeats = Mixture(self.data, counts, self.hyper["seq_len"]).repeats() if counts else {}
-        cells += [f"  {d} {times:.1f} times" for d, times in repeats.items() if times > 1]
+        cells += [f"  {d} {n / self.windows[d]:.1f} times" for d, n in (counts or {}).items() if n > self.windows[d]]
         objective = f"{line[self.args.objective]:>9.4f}" if known else " " * 9
         say(f"{line['round']:>5}{objective}{''.join(cells)}".rstrip())
 
@@ -186,7 +191,7 @@ def reweight(search: Search) -> dict[str, int]:
     args, domains = search.args, search.data.domains
     A = np.array([search.first.get(d, 0) for d in domains], dtype=np.float64)
     if args.signal == "excess":
-        alone = np.array([search.measure({d: args.sequences}, f"only-{d}")[k] for k, d in enumerate(domains)])
+        alone = np.array([search.measure({d: args.sequences}, f"only-{d}", False)[k] for k, d in enumerate(domains)])
     for number in range(1, args.rounds + 1):
         if number > 2 and number - 1 - search.best()["round"] >= 2:
             say(f"stopped: the {args.objective} has not improved for two rounds")
@@ -197,17 +202,17 @@ def reweight(search: Search) -> dict[str, int]:
             more = {"excess": (L - alone).tolist(), "temperature": float((L - alone).std())}
         search.record(counts, L, quantities=A.tolist(), **more)
         for line in search.history[2:]:  # of weights, the first round's and the best one's are needed again
-            if line["round"] != search.best()["round"] and rank_and_world()[0] == 0:
-                (search.folder(line["counts"], "") / "model.safetensors").unlink(missing_ok=True)
+            if line["round"] != search.best()["round"]:
+                search.forget(line["counts"])
         A = update(A, (L - alone) / max(more["temperature"], 1e-9) if more else L, args.rate, args.rule)
     return search.best()["counts"]
 
 
 def doremi(search: Search, rate: float = 1.0, smoothing: float = 1e-3) -> dict[str, int]:
     """DoReMi (2305.10429, algorithm 1): the reference is the base tuned on uniform, the proxy the base tuned on other
-    windows of it, with the loss of domain d weighted by α_d. Every step, λ_d = the mean of max(ℓ_proxy - ℓ_ref, 0) over
-    the domain's tokens, α ← softmax(log α + η λ), α ← (1 - c) α + c / K, for the next step; the mixture is the mean α.
-    rate: η. smoothing: c. Both are the paper's."""
+    windows of it, where a domain has as many, with the loss of domain d weighted by α_d. Every step, λ_d = the mean of
+    max(ℓ_proxy - ℓ_ref, 0) over the domain's tokens, α ← softmax(log α + η λ), α ← (1 - c) α + c / K, for the next
+    step; the mixture is the mean α. rate: η. smoothing: c. Both are the paper's."""
     data, hyper, domains = search.data, search.hyper, search.data.domains
     K, uniform = len(domains), search.counts([1] * len(domains))
     seen = times_seen(data, hyper["seq_len"], search.passes + [this_pass(data, hyper, uniform)])
@@ -234,7 +239,7 @@ def doremi(search: Search, rate: float = 1.0, smoothing: float = 1e-3) -> dict[s
     def weigh(step, rows, losses, weights):
         if step > len(path):
             move()
-        excess = (losses.float().cpu() - reference[rows]).clamp(min=0).sum(1)
+        excess = (losses.float().cpu() - reference[rows]).nan_to_num(0, 0).clamp(min=0).sum(1)
         for k, value, counted in zip(domain[rows], excess.tolist(), weights[:, 0].tolist()):
             sums[:, k] += counted * value, counted * losses.shape[1]
         return weights * torch.from_numpy((alpha / sampled)[domain[rows], None]).to(weights)
@@ -255,8 +260,7 @@ def emphasis(changes: np.ndarray, objective: str) -> np.ndarray:
     """∂ objective / ∂ losses, (K,): of their mean, or of the largest change, which is smoothed over 0.01 nats."""
     if objective == "mean":
         return np.full(len(changes), 1 / len(changes))
-    weights = np.exp((changes - changes.max()) / 0.01)
-    return weights / weights.sum()
+    return torch.softmax(torch.from_numpy(changes / 0.01), 0).numpy()
 
 
 def descend(slopes, start: np.ndarray, low, high, steps: int, pull: float = 0.0) -> list[np.ndarray]:
@@ -306,15 +310,14 @@ def gradient(search: Search, weights: np.ndarray, part: int, parts: int) -> np.n
     untouched model's; L_d is the domain's loss on every parts-th measured window, from `part` on."""
     data, model, T, changes = search.data, search.model, search.hyper["seq_len"], []
     device, dtype = next(model.parameters()).device, search.hyper["dtype"]
-    B = min(search.hyper["batch_size"], rows_in_training(model, T, dtype, device))
+    B = min(search.hyper["batch_size"], rows_in_training(model, T, dtype, device))  # always B rows, for the compiler
     model.zero_grad()
     for weight, (d, untouched) in zip(weights, search.baseline.items()):
         taken, loss = slice(part % len(untouched), None, parts), 0.0
         windows = windows_of(data, d, "val", T, len(untouched))[taken]
         for i in range(0, len(windows), B):
             rows = [data.tokens(d, "val")[c * T:(c + 1) * T + 1] for c in windows[i:i + B]]
-            batch = np.stack(rows + rows[:1] * (B - len(rows))).astype(np.int64)  # of one shape, for the compiler
-            batch = torch.from_numpy(batch).to(device)
+            batch = torch.from_numpy(np.stack(rows + rows[:1] * (B - len(rows))).astype(np.int64)).to(device)
             with autocast(device, dtype), enough_memory(f"{B} sequences of {T}", "try --activation-checkpointing"):
                 mean = model(batch[:, :-1], batch[:, 1:])[:len(rows)].sum() / (len(windows) * T)
                 (mean * weight).backward()
@@ -347,19 +350,19 @@ def merge(search: Search, steps: int = 12, pull: float = 0.05) -> dict[str, int]
 
 
 def returns(search: Search, rounds: int = 2) -> dict[str, int]:
-    """Diminishing returns: L_i(p) = a_i - Σ_k B_ik ln p_k, by least squares through trained runs. Its mean is least
-    where p_k ∝ Σ_i B_ik: a domain's share is what it gives, like the exponents of Cobb & Douglas (1928). The runs are
+    """Diminishing returns: L_i(p) = a_i - Σ_k B_ki ln p_k, by least squares through trained runs. Its mean is least
+    where p_k ∝ Σ_i B_ki: a domain's share is what it gives, like the exponents of Cobb & Douglas (1928). The runs are
     the start p and, for each domain k, (3 p + e_k) / 4; then K more around the minimum. No share is below start / 4."""
     start, domains, args, logs, losses = search.shares(search.first), search.data.domains, search.args, [], []
     p, runs = start, {"round-1": search.first}
     for number in range(1, rounds + 1):
         runs |= {f"more-{d}-{number}": search.counts(3 * p + only) for d, only in zip(domains, np.eye(len(p)))}
         for name, counts in list(runs.items())[len(losses):]:
-            losses.append(search.measure(counts, name))
+            losses.append(search.measure(counts, name, keep=name == "round-1"))
             logs.append([1, *np.log(search.shares(counts).clip(0.5 / args.sequences))])
             search.record(counts, losses[-1])
         a, *B = np.linalg.lstsq(np.array(logs), np.array(losses), rcond=None)[0]
-        B = -np.array(B)  # [k, i]
+        B = -np.array(B)
 
         def slopes(p: np.ndarray, step: int) -> np.ndarray:
             return -B @ emphasis(a - np.log(p) @ B - search.untouched, args.objective) / p
@@ -374,17 +377,13 @@ METHODS = {"uniform": fixed, "natural": fixed} | {f.__name__: f for f in (reweig
 
 def comparison(search: Search, counts: dict[str, int]) -> dict:
     """Untouched, uniform with as many sequences, and the mixture found, on the test split; ends with the last model."""
-    model, data, T, dtype = search.model, search.data, search.hyper["seq_len"], search.hyper["dtype"]
+    data, T, losses = search.data, search.hyper["seq_len"], {}
     name = "reweighted" if search.args.method == "reweight" else search.args.method
-    fill(model, search.base)
-    losses = {"untouched": evaluate(model, data, "test", T, dtype)}
-    search.train(parse_mixture("uniform", data, sum(counts.values()), T), "uniform")
-    losses["uniform"] = evaluate(model, data, "test", T, dtype)
-    if name != "uniform":
-        search.train(counts, "found")
-        losses[name] = evaluate(model, data, "test", T, dtype)
-    result = results(losses, data, "test", T)
-    return result | {"difference": compare(losses["uniform"], losses[name], data, "test", T)}
+    mixtures = {"untouched": None, "uniform": parse_mixture("uniform", data, sum(counts.values()), T), name: counts}
+    for title, mixture in mixtures.items():
+        search.train(mixture, title) if mixture else fill(search.model, search.base)
+        losses[title] = evaluate(search.model, data, "test", T, search.hyper["dtype"])
+    return results(losses, data, "test", T) | {"difference": compare(losses["uniform"], losses[name], data, "test", T)}
 
 
 def verdict(result: dict) -> str:
@@ -407,11 +406,12 @@ def picture(search: Search, found: int, path: Path) -> None:
     shares = np.array([search.shares(line["counts"]) for line in mixtures])
     changes = np.array([list(line["losses"].values()) for line in measured]) - search.untouched
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    lines = "" if search.args.method == "returns" else "-"  # of its mixtures none is a step from the last one
     for k, d in enumerate(search.data.domains):
-        style = {"color": f"C{k % 10}", "marker": "os^Dv"[k // 10 % 5], "label": d}
+        style = {"color": f"C{k % 10}", "marker": "os^Dv"[k // 10 % 5], "linestyle": lines, "label": d}
         left.plot([line["round"] for line in mixtures], 100 * shares[:, k], **style)
         right.plot([line["round"] for line in measured], changes[:, k], **style)
-    right.plot([line["round"] for line in measured], changes.mean(1), "k--", linewidth=2, label="mean")
+    right.plot([line["round"] for line in measured], changes.mean(1), f"k{'--' if lines else '_'}", lw=2, label="mean")
     right.axhline(0, color="0.7", linewidth=1, zorder=0)
     left.set(title="The mixture", xlabel="round", ylabel="share of the sequences (%)", ylim=(0, None))
     right.set(title="Validation loss", xlabel="round (0: untouched)", ylabel="change in nats per token")
@@ -445,14 +445,15 @@ def main():
     add("--method", default="reweight", choices=tuple(METHODS), help="(default: %(default)s)")
     add("--objective", default="mean", choices=("mean", "worst"), help="what the search lowers: the mean loss of all "
         "domains, or the largest change of any from the untouched model (default: %(default)s)")
+    add("--start", default="uniform", help="the first mixture, like train.py's --mix (default: %(default)s)")
+    add("--base-sequences", type=int, default=6400, metavar="N", help="to pretrain scratch on (default: %(default)s)")
+    add("--base-lr", type=float, help="peak learning rate of that (default: the model's)")
+    add = parser.add_argument_group("of --method reweight").add_argument
     add("--rule", default="multiplicative", choices=tuple(RATES), help="reading of the formula (default: %(default)s)")
     add("--rate", type=float, metavar="R", help=f"r (default: {', '.join(f'{k} {r:g}' for k, r in RATES.items())})")
     add("--signal", default="loss", choices=("loss", "excess"), help="what the rule sees (default: %(default)s)")
     add("--rounds", type=int, default=4, metavar="N", help="at most (default: %(default)s)")
     add("--grow", action="store_true", help="train on the growing quantities, not on --sequences in their proportions")
-    add("--start", default="uniform", help="the first mixture, like train.py's --mix (default: %(default)s)")
-    add("--base-sequences", type=int, default=6400, metavar="N", help="to pretrain scratch on (default: %(default)s)")
-    add("--base-lr", type=float, help="peak learning rate of that (default: the model's)")
     parser.set_defaults(sequences=1600)
     args = parser.parse_args()
     args.rate = RATES[args.rule] if args.rate is None else args.rate
@@ -470,7 +471,7 @@ def main():
     if args.method == "merge" and args.fsdp:
         raise InputError("--method merge adds whole models up: it does not go with --fsdp")
     if args.method in ("merge", "returns") and not all(first.get(d) for d in data.domains):
-        raise InputError(f"--start {args.start}: --method {args.method} needs every domain in it")
+        raise InputError(f"--start {args.start}: --method {args.method} needs every domain in it; try more --sequences")
     own = (*CHOICES, "rounds", "grow", "sequences", "eval_sequences", "base_sequences", "base_lr")
     more = {"start": first} | {name: vars(args)[name] for name in own}
     with claim(out, args, data, hyper, more, []), stoppable():
