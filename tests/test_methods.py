@@ -262,8 +262,9 @@ def test_every_method_as_a_user_runs_it(method, data, small, tmp_path, script):
     steps = sum(val.values()) if method == "merge" else 0  # which share the validation windows
     evaluations = {"reweight": len(history), "returns": 8, "merge": 2}.get(method, 1)
     assert found["tokens"] == {"trained": 32 * (48 * runs + steps), "evaluated": 32 * sum(val.values()) * evaluations}
+    assert not [*out.glob("more-*/model.safetensors")]  # probes are measured, and no more
     shutil.copytree(out, tmp_path / "again")
-    for gone in ("model.safetensors", "result.json", "mix.json", "history.jsonl", "found", "only-code", "more-code"):
+    for gone in ("model.safetensors", "result.json", "mix.json", "history.jsonl", "found", "only-code", "more-code-1"):
         path = tmp_path / "again" / gone
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     status, _, err = script("mix", *argv(data, small, tmp_path / "again", "--method", method, "--resume"))
@@ -273,7 +274,7 @@ def test_every_method_as_a_user_runs_it(method, data, small, tmp_path, script):
         assert (tmp_path / "again" / name).read_text() == (out / name).read_text()
 
 
-@pytest.mark.parametrize("method", ["doremi", "merge"])
+@pytest.mark.parametrize("method", ["doremi", "merge", "returns"])
 def test_two_processes_find_the_same(method, data, small, tmp_path, script):
     assert script("mix", *argv(data, small, tmp_path / "one", "--method", method))[0] == 0
     done = command("mix.py", *argv(data, small, tmp_path / "two", "--method", method), ranks=2)
