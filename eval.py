@@ -68,6 +68,7 @@ def barrier() -> None:
 def finish() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+        time.sleep(0.1)  # a thread of gloo that lets go of a tensor while Python shuts down aborts the process
 
 
 class Stopped(Exception):
@@ -438,8 +439,7 @@ def model_card(title: str, model: str, data: Data, counts: dict[str, int], hyper
     """The README.md of a trained model's folder, in the hub's format: what it is made of, and what came of that. Of
     files and folders of this machine it has no more than the names. passes: those that the base had before."""
     on_hub = re.fullmatch("([^/]+/[^/]+)@([0-9a-f]{40})", model)
-    local = model if model.startswith("scratch:") else Path(model).name
-    base = f"{on_hub[1]}`, commit `{on_hub[2]}" if on_hub else local
+    base = f"{on_hub[1]}`, commit `{on_hub[2]}" if on_hub else Path(model).name
     total, width = sum(counts.values()), max(map(len, counts))
     mixture = [f"{d:<{width}}{n:>12,}{n / total:>8.1%}" for d, n in counts.items()]
     in_cache, address = r".*/datasets--(.+?)--(.+?)/snapshots/([0-9a-f]{40})/(.+)", r"hf://datasets/\1/\2/\4@\3"

@@ -146,6 +146,28 @@ def test_only_the_first_rank_reads_the_weights_and_every_rank_keeps_its_share(sm
     assert done.returncode == 0, done.stderr
 
 
+ENDING = """
+import sys, torch
+sys.path.insert(0, {root!r})
+import torch.distributed as dist
+from eval import finish, start
+
+start("cpu")
+kept = dist.group.WORLD  # as FSDP keeps it: the group's threads outlive it
+sys.setswitchinterval(5)  # seconds in which no thread takes the interpreter from another that does not give it away
+for _ in range(20):
+    dist.all_reduce(torch.ones(4000))
+finish()
+"""
+
+
+def test_a_process_ends_well_while_threads_of_its_group_live(tmp_path):
+    script = tmp_path / "ending.py"
+    script.write_text(ENDING.format(root=str(ROOT)))
+    done = command(script, ranks=4)
+    assert done.returncode == 0, done.stderr
+
+
 ADDING = """
 import sys
 sys.path.insert(0, {root!r})
