@@ -399,13 +399,12 @@ def verdict(result: dict) -> str:
 
 def picture(search: Search, found: int, path: Path) -> None:
     """Two panels by round: the mixture, and how far each domain's validation loss is from the untouched model's."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     mixtures, measured = search.history[1:], [line for line in search.history if line["losses"]]
     shares = np.array([search.shares(line["counts"]) for line in mixtures])
     changes = np.array([list(line["losses"].values()) for line in measured]) - search.untouched
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
     lines = "" if search.args.method == "returns" else "-"  # of its mixtures none is a step from the last one
     for k, d in enumerate(search.data.domains):
         style = {"color": f"C{k % 10}", "marker": "os^Dv"[k // 10 % 5], "linestyle": lines, "label": d}

@@ -275,17 +275,13 @@ def share_of(counts: dict[str, int], domain: str) -> float:
     return counts.get(domain, 0) / sum(counts.values())
 
 
-def figure_of(path: Path, draw, **layout) -> None:
-    import matplotlib
+def figure_of(path: Path, draw, figsize: tuple[float, float], **layout) -> None:
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(**layout, layout="constrained", squeeze=False)
-    draw(figure, axes)
+    figure = Figure(figsize, layout="constrained")
+    draw(figure, figure.subplots(**layout, squeeze=False))
     with replacing(path) as partial:
         figure.savefig(partial, dpi=120, format="png")
-    plt.close(figure)
 
 
 def dot_plot(rows: dict[str, dict], path: Path) -> None:
