@@ -130,6 +130,7 @@ def test_doremi_by_hand(data, small, tmp_path, monkeypatch):
                 rows = list(by_row) + [next(iter(by_row))]  # the last one only fills the micro-batch up
                 values = torch.tensor([by_row[i] for i in rows])[:, None].repeat(1, 32)
                 values[:, ::2] -= 10  # tokens better than the reference's count as 0, not as less
+                values[:, 0], values[:, 2] = torch.inf, torch.nan  # like those that are not finite
                 counted = torch.tensor([1.0] * len(by_row) + [0.0])[:, None]
                 weights.append(weigh(step, rows, values, counted)[:, 0].numpy())
 
