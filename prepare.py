@@ -1,13 +1,15 @@
-"""Text in, token bins out: one raw uint16 file per domain and split, and the classes that read them back.
+"""Text in, token bins out: one raw uint16 file per domain and split, and the classes that read them
+back.
 
-    python prepare.py                                      # data/sample, from text that pip already installed; seconds
-    python prepare.py --out data/mine arxiv=papers/ web='crawl/*.jsonl.gz' --tokenizer train:4096
-    python prepare.py --out data/pile pile/val.jsonl.zst --domain-key meta.pile_set_name --tokenizer pythia-70m
+python prepare.py                                      # data/sample, from text that pip already
+installed; seconds python prepare.py --out data/mine arxiv=papers/ web='crawl/*.jsonl.gz'
+--tokenizer train:4096 python prepare.py --out data/pile pile/val.jsonl.zst --domain-key
+meta.pile_set_name --tokenizer pythia-70m
 """
+
 import argparse
 import ast
 import contextlib
-import fcntl
 import functools
 import glob
 import gzip
@@ -22,27 +24,36 @@ import signal
 import sys
 import threading
 import unicodedata
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-FORMAT, CHUNK = 1, 2**24  # of meta.json and the bins beside it; bytes of a bin that have a hash of their own there
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+FORMAT = 1  # of meta.json and the bins beside it
 SPLITS = ("train", "val", "test")
 END_OF_TEXT = "<|endoftext|>"
-TXT = (".txt", ".txt.gz", ".txt.zst")  # a file of these is one document
 SAMPLE = "data/sample"
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-BLOCK, LONGEST, RECENT = 2**20, 2**24, 2**18  # bytes of text a worker gets at a time; of a document; hashes in a set
+
+
+# ---- errors and the command line ----
 
 
 class InputError(Exception):
-    """What the user gave cannot be used; the message is one line: what is wrong, where, and what to do."""
+    """What was given cannot be used; the message is one line: what is wrong, where, what to do."""
 
 
-class ArgumentParser(argparse.ArgumentParser):  # with one-line errors
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, with a script's docstring as its help, and with errors of one line."""
+
     def __init__(self, doc: str):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -51,53 +62,154 @@ class ArgumentParser(argparse.ArgumentParser):  # with one-line errors
 
 
 def cli(main, way_on: str = "") -> None:
-    """Run a script's main function; bad input ends in one line on stderr and exit status 2."""
+    """Run a script's main function; bad input ends in one line on stderr and exit status 2.
+
+    way_on: what an interruption, or a fault of the system, is answered with; "" if there is nothing
+    to say.
+    """
     try:
         main()
     except KeyboardInterrupt:
         print(f"\ninterrupted{way_on}", file=sys.stderr)
         sys.exit(130)
     except (InputError, OSError, UnicodeError, BrokenExecutor) as e:
-        message = f"{e}{way_on * isinstance(e, OSError)}"
-        message = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else message
-        print("error:", " ".join(message.split()), file=sys.stderr)  # one line, whatever a library said
+        message = str(e)
+        if isinstance(e, OSError):
+            message = f"{e.filename}: {e.strerror}" if e.filename else f"{e}{way_on}"
+        print(
+            "error:", " ".join(message.split()), file=sys.stderr
+        )  # one line, whatever a library said
         sys.exit(2)
 
 
-def hold(lock: Path, folder: Path):
-    """Open and lock a file: no other process works in `folder` until it is closed or this one ends, however it does."""
-    file = open(lock, "a")
+# ---- files ----
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file, or folder, to write that becomes `path` when the block ends well, and is then on the
+    disk.
+
+    What was there stays until then, whatever happens. Raises InputError where it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"{folder}: another process is at work there; let it end, or choose another --out") from None
-    return file
+        yield partial
+        sync(partial)
+        os.replace(partial, path)
+        sync(path.parent)
+    except OSError as e:
+        reason = e.strerror or e
+        raise InputError(f"{path}: cannot be written ({reason}); nothing older is lost") from None
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        else:
+            partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value) -> None:
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def load_json(path: Path) -> dict:
+    """The JSON object in a file; anything else is an InputError."""
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(path.read_bytes())
+        if isinstance(value, dict):
+            return value
+    raise InputError(f"{path}: not a JSON object; it is damaged, or not what it should be")
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def locked(path: Path, folder: Path, wait: bool = False) -> Iterator[None]:
+    """While the block runs, or until this process ends, however it does, no other one works in
+    `folder`.
+
+    path: the file that is locked, which is made. wait: for another process to let go, rather than
+    raise InputError. Where there are no locks (Windows, some network file systems) nothing keeps
+    another process out, and a line says so.
+    """
+    with open(path, "a") as file:
+        try:
+            if fcntl is None:
+                raise OSError("this system has none")
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            message = f"{folder}: another process is at work there; choose another --out"
+            raise InputError(message) from None
+        except OSError as e:
+            warning = f"warning: {folder}: no lock ({e}): do not start a second run there"
+            print(warning, file=sys.stderr)
+        yield
+
+
+# ---- the hub ----
 
 
 def hub_folder(name: str, patterns: list[str], kind: str = "model") -> Path:
-    """The folder of the hub's cache, named by the commit, with the files of `pythia-70m` or `ORG/NAME@REVISION` that
-    match. Raises InputError, for an unknown size of Pythia without asking a network."""
+    """The folder of the hub's cache, named by the commit, with what matches of `pythia-70m` or
+    `ORG/NAME@REVISION`.
+
+    kind: "model" or "dataset". Raises InputError, for an unknown size of Pythia without asking a
+    network.
+    """
     repo, _, revision = name.partition("@")
-    if not re.fullmatch(r".*/.*|pythia-(14m|31m|70m|160m|410m|1b|1\.4b|2\.8b|6\.9b|12b)(-deduped)?", repo):
-        raise InputError(f"{name}: no such folder, and no such model; a name on the hub is ORG/NAME or pythia-70m")
-    repo = repo if "/" in repo else f"EleutherAI/{repo}"
+    if "/" not in repo:
+        if not re.fullmatch(
+            r"pythia-(14m|31m|70m|160m|410m|1b|1\.4b|2\.8b|6\.9b|12b)(-deduped)?", repo
+        ):
+            raise InputError(f"{name}: no such folder or model; on the hub: ORG/NAME or pythia-70m")
+        repo = f"EleutherAI/{repo}"
     from huggingface_hub import logging, snapshot_download
+
     logging.set_verbosity_error()
     try:
-        return Path(snapshot_download(repo, repo_type=kind, revision=revision or None, allow_patterns=patterns))
-    except Exception as e:  # of several libraries: a connection cut, a name that is none, a disk that is full
-        raise InputError(f"{name}: no such folder, and not to be had from the hub ({str(e)[:200]})") from None
+        found = {"repo_type": kind, "revision": revision or None, "allow_patterns": patterns}
+        return Path(snapshot_download(repo, **found))
+    except (
+        Exception
+    ) as e:  # of several libraries: a connection cut, a name that is none, a disk that is full
+        message = f"{name}: no such folder, and not to be had from the hub ({str(e)[:200]})"
+        raise InputError(message) from None
+
+
+# ---- tokenizer ----
 
 
 class Tokenizer:
-    """A tokenizer.json (a file, in a model's folder, or of a model on the hub): text to uint16 ids and back. Special
-    tokens that occur in the text are plain text. Raises InputError, and OSError where there is no such file."""
+    """A tokenizer.json (a file, in a model's folder, or of a model on the hub): text to uint16 ids
+    and back.
+
+    Special tokens that occur in a text are plain text. Raises InputError, and OSError where there
+    is no such file.
+    """
 
     def __init__(self, file_or_name: str | Path):
         import tokenizers
-        path, named = Path(file_or_name), not str(file_or_name).endswith(".json")
-        path = path if path.exists() or not named else hub_folder(str(file_or_name), ["tokenizer.json"])
-        path = path / "tokenizer.json" if path.is_dir() else path
+
+        path = Path(file_or_name)
+        if not path.exists() and path.suffix != ".json":
+            path = hub_folder(str(file_or_name), ["tokenizer.json"])
+        if path.is_dir():
+            path = path / "tokenizer.json"
         self.json = path.read_text(encoding="utf-8", errors="replace")
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(self.json)
@@ -107,392 +219,928 @@ class Tokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         vocab = self._tokenizer.get_vocab()
-        vocab_size, self.end_of_text = 1 + max(vocab.values(), default=0), vocab.get(END_OF_TEXT)
-        if self.end_of_text is None or vocab_size > 2**16:
-            raise InputError(f"{path}: {vocab_size:,} tokens; expected {END_OF_TEXT}, and at most 65,536 to fit uint16")
-        sha256 = hashlib.sha256(self.json.encode()).hexdigest()
-        self.meta = {"sha256": sha256, "vocab_size": vocab_size, "end_of_text": self.end_of_text}
+        self.vocab_size = 1 + max(vocab.values(), default=0)
+        self.end_of_text = vocab.get(END_OF_TEXT)
+        if self.end_of_text is None or self.vocab_size > 2**16:
+            expected = f"expected {END_OF_TEXT}, and at most 65,536 to fit uint16"
+            raise InputError(f"{path}: {self.vocab_size:,} tokens; {expected}")
+        self.meta = {
+            "sha256": hashlib.sha256(self.json.encode()).hexdigest(),
+            "vocab_size": self.vocab_size,
+            "end_of_text": self.end_of_text,
+        }
+
+    @functools.cached_property
+    def _fast(self):
+        """tiktoken's encoder where it gives the same ids; made when needed, which takes a moment."""
+        return rank_encoding(json.loads(self.json), self._tokenizer)
 
     def encode(self, text: str) -> np.ndarray:
-        """(n,) uint16, without an end-of-text id. Raises UnicodeEncodeError for a lone surrogate, which is not text."""
+        """(n,) uint16, without an end-of-text id. Raises UnicodeEncodeError for a lone surrogate."""
         text.encode()
-        if not hasattr(self, "_fast"):  # made when it is needed, for it takes a moment
-            self._fast = rank_encoding(json.loads(self.json), self._tokenizer)
-        if self._fast is None or len(text) > 10**5 and re.search(r"\s{100000}", text):  # on which tiktoken panics
-            return np.array(self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids, dtype=np.uint16)
+        # tiktoken panics on a run of about 10^6 white-space characters.
+        endless_space = len(text) > 10**5 and re.search(r"\s{100000}", text)
+        if self._fast is None or endless_space:
+            encoding = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]
+            return np.array(encoding.ids, dtype=np.uint16)
         if self._tokenizer.normalizer and not unicodedata.is_normalized("NFC", text):
             text = self._tokenizer.normalizer.normalize_str(text)
-        encode = self._fast.encode_ordinary if len(text) < 10**6 else self._fast.encode_to_numpy  # faster; smaller
-        return np.array(encode(text), dtype=np.uint16)
+        if len(text) < 10**6:
+            return np.array(self._fast.encode_ordinary(text), dtype=np.uint16)
+        return np.array(
+            self._fast.encode_to_numpy(text), dtype=np.uint16
+        )  # slower, but in less memory
 
     def decode(self, ids) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
 
 def rank_encoding(spec: dict, tokenizer):
-    """The tiktoken encoder with the same ids as a byte-level BPE, of the tokenizer.json `spec`; None for all others.
+    """The tiktoken encoder with the same ids as a byte-level BPE, of the tokenizer.json `spec`;
+    None for all others.
 
-    tiktoken joins the neighbours that make the token of lowest id; `tokenizers` those whose merge comes first. It is
-    the same if ids are in the order of merges, each making a new token of older ones, and every token encodes to
-    itself: two neighbours that could make it are then those of its merge, for alone it has no other last step.
+    tiktoken joins the neighbours that make the token of lowest id; `tokenizers` those whose merge
+    comes first. It is the same if ids are in the order of merges, each making a new token of older
+    ones, and every token encodes to itself: two neighbours that could make it are then those of its
+    merge, for alone it has no other last step.
     """
     import tiktoken
-    from tokenizers.pre_tokenizers import ByteLevel
+
     try:
-        vocab, merges, pre = spec["model"].pop("vocab"), spec["model"].pop("merges"), spec["pre_tokenizer"]
-        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
-        made = [vocab[a + b] for a, b in merges]
+        vocab = spec["model"].pop("vocab")
+        merges = [
+            merge.split(" ") if isinstance(merge, str) else merge
+            for merge in spec["model"].pop("merges")
+        ]
         special = {token["content"] for token in spec["added_tokens"] if token["special"]}
-        runs = [token["content"] * token["normalized"] for token in spec["added_tokens"] if not token["special"]]
-        alphabet = sorted(ByteLevel.alphabet())  # printable bytes as themselves, then the others from U+0100 on
-        printable = [ord(c) for c in alphabet if ord(c) < 256]
-        byte = dict(zip(alphabet, printable + sorted(set(range(256)) - set(printable))))
-        ranks = {bytes(byte[c] for c in token): i for token, i in vocab.items() if token not in special}
+        added = [token for token in spec["added_tokens"] if not token["special"]]
+        runs = [
+            token["content"] for token in added if token["normalized"]
+        ]  # of spaces, as Pythia's has
+        if len(runs) < len(added) or not is_plain_byte_level_bpe(spec, runs):
+            return None
+        if not merges_are_ranks(vocab, merges) or not tokens_encode_to_themselves(
+            vocab, special, tokenizer
+        ):
+            return None
+        byte_of = alphabet()
+        ranks = {
+            bytes(byte_of[c] for c in token): i
+            for token, i in vocab.items()
+            if token not in special
+        }
         ranks |= {run.encode(): tokenizer.token_to_id(run) for run in runs}
-        known = (
-            {key: value for key, value in spec["model"].items() if value} == {"type": "BPE"}
-            and spec["normalizer"] in (None, {"type": "NFC"})
-            and (pre["type"], pre["add_prefix_space"], pre.get("use_regex", True)) == ("ByteLevel", False, True)
-            and sorted(runs) == [" " * n for n in range(2, len(runs) + 2)] and len({*ranks.values()}) == len(ranks)
-            and not any(token[key] for token in spec["added_tokens"] for key in ("lstrip", "rstrip", "single_word"))
-            and all(older < newer for older, newer in zip(made, made[1:]))
-            and all(max(vocab[a], vocab[b]) < vocab[a + b] for a, b in merges)
-            and all(bytes([b]) in ranks for b in (*range(0xC0), *range(0xC2, 0xF5)))  # all that UTF-8 uses
-            and all(([t.id for t in tokenizer.model.tokenize(token)] == [i]) != (token in special)
-                    for token, i in vocab.items()))
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError):  # not of the shape that is looked for
         return None
-    space = r"(?:[^\S ]| (?! ))" if runs else r"\s"  # runs of spaces are tokens of their own
-    pattern = (rf" {{2,{len(runs) + 1}}}|" if runs else "") + (
-        r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|" rf"{space}+(?!\S)|{space}+")
-    return tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}) if known else None
+    used_by_utf8 = [*range(0xC0), *range(0xC2, 0xF5)]
+    if len(set(ranks.values())) < len(ranks) or not all(bytes([b]) in ranks for b in used_by_utf8):
+        return None
+    # GPT-2's pattern. Where runs of spaces are tokens of their own they are cut out first, and what
+    # is white space thereafter holds no two spaces in a row.
+    first, space = "", r"\s"
+    if runs:
+        first = rf" {{2,{len(runs) + 1}}}|"
+        space = r"(?:[^\S ]| (?! ))"
+    words = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++"
+    pattern = rf"{first}{words}|{space}+(?!\S)|{space}+"
+    return tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+
+
+def is_plain_byte_level_bpe(spec: dict, runs: list[str]) -> bool:
+    """Whether a tokenizer.json, less its vocabulary, has nothing that ranks do not know."""
+    pre = spec["pre_tokenizer"]
+    splits = (pre["type"], pre["add_prefix_space"], pre.get("use_regex", True))
+    strips = [
+        token[key] for token in spec["added_tokens"] for key in ("lstrip", "rstrip", "single_word")
+    ]
+    return (
+        {key: value for key, value in spec["model"].items() if value} == {"type": "BPE"}
+        and spec["normalizer"] in (None, {"type": "NFC"})
+        and splits == ("ByteLevel", False, True)
+        and sorted(runs) == [" " * n for n in range(2, len(runs) + 2)]
+        and not any(strips)
+    )
+
+
+def merges_are_ranks(vocab: dict[str, int], merges: list) -> bool:
+    """Whether every merge makes a newer token than the merge before it, and of older tokens."""
+    made = [vocab[a + b] for a, b in merges]
+    in_order = all(older < newer for older, newer in itertools.pairwise(made))
+    return in_order and all(max(vocab[a], vocab[b]) < vocab[a + b] for a, b in merges)
+
+
+def tokens_encode_to_themselves(vocab: dict[str, int], special: set[str], tokenizer) -> bool:
+    """Whether the merges make every token of its text, but for special ones, which they do not."""
+    for token, i in vocab.items():
+        itself = [t.id for t in tokenizer.model.tokenize(token)] == [i]
+        if itself == (token in special):
+            return False
+    return True
+
+
+def alphabet() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    # Printable bytes stand for themselves; the others, in order, are written as the characters from
+    # U+0100 on.
+    characters = sorted(ByteLevel.alphabet())
+    printable = [ord(c) for c in characters if ord(c) < 256]
+    others = sorted(set(range(256)) - set(printable))
+    return dict(zip(characters, printable + others, strict=True))
+
+
+# ---- data ----
+
+
+DOMAIN = re.compile(
+    r"(?!(?:mean|improved|worst)$)[A-Za-z0-9][A-Za-z0-9_-]{0,99}"
+)  # rows of tables have these names
+OPEN_MAPS = 64  # files that a Data keeps open at a time, of a process's 256 or 1024
 
 
 class Data:
-    """A folder that prepare.py wrote. Raises InputError if it is not one, or a bin is missing or has another length."""
+    """A folder that prepare.py wrote, and the one place that knows how its bins are cut into
+    windows.
+
+    Window c of a split, for sequences of T tokens, is tokens [c T, c T + T + 1): T inputs and, one further, T targets.
+    Raises InputError if it is not such a folder, or a bin is missing or has another length.
+    """
 
     def __init__(self, folder: str | Path):
-        self.folder, path = Path(folder), Path(folder, "meta.json")
+        self.folder = Path(folder)
+        path = self.folder / "meta.json"
         if not path.is_file():
-            raise InputError(f"{folder}: not a data set (no meta.json); prepare.py --out {folder} makes one")
-        try:
-            self.meta = json.loads(path.read_bytes())
-            files = self.meta["files"] if self.meta["format"] == FORMAT else None  # which has no items
-            self.vocab_size = int(self.meta["tokenizer"]["vocab_size"])
-            self.domains = sorted({name.rpartition(".")[0] for name in files})
-            hashes = [(n, files[n]["sha256"]) for n in sorted(f"{d}.{s}" for d in self.domains for s in SPLITS)]
-            sizes = {self.folder / f"{name}.bin": 2 * int(file["tokens"]) for name, file in files.items()}
-        except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
-            raise InputError(f"{path}: damaged, or not of format {FORMAT}; prepare the data again") from None
-        for path, size in sizes.items():
-            if not path.is_file() or path.stat().st_size != size:
-                raise InputError(f"{path}: missing, or not of {size:,} bytes; prepare the data again")
-        self.identity = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]  # changes when any token does
+            make = f"prepare.py --out {folder} makes one"
+            raise InputError(f"{folder}: not a data set (no meta.json); {make}")
+        self.meta = load_json(path)
+        if not is_meta(self.meta):
+            raise InputError(f"{path}: damaged, or not of format {FORMAT}; prepare the data again")
+        for name, file in self.meta["files"].items():
+            bin_path = self.folder / f"{name}.bin"
+            size = 2 * file["tokens"]
+            if not bin_path.is_file() or bin_path.stat().st_size != size:
+                raise InputError(f"{bin_path}: missing, or not of {size:,} bytes; prepare it again")
+        self.domains: list[str] = sorted({name.rpartition(".")[0] for name in self.meta["files"]})
+        self.vocab_size: int = self.meta["tokenizer"]["vocab_size"]
+        hashes = [(name, file["sha256"]) for name, file in sorted(self.meta["files"].items())]
+        self.identity = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[
+            :16
+        ]  # of all tokens
+        self._map = functools.lru_cache(OPEN_MAPS)(self._open)
+
+    def _open(self, domain: str, split: str) -> np.memmap:
+        return np.memmap(self.folder / f"{domain}.{split}.bin", dtype="<u2", mode="r")
 
     def tokens(self, domain: str, split: str) -> np.memmap:
-        """The domain's documents one after the other, each ended by the end-of-text id: (n,) uint16, read-only."""
-        return np.memmap(self.folder / f"{domain}.{split}.bin", dtype="<u2", mode="r")
+        """The domain's documents in a row, each ended by the end-of-text id: (n,) uint16, read-only."""
+        return self._map(domain, split)
 
     def size(self, domain: str, split: str) -> dict:
         """The split's number of documents, tokens and UTF-8 bytes of text, and its sha256."""
         return self.meta["files"][f"{domain}.{split}"]
 
+    def windows(self, domain: str, split: str, seq_len: int) -> int:
+        """How many whole windows the split holds. Raises InputError if not one."""
+        tokens = self.size(domain, split)["tokens"]
+        if seq_len < 1 or tokens <= seq_len:
+            which = f"{domain}'s {split} split, which has {tokens:,} tokens"
+            raise InputError(f"--seq-len {seq_len}: too long for {which}")
+        return (tokens - 1) // seq_len
+
+    def window(self, domain: str, split: str, seq_len: int, number: int) -> np.ndarray:
+        """Window `number` of the split: (T + 1,) uint16."""
+        start = number * seq_len
+        return self.tokens(domain, split)[start : start + seq_len + 1]
+
+    def documents_of(
+        self, domain: str, split: str, seq_len: int, numbers: np.ndarray
+    ) -> np.ndarray:
+        """For each of these windows (n,), the number of the document it begins in: (n,) int64."""
+        tokens = self.tokens(domain, split)
+        ends = np.flatnonzero(tokens == self.meta["tokenizer"]["end_of_text"])
+        return np.searchsorted(ends, np.asarray(numbers) * seq_len)
+
+    def check(self) -> None:
+        """Compare every file with its hash in meta.json. Raises InputError where they differ."""
+        from tqdm import tqdm
+
+        known = {f"{name}.bin": file["sha256"] for name, file in self.meta["files"].items()}
+        known["tokenizer.json"] = self.meta["tokenizer"]["sha256"]
+        for name, sha256 in tqdm(known.items(), "check data", disable=None, leave=False):
+            if sha256_of(self.folder / name) != sha256:
+                path = self.folder / name
+                raise InputError(f"{path}: damaged, not what meta.json says; prepare it again")
+
+
+def is_meta(meta: dict) -> bool:
+    """Whether a meta.json has what is used of it, of the right types, for every domain and split."""
+
+    def has(record, **types) -> bool:
+        return isinstance(record, dict) and all(
+            type(record.get(key)) is t for key, t in types.items()
+        )
+
+    if not has(meta, format=int, files=dict, tokenizer=dict) or meta["format"] != FORMAT:
+        return False
+    if not has(meta["tokenizer"], sha256=str, vocab_size=int, end_of_text=int):
+        return False
+    domains = {name.rpartition(".")[0] for name in meta["files"]}
+    if not domains or set(meta["files"]) != {f"{d}.{split}" for d in domains for split in SPLITS}:
+        return False
+    files = meta["files"].values()
+    return all(DOMAIN.fullmatch(d) for d in domains) and all(
+        has(file, documents=int, tokens=int, bytes=int, sha256=str) and file["tokens"] > 0
+        for file in files
+    )
+
+
+# ---- sources to documents ----
+
+
+READABLE = re.compile(r"\.(txt|jsonl|ndjson|json)(\.gz|\.zst)?|\.parquet", re.IGNORECASE)
+BLOCK = 2**20  # bytes of text, about, that are read or handed to a worker at a time
+LONGEST = 2**24  # bytes of the longest document
+
+
+Sources = dict[str | None, list[Path]]  # files by domain; None: their records name the domain
+
+
+class Document(NamedTuple):
+    """A text and the domain that it belongs to."""
+
+    domain: str
+    text: str
+
+
+class BadLine(NamedTuple):
+    """A line or row of a source that makes no document; `domain`: of the source, if it has one."""
+
+    domain: str | None
+    path: Path
+    number: int
+    why: str
+
+
+def ending(path: str | Path) -> str:
+    """A file's kind, by its name: ".jsonl.gz", ".txt", …; "" for what is not read."""
+    name = Path(path).name.lower()
+    match = re.search(r"\.[a-z]+(\.gz|\.zst)?$", name)
+    if match and READABLE.fullmatch(match[0]):
+        return match[0]
+    return ""
+
 
 def source_files(source: str) -> list[Path]:
-    """The files behind a path, a folder (all that is readable below it), a glob or hf://datasets/ORG/NAME/GLOB@REV."""
-    place = f"{glob.escape(source)}/**" if Path(source).is_dir() else source
-    if hub := re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)/([^@]+)(@[^@]+)?", source):
-        place = f"{glob.escape(str(hub_folder(hub[1] + (hub[3] or ''), [hub[2]], 'dataset')))}/{hub[2]}"
-    readable = re.compile(r".*(\.(txt|jsonl?)(\.gz|\.zst)?|\.parquet)", re.DOTALL)
-    files = sorted(map(Path, filter(readable.fullmatch, glob.glob(place, recursive=True))))
+    """The files of a path, a folder and all below it, a glob or hf://datasets/ORG/NAME/GLOB@REV."""
+    hub = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)/([^@]+)(@[^@]+)?", source)
+    if hub:
+        folder = hub_folder(hub[1] + (hub[3] or ""), [hub[2]], "dataset")
+        pattern = f"{glob.escape(str(folder))}/{hub[2]}"
+    elif Path(source).is_dir():
+        pattern = f"{glob.escape(source)}/**"
+    elif Path(source).exists():  # whatever characters it has in its name
+        pattern = glob.escape(source)
+    else:
+        pattern = source
+    files = sorted(Path(path) for path in glob.glob(pattern, recursive=True) if ending(path))
     if not files:
-        raise InputError(f"{source}: no file there that ends in .txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet")
+        known = ".txt, .jsonl, .ndjson, .json (these also with .gz or .zst) or .parquet"
+        raise InputError(f"{source}: no file there that ends in {known}")
     return files
 
 
-def unpack(file):
-    """Yield what an open .zst holds, a BLOCK at a time. Raises EOFError if it is cut short."""
-    from zstandard import ZstdDecompressor
-    stream, packed, buffer = ZstdDecompressor().decompressobj(), b"", bytearray()
-    while packed := packed or file.read(2**9):  # little at a time, for zstd packs up to 2^15 to one
-        stream = ZstdDecompressor().decompressobj() if stream.eof else stream
-        buffer += stream.decompress(packed)
-        packed = stream.unused_data if stream.eof else b""
-        while len(buffer) >= BLOCK:
-            yield bytes(buffer[:BLOCK])
-            del buffer[:BLOCK]
-    if not stream.eof:
-        raise EOFError("it is cut short")
-    yield bytes(buffer)
+def unpacked(path: Path, file):
+    """The open file, or a stream that unpacks it where its name says that it is packed."""
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        return gzip.GzipFile(fileobj=file)
+    if suffix == ".zst":
+        if sys.version_info >= (3, 14):
+            from compression import zstd
+        else:
+            from backports import zstd
+        # Public dumps are packed with windows of up to 2^31 bytes.
+        return zstd.ZstdFile(file, options={zstd.DecompressionParameter.window_log_max: 31})
+    return file
 
 
-def records(path: Path, file, keys: list[str]):
-    """Yield the lines of an open file, of which a .txt has one, as bytes, and the rows of a .parquet as dicts."""
+def lines_of(stream) -> Iterator[bytes]:
+    """The lines of a stream; of one longer than LONGEST, as much as shows that it is."""
+    while line := stream.readline(LONGEST + 1):
+        yield line
+        while len(line) > LONGEST and not line.endswith(b"\n"):
+            line = stream.readline(LONGEST + 1)
+
+
+def records(path: Path, file, keys: list[str]) -> Iterator[bytes | dict]:
+    """The lines of an open file, of which a .txt has one, as bytes, and the rows of a .parquet as
+    dicts.
+
+    keys: the columns that are needed of a .parquet. Raises InputError where it cannot be read to
+    its end.
+    """
     try:
-        if path.suffix == ".parquet":
+        if ending(path) == ".parquet":
             from pyarrow.parquet import ParquetFile
+
             for batch in ParquetFile(file).iter_batches(16, columns=keys):
                 yield from batch.to_pylist()
-            return
-        file, rest = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file, b""
-        for piece in unpack(file) if path.suffix == ".zst" else iter(lambda: file.read(BLOCK), b""):
-            *lines, rest = [rest + piece] if path.name.endswith(TXT) else (rest + piece).split(b"\n")
-            yield from lines
-            rest = rest[:LONGEST + 1]  # more of it makes no document
-        yield rest
+        elif ending(path).startswith(".txt"):
+            yield unpacked(path, file).read(LONGEST + 1)
+        else:
+            yield from lines_of(unpacked(path, file))
     except Exception as e:  # of many libraries
-        way_out = f"pip install {e.name}" if isinstance(e, ImportError) else "get it again"
+        way_out = "get it again"
+        if isinstance(e, ImportError):
+            way_out = f"pip install {e.name or 'backports.zstd'}"
+            if path.suffix.lower() == ".zst":
+                way_out = "pip install backports.zstd"
         raise InputError(f"{path}: cannot be read to its end: {str(e)[:200]}; {way_out}") from None
 
 
-def read(sources: dict[str | None, list[Path]], text_key: str, domain_key: str | None, full=()):
-    """Yield (domain, text) for every document of {domain: files}, or of {None: files} with a domain_key, while a bar
-    counts bytes; for a line without one (domain, InputError). Domains in `full` are read no further."""
-    from tqdm import tqdm, utils
+def look_up(record: dict, key: str) -> str:
+    """The string under a key, or under a path of keys joined by dots. Raises ValueError."""
+    value = record
+    for part in [key] if isinstance(record, dict) and key in record else key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    if not isinstance(value, str):
+        raise ValueError(f"no text under {key!r}")
+    value.encode()  # raises UnicodeEncodeError, a ValueError, for a lone surrogate
+    return value
+
+
+def parsed(line: bytes | dict, path: Path, number: int, keys: list[str]) -> list[str]:
+    """What a line or row has under `keys`; a .txt is its own text. Raises ValueError, RecursionError."""
+    if isinstance(line, bytes):
+        if len(line) > LONGEST:
+            raise ValueError(f"longer than {LONGEST:,} bytes")
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        line = {keys[0]: text} if ending(path).startswith(".txt") else json.loads(text)
+    return [look_up(line, key) for key in keys]
+
+
+def read(
+    sources: Sources,
+    text_key: str,
+    domain_key: str | None,
+    full: set[str] = frozenset(),
+) -> Iterator[Document | BadLine]:
+    """Every document of {domain: files}, or of {None: files} whose records name their domain under
+    domain_key.
+
+    A bar counts bytes. full: domains that are read no further, as soon as they are in it.
+    """
+    from tqdm import tqdm
+
+    keys = [text_key, domain_key] if domain_key else [text_key]
     files = [(domain, path) for domain, paths in sources.items() for path in paths]
-    keys, size = [text_key, *filter(None, [domain_key])], sum(path.stat().st_size for _, path in files)
-    with tqdm(total=size, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+    total = sum(path.stat().st_size for _, path in files)
+    with tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        done = 0  # bytes, of the files before this one
         for domain, path in files:
+            bar.set_description(domain or path.name)
             with open(path, "rb") as file:
-                lines = enumerate(records(path, utils.CallbackIOWrapper(bar.update, file, "read"), keys), 1)
-                for number, line in itertools.takewhile(lambda _: domain not in full, lines):
-                    if isinstance(line, bytes) and not line.strip():
+                for number, line in enumerate(records(path, file, keys), 1):
+                    if domain in full:
+                        break
+                    bar.update(done + file.tell() - bar.n)
+                    if (
+                        isinstance(line, bytes)
+                        and not line.strip()
+                        and not ending(path).startswith(".txt")
+                    ):
                         continue
                     try:
-                        if len(line) > LONGEST:
-                            raise ValueError(f"longer than {LONGEST:,} bytes")
-                        if isinstance(line, bytes):
-                            line = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                            line = {text_key: line} if path.name.endswith(TXT) else json.loads(line)
-                        found = [line.get(key) or functools.reduce(dict.get, key.split("."), line) for key in keys]
-                        "".join(found).encode()  # fails if they are no strings, or hold a lone surrogate
-                        yield found[1] if domain_key else domain, found[0]
-                    except (ValueError, TypeError, AttributeError, RecursionError) as e:
-                        what = f"no text under {' or domain under '.join(map(repr, keys))} ({type(e).__name__}: {e})"
-                        yield domain, InputError(f"{path}:{number}: {what[:300]}; --max-bad N lets N such lines pass")
+                        text, *named = parsed(line, path, number, keys)
+                    except (ValueError, RecursionError) as e:
+                        yield BadLine(domain, path, number, f"{type(e).__name__}: {e}"[:300])
+                    else:
+                        yield Document(named[0] if named else domain, text)
+            done += path.stat().st_size
 
 
-def hash_and_split(text: str, val: float, test: float) -> tuple[int, str]:
-    """64 bits of the text alone, which tell exact duplicates, and the split that they put it in."""
-    key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest()[8:], "little")
-    return key, "test" if key / 2**64 < test else "val" if key / 2**64 < test + val else "train"
+# ---- splits ----
 
 
-def sample_texts(domain: str):
-    """Yield the documents of a sample domain, from files that every installation of the requirements has; files are
-    cut, at blank lines before unindented ones, into pieces of about 4096 characters."""
-    if domain == "manual":
-        from pydoc_data.topics import topics
-        texts = [topics[name] for name in sorted(topics)]
-    else:
-        folders, pattern = {"cpp": ("torch/include", "*.h"), "docstrings": ("numpy torch", "*.py"),
-                            "python": ("argparse", "*.py"), "stubs": ("numpy torch matplotlib", "*.pyi")}[domain]
-        folders = [Path(find_spec(f.partition("/")[0]).origin).parent / f.partition("/")[2] for f in folders.split()]
-        files = [(n, path.relative_to(f).as_posix()) for n, f in enumerate(folders) for path in f.rglob(pattern)]
-        files.sort(key=lambda file: (file[0], hashlib.sha256(file[1].encode()).digest()))  # mixed, everywhere alike
-        texts = ((folders[n] / name).read_text(encoding="utf-8", errors="ignore") for n, name in files
-                 if not re.match("site-packages|pydoc_data", name))  # not the library's own; the manual once more
-    for text in texts:
-        if domain == "docstrings":
-            with contextlib.suppress(SyntaxError):  # of a newer Python
-                documented = [n for n in ast.walk(ast.parse(text)) if isinstance(n, (ast.ClassDef, ast.FunctionDef))]
-                yield from filter(None, map(ast.get_docstring, documented))
-            continue
-        piece = ""
-        for block in re.split(r"(?<=\n)\n+(?=\S)", text):
-            if piece and len(piece) + len(block) > 4096:
-                yield piece
-                piece = ""
-            piece += ("\n" if piece else "") + block
-        yield piece
+class Placed(NamedTuple):
+    """A document, the split that it goes into, and the hash that put it there."""
+
+    domain: str
+    split: str
+    text: str
 
 
-def make_sample(fractions: dict[str, float], max_bytes: int = 4_000_000) -> tuple[list, dict[str, float]]:
-    """The sample's (domain, text) pairs, less near-duplicates, half of whose 13-grams of words or more stood in earlier
-    texts; and for each domain the share of its test split's distinct 13-grams that its train split has too."""
-    from tqdm import tqdm
-    documents, overlap = [], {}
-    for domain in tqdm(("cpp", "docstrings", "manual", "python", "stubs"), "sample", disable=None, leave=False):
-        seen, in_split, size = set(), {split: set() for split in SPLITS}, 0
-        for text in sample_texts(domain):
-            words = re.findall(r"\w+", text)
-            grams = {hash(tuple(words[i:i + 13])) for i in range(len(words) - 12)}
-            if len(text) >= 200 and len(grams & seen) <= len(grams) / 2:
-                seen |= grams
-                in_split[hash_and_split(text, **fractions)[1]] |= grams
-                documents.append((domain, text))
-                size += len(text.encode())
-                if size > max_bytes:
-                    break
-        overlap[domain] = len(in_split["test"] & in_split["train"]) / max(1, len(in_split["test"]))
-    return documents, overlap
+class LeftOut(NamedTuple):
+    """What goes into no bin: it is "bad" (then with an error's message), "empty" or "duplicate"."""
+
+    domain: str | None
+    reason: str
+    message: str = ""
 
 
-def place(documents, fractions: dict[str, float], domain_key: str | None):
-    """Yield lists, about a BLOCK of text each, of (domain, split, text) for all (label, text). A bad or empty document
-    and an exact duplicate in a domain has that word for its split. Of each, 8 bytes are remembered."""
-    batch, size, labels, seen = [], 0, {}, {}
-    for label, text in documents:
-        if isinstance(text, InputError):
-            domain, split, text = label, "bad", str(text)
+def hash_of(text: str) -> int:
+    """64 bits of the text alone, which tell exact duplicates and choose the split."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest()[8:], "little")
+
+
+def split_of(key: int, fractions: dict[str, float]) -> str:
+    """The split of a text with this hash. fractions: {"val", "test": share of the documents}."""
+    x = key / 2**64
+    if x < fractions["test"]:
+        return "test"
+    return "val" if x < fractions["test"] + fractions["val"] else "train"
+
+
+def domain_named(label: str, by_record: bool) -> str:
+    """A domain's name: as given or, if records name it, made fit for a file. Raises InputError."""
+    domain = re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_") if by_record else label
+    if not DOMAIN.fullmatch(domain):
+        use = "use A-Z a-z 0-9 - _ (not mean, improved, worst)"
+        raise InputError(f"{label[:100]!r} cannot be a domain; {use}")
+    return domain
+
+
+def place(
+    documents: Iterable[Document | BadLine], fractions: dict[str, float], by_record: bool = False
+) -> Iterator[list[Placed | LeftOut]]:
+    """Documents in lists of about a BLOCK of text, each with its split; empty and duplicate ones
+    are left out.
+
+    Duplicates are told within a domain, by a 64-bit hash of every document that is kept in memory.
+    Raises InputError for a name that cannot be a domain's, and for two that some disks do not tell apart.
+    """
+    batch, size = [], 0
+    labels: dict[str, str] = {}  # by name of the domain in lower case
+    seen: dict[str, set[int]] = defaultdict(set)
+    for document in documents:
+        if isinstance(document, BadLine):
+            where = f"{document.path}:{document.number}"
+            message = f"{where}: {document.why}; --max-bad N lets N such lines pass"
+            batch.append(LeftOut(document.domain, "bad", message))
         else:
-            domain = re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_") if domain_key else label
-            if not re.fullmatch(r"(?!(mean|improved|worst)$)[A-Za-z0-9][A-Za-z0-9_-]{0,99}", domain):
-                raise InputError(f"{label[:100]!r} cannot be a domain; use A-Z a-z 0-9 - _ (not mean, improved, worst)")
-            if labels.setdefault(domain, label) != label:
-                raise InputError(f"{labels[domain]!r} and {label!r} would both be called {domain}; rename one of them")
-            key, split = hash_and_split(text, **fractions)
-            recent, older = seen.setdefault(domain, (set(), np.empty(0, dtype=np.uint64)))
-            at = np.searchsorted(older, np.uint64(key))
-            if not text or key in recent or key in older[at:at + 1]:
-                split, text = "duplicate" if text else "empty", ""
-            recent.add(key)
-            if len(recent) >= RECENT:
-                seen[domain] = set(), np.union1d(older, np.fromiter(recent, dtype=np.uint64))
-        batch.append((domain, split, text))
-        size += len(text) + 100  # for an empty one takes memory too
+            label, text = document
+            domain = domain_named(label, by_record)
+            known = labels.setdefault(domain.lower(), label)
+            if known != label:
+                both = f"{known!r} and {label!r} would both be called {domain.lower()}"
+                raise InputError(f"{both}; rename one of them")
+            key = hash_of(text)
+            if not text.strip():
+                batch.append(LeftOut(domain, "empty"))
+            elif key in seen[domain]:
+                batch.append(LeftOut(domain, "duplicate"))
+            else:
+                batch.append(Placed(domain, split_of(key, fractions), text))
+                seen[domain].add(key)
+                size += len(text)
+        size += 100  # what holds no text takes memory too
         if size >= BLOCK:
             yield batch
             batch, size = [], 0
     yield batch
 
 
-def encode(batch: list[tuple[str, str, str]]) -> list[tuple]:
-    """(domain, split, text as it is or, of one that goes into a bin, its number of bytes and its tokens)."""
-    end = np.uint16(encode.tokenizer.end_of_text)
-    return [(domain, split, len(text.encode()), np.append(encode.tokenizer.encode(text), end).astype("<u2").tobytes())
-            if split in SPLITS else (domain, split, text, b"") for domain, split, text in batch]
+# ---- the sample ----
+
+
+SAMPLE_DOMAINS = ("cpp", "docstrings", "manual", "python", "stubs")
+SAMPLE_FILES = {  # packages, folders of one, or a module in the folder that is meant; and a pattern
+    "cpp": (["torch/include"], "*.h"),
+    "docstrings": (["numpy", "torch"], "*.py"),
+    "python": (["argparse"], "*.py"),
+    "stubs": (["numpy", "torch", "matplotlib"], "*.pyi"),
+}
+
+
+def installed_files(packages: list[str], pattern: str) -> Iterator[Path]:
+    """The files below installed packages, in an order that is mixed, and the same everywhere."""
+    found = []
+    for number, package in enumerate(packages):
+        name, _, below = package.partition("/")
+        folder = Path(find_spec(name).origin).parent / below
+        for path in folder.rglob(pattern):
+            relative = path.relative_to(folder).as_posix()
+            # Of the standard library's folder: not what pip installed there, nor the manual once
+            # more.
+            if not re.match("site-packages|pydoc_data", relative):
+                found.append((number, hashlib.sha256(relative.encode()).digest(), path))
+    for _, _, path in sorted(found):
+        yield path
+
+
+def docstrings_of(source: str) -> Iterator[str]:
+    """The docstrings of the classes and functions in Python source."""
+    with contextlib.suppress(SyntaxError):  # of a newer Python
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+                text = ast.get_docstring(node)
+                if text:
+                    yield text
+
+
+def pieces_of(text: str) -> Iterator[str]:
+    """A text cut, at blank lines before unindented ones, into pieces of about 4096 characters."""
+    piece = ""
+    for block in re.split(r"(?<=\n)\n+(?=\S)", text):
+        if piece and len(piece) + len(block) > 4096:
+            yield piece
+            piece = ""
+        piece += f"\n{block}" if piece else block
+    yield piece
+
+
+def sample_texts(domain: str) -> Iterator[str]:
+    """The texts of a sample domain, from files that every installation of the requirements has."""
+    if domain == "manual":
+        from pydoc_data.topics import topics
+
+        texts = (topics[name] for name in sorted(topics))
+    else:
+        paths = installed_files(*SAMPLE_FILES[domain])
+        texts = (path.read_text(encoding="utf-8", errors="ignore") for path in paths)
+    cut = docstrings_of if domain == "docstrings" else pieces_of
+    for text in texts:
+        yield from cut(text)
+
+
+def make_sample(
+    fractions: dict[str, float], max_bytes: int = 4_000_000
+) -> tuple[list[Document], dict[str, float]]:
+    """The sample's documents, less short ones and near-duplicates, and how much of it leaks between
+    splits.
+
+    A near-duplicate is a text of which more than half of the 13-grams of words stood in earlier
+    texts. The leak is, for each domain, the share of its test split's distinct 13-grams that its
+    train split has too.
+    """
+    from tqdm import tqdm
+
+    documents, overlap = [], {}
+    for domain in tqdm(SAMPLE_DOMAINS, "sample", disable=None, leave=False):
+        seen = set()
+        in_split = {split: set() for split in SPLITS}
+        size = 0
+        for text in sample_texts(domain):
+            words = re.findall(r"\w+", text)
+            grams = {hash(tuple(words[i : i + 13])) for i in range(len(words) - 12)}
+            if len(text) < 200 or len(grams & seen) > len(grams) / 2:
+                continue
+            seen |= grams
+            in_split[split_of(hash_of(text), fractions)] |= grams
+            documents.append(Document(domain, text))
+            size += len(text.encode())
+            if size > max_bytes:
+                break
+        leaked = in_split["test"] & in_split["train"]
+        overlap[domain] = len(leaked) / max(1, len(in_split["test"]))
+    return documents, overlap
+
+
+# ---- bins ----
+
+
+class Encoded(NamedTuple):
+    """A document's tokens as they stand in a bin, and the number of UTF-8 bytes of its text."""
+
+    domain: str
+    split: str
+    tokens: bytes
+    size: int
+
+
+def encode(batch: list[Placed | LeftOut], tokenizer: Tokenizer) -> list[Encoded | LeftOut]:
+    """The tokens of each document, ended by the end-of-text id."""
+    encoded = []
+    for item in batch:
+        if isinstance(item, LeftOut):
+            encoded.append(item)
+            continue
+        ids = np.append(tokenizer.encode(item.text), np.uint16(tokenizer.end_of_text))
+        tokens = ids.astype("<u2").tobytes()
+        encoded.append(Encoded(item.domain, item.split, tokens, len(item.text.encode())))
+    return encoded
+
+
+_tokenizer: Tokenizer | None = None  # of a worker process
 
 
 def start_worker(tokenizer: Path) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one, whose end ends it
-    encode.tokenizer = Tokenizer(tokenizer)
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    global _tokenizer
+    _tokenizer = Tokenizer(tokenizer)
+    # Ctrl-C is for the process that started this one. When that ends, this one does, too.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def encode_all(batches, workers: int, tokenizer: Path):
-    """map(encode, batches) by several processes, of which each has a few waiting, so that memory stays bounded."""
+def end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def encode_in_worker(batch: list[Placed | LeftOut]) -> list[Encoded | LeftOut]:
+    return encode(batch, _tokenizer)
+
+
+def encode_all(
+    batches: Iterator[list[Placed | LeftOut]], workers: int, tokenizer: Path
+) -> Iterator[list[Encoded | LeftOut]]:
+    """`encode` for every batch, in order, by several processes; few batches wait at a time."""
     if workers <= 1:
-        yield from map(encode, batches)
+        own = Tokenizer(tokenizer)
+        for batch in batches:
+            yield encode(batch, own)
         return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, (tokenizer,)) as pool:
-        waiting = deque(pool.submit(encode, batch) for batch in itertools.islice(batches, 3 * workers))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, start_worker, (tokenizer,)) as pool:
+        waiting = deque()
+        for batch in batches:
+            waiting.append(pool.submit(encode_in_worker, batch))
+            if len(waiting) == 3 * workers:
+                yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-            waiting.extend(pool.submit(encode, batch) for batch in itertools.islice(batches, 1))
 
 
-def write_bins(folder: Path, encoded, named: list[str], limit_tokens: int | None, max_bad: int, full: set) -> tuple:
-    """Write documents to folder/DOMAIN.SPLIT.bin; returns what meta.json says of each file, and how many were left out
-    and why. A domain that has its limit_tokens goes into `full`. Raises InputError if a file stays empty."""
-    files, bins, left_out = {}, {}, Counter()
-    with contextlib.ExitStack() as stack:
-        for domain, split, size, tokens in itertools.chain.from_iterable(encoded):
-            if domain in full or split not in SPLITS:
-                left_out[split] += domain not in full
-                if left_out["bad"] > max_bad:
-                    raise InputError(size)
+def write_bins(
+    folder: Path,
+    batches: Iterator[list[Encoded | LeftOut]],
+    limit_tokens: int | None,
+    max_bad: int,
+    full: set[str],
+) -> tuple[dict[str, dict], dict[str, int]]:
+    """Write documents to folder/DOMAIN.SPLIT.bin, which is open only while a batch is added to it.
+
+    A domain that has its limit_tokens goes into `full`, and gets no more. Returns what meta.json
+    says of each file, and how many documents were left out, by reason. Raises InputError for more
+    than max_bad bad ones.
+    """
+    files: dict[str, Counter] = {}
+    left_out = Counter()
+    for batch in batches:
+        contents = defaultdict(bytearray)
+        for item in batch:
+            if item.domain in full:
                 continue
-            if f"{domain}.{split}" not in files:
-                for name in (f"{domain}.{s}" for s in SPLITS):
-                    files[name] = Counter()
-                    bins[name] = stack.enter_context(open(folder / f"{name}.bin", "wb"))
-            bins[f"{domain}.{split}"].write(tokens)
-            files[f"{domain}.{split}"].update(documents=1, tokens=len(tokens) // 2, bytes=size)
-            if limit_tokens and sum(files[f"{domain}.{s}"]["tokens"] for s in SPLITS) >= limit_tokens:
-                full.add(domain)
-    for name in [*files, *(f"{domain}.train" for domain in named)] or ["every split"]:
+            if isinstance(item, LeftOut):
+                left_out[item.reason] += 1
+                if left_out["bad"] > max_bad:
+                    raise InputError(item.message)
+                continue
+            names = [f"{item.domain}.{split}" for split in SPLITS]
+            for name in names:
+                files.setdefault(name, Counter(documents=0, tokens=0, bytes=0))
+            name = f"{item.domain}.{item.split}"
+            contents[name] += item.tokens
+            files[name].update(documents=1, tokens=len(item.tokens) // 2, bytes=item.size)
+            if limit_tokens and sum(files[name]["tokens"] for name in names) >= limit_tokens:
+                full.add(item.domain)
+        for name, content in contents.items():
+            with open(folder / f"{name}.bin", "ab") as file:
+                file.write(content)
+    return {name: dict(file) for name, file in files.items()}, dict(left_out)
+
+
+def check_no_split_is_empty(files: dict[str, dict], domains: Iterable[str | None]) -> None:
+    """Raise InputError if a split of a domain, or one of these domains, has no document."""
+    expected = [*files, *(f"{domain}.train" for domain in domains if domain)]
+    if not expected:
+        raise InputError("every split is left empty, of 0 documents; the sources hold no text")
+    for name in expected:
         if name not in files or not files[name]["documents"]:
-            n = sum(files[other]["documents"] for other in files if other.rpartition(".")[0] == name.rpartition(".")[0])
-            raise InputError(f"{name} is left empty, of {n} documents; add some, or raise --val- and --test-fraction")
-    for name, file in files.items():
-        content = np.memmap(folder / f"{name}.bin", np.uint8, "r")
-        file["sha256"] = hashlib.sha256(content).hexdigest()
-        file["chunks"] = [hashlib.sha256(content[i:i + CHUNK]).hexdigest()[:16] for i in range(0, len(content), CHUNK)]
-    return files, +left_out
+            domain = name.rpartition(".")[0]
+            splits = [f"{domain}.{split}" for split in SPLITS]
+            n = sum(files[split]["documents"] for split in splits if split in files)
+            way_out = "add some, or raise --val- and --test-fraction"
+            raise InputError(f"{name} is left empty, of {n} documents; {way_out}")
 
 
-def prepare(out: str | Path, sources: dict[str | None, list[Path]] | None = None, tokenizer: str = "train:4096",
-            text_key: str = "text", domain_key: str | None = None, val_fraction: float | None = None,
-            test_fraction: float | None = None, limit_tokens: int | None = None, max_bad: int = 0, workers: int = 1,
-            add: bool = False) -> Data:
-    """Write a data set to the folder `out`, or add domains to the one there. Raises InputError. sources: {domain:
-    files}, or {None: files} with a domain_key, under which each record names its domain; None is the sample."""
-    out, full, share = Path(out).resolve(), set(), 0.05 if sources else 0.1  # the sample is small
-    if out.exists() != add:
-        raise InputError(f"{out} {'is not there to add to' if add else 'exists; choose another --out, or --add to it'}")
-    fractions = {s: share if f is None else f for s, f in (("val", val_fraction), ("test", test_fraction))}
-    fractions = Data(out).meta.get("fractions", fractions) if add else fractions
-    vocabulary = re.fullmatch(r"train:(\d{1,9})", tokenizer) if not add else None
-    if vocabulary and not 257 <= int(vocabulary[1]) <= 2**16:
+# ---- prepare ----
+
+
+def train_tokenizer(
+    documents: Iterable[Document | BadLine],
+    vocab_size: int,
+    fractions: dict[str, float],
+    every: int,
+    path: Path,
+) -> None:
+    """Train a byte-level BPE on every so many of the train split's documents, and write its file."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    def texts():
+        for document in documents:
+            if isinstance(document, Document):
+                key = hash_of(document.text)
+                if split_of(key, fractions) == "train" and key % every == 0:
+                    yield document.text
+
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(texts(), vocab_size, 0, sys.stderr.isatty(), [END_OF_TEXT])
+    tokenizer.save(str(path))
+
+
+def vocabulary_to_train(tokenizer: str) -> int | None:
+    """The N of `train:N`; None if the tokenizer is one that there is. Raises InputError."""
+    match = re.fullmatch(r"train:(\d{1,9})", tokenizer)
+    if match is None:
+        return None
+    if not 257 <= int(match[1]) <= 2**16:
         raise InputError(f"--tokenizer {tokenizer}: the vocabulary must have 257 to 65,536 tokens")
+    return int(match[1])
+
+
+def fractions_of(val: float | None, test: float | None, default: float) -> dict[str, float]:
+    """The shares of documents for val and test. Raises InputError if a split is left without."""
+    fractions = {"val": default if val is None else val, "test": default if test is None else test}
     if min(fractions.values()) <= 0 or sum(fractions.values()) >= 1:
-        raise InputError(f"--val-fraction {val_fraction} --test-fraction {test_fraction}: every split needs a share")
+        raise InputError(f"--val-fraction {val} --test-fraction {test}: every split needs a share")
+    return fractions
+
+
+def prepare(
+    out: str | Path,
+    sources: Sources | None = None,
+    tokenizer: str = "train:4096",
+    *,
+    text_key: str = "text",
+    domain_key: str | None = None,
+    val_fraction: float | None = None,
+    test_fraction: float | None = None,
+    limit_tokens: int | None = None,
+    max_bad: int = 0,
+    workers: int = 1,
+    add: bool = False,
+) -> Data:
+    """Write a data set to the folder `out`, or add domains to the one there. Raises InputError.
+
+    sources: {domain: files}, or {None: files} with a domain_key, under which each record names its
+    domain; None makes the sample. tokenizer: what Tokenizer takes, or train:N. The fractions are of
+    documents. The other arguments are the command line's. The folder appears whole, at the end, or
+    not at all.
+    """
+    out = Path(out).resolve()
+    if out.exists() and not add:
+        raise InputError(f"{out} exists; choose another --out, or --add to it")
+    if add and not out.exists():
+        raise InputError(f"{out} is not there to add to")
+    fractions = fractions_of(
+        val_fraction, test_fraction, 0.05 if sources else 0.1
+    )  # the sample is small
+    vocab_size = None
+    if add:
+        fractions = Data(out).meta.get("fractions", fractions)
+        tokenizer = str(out)
+    else:
+        vocab_size = vocabulary_to_train(tokenizer)
     sample, overlap = ([], {}) if sources else make_sample(fractions)
-    stage = out.with_name(f".{out.name}-{hashlib.sha256(repr((sources, domain_key)).encode()).hexdigest()[:8]}.partial")
+
+    name = hashlib.sha256(repr((sources, domain_key)).encode()).hexdigest()[:8]
+    stage = out.with_name(f".{out.name}-{name}.partial")
     stage.mkdir(parents=True, exist_ok=True)
-    with hold(path := stage / "tokenizer.json", out), contextlib.ExitStack() as stack:
+    path = stage / "tokenizer.json"
+    with locked(path, out), contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, stage, ignore_errors=True)
-        if vocabulary:
-            from tokenizers import ByteLevelBPETokenizer
+        for leftover in stage.glob("*.bin"):  # of one that was killed
+            leftover.unlink()
+        if vocab_size:
             documents = read(sources, text_key, domain_key) if sources else sample
-            every = 1 + sum(path.stat().st_size for paths in (sources or {}).values() for path in paths) // 2**27
-            keys = ((text, *hash_and_split(text, **fractions)) for _, text in documents if isinstance(text, str))
-            texts = (text for text, key, split in keys if split == "train" and key % every == 0)  # of much text, a part
-            new = ByteLevelBPETokenizer()
-            new.train_from_iterator(texts, int(vocabulary[1]), 0, sys.stderr.isatty(), [END_OF_TEXT])
-            new.save(str(path))
-        encode.tokenizer = Tokenizer(out if add else path if vocabulary else tokenizer)
-        path.write_text(encode.tokenizer.json, encoding="utf-8")
+            paths = itertools.chain.from_iterable((sources or {}).values())
+            every = 1 + sum(path.stat().st_size for path in paths) // 2**27  # of much text, a part
+            train_tokenizer(documents, vocab_size, fractions, every, path)
+            tokenizer = path
+        loaded = Tokenizer(tokenizer)
+        path.write_text(loaded.json, encoding="utf-8")
+
+        full = set()
         documents = read(sources, text_key, domain_key, full) if sources else sample
-        encoded = encode_all(place(documents, fractions, domain_key), workers, path)
-        files, left_out = write_bins(stage, encoded, [*filter(None, sources or [])], limit_tokens, max_bad, full)
+        placed = place(documents, fractions, by_record=domain_key is not None)
+        files, left_out = write_bins(
+            stage, encode_all(placed, workers, path), limit_tokens, max_bad, full
+        )
+        check_no_split_is_empty(files, sources or [])
+        for name, file in files.items():
+            file["sha256"] = sha256_of(stage / f"{name}.bin")
+
+        meta = {
+            "format": FORMAT,
+            "tokenizer": loaded.meta,
+            "fractions": fractions,
+            "overlap": overlap,
+            "sources": {},
+            "left_out": {},
+            "files": {},
+        }
         if add:  # another process may do that, too
-            fcntl.flock(stack.enter_context(open(out / path.name, "rb+")), fcntl.LOCK_EX)
-        old = {"overlap": overlap, "sources": {}, "left_out": {}, "files": {}} | (Data(out).meta if add else {})
-        if twice := old["files"].keys() & files.keys():
+            stack.enter_context(locked(out / path.name, out, wait=True))
+            meta |= Data(out).meta
+        twice = meta["files"].keys() & files.keys()
+        if twice:
             raise InputError(f"{out} has {min(twice)} already; --add is for other domains")
-        old["sources"] |= {str(d or domain_key): [*map(str, paths)] for d, paths in (sources or {}).items()}
-        meta = {"format": FORMAT, "tokenizer": encode.tokenizer.meta, "fractions": fractions, **old}
-        meta["left_out"] = left_out + Counter(old["left_out"])
-        meta["files"] = dict(sorted((old["files"] | files).items()))
+        for domain, paths in (sources or {}).items():
+            meta["sources"][str(domain or domain_key)] = [str(path) for path in paths]
+        meta["left_out"] = dict(Counter(left_out) + Counter(meta["left_out"]))
+        meta["files"] = dict(sorted((meta["files"] | files).items()))
         (stage / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-        os.sync()  # all that is written is on the disk before it has its name
-        for name in [*(f"{name}.bin" for name in files), "meta.json"] if add else [""]:  # the folder itself
-            os.rename(stage / name, out / name)
+
+        if hasattr(os, "sync"):
+            os.sync()  # all that is written is on the disk before it has its name
+        if add:
+            for name in [*(f"{name}.bin" for name in files), "meta.json"]:
+                os.replace(stage / name, out / name)
+        else:
+            os.rename(stage, out)
     return Data(out)
 
 
+# ---- main ----
+
+
+def parse_sources(words: list[str], domain_key: str | None) -> Sources:
+    """Sources as {domain: files}, or with a domain_key as {None: files}. Raises InputError."""
+    sources: Sources = {}
+    for word in words:
+        name, equals, path = (None, "=", word) if domain_key else word.partition("=")
+        if not equals or not path:
+            expected = "name=path, or --domain-key for records that name their domain"
+            raise InputError(f"{word}: expected {expected}")
+        sources.setdefault(name, []).extend(source_files(path))
+    return sources
+
+
 def main():
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # of these, those that this process may use
+        cores = len(os.sched_getaffinity(0))
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
-    add("sources", nargs="*", metavar="name=source", help="file, folder, glob or hf://datasets/…; none: the sample")
+    add(
+        "sources",
+        nargs="*",
+        metavar="name=source",
+        help="file, folder, glob or hf://datasets/…; none: the sample",
+    )
     add("--out", default=SAMPLE, help="folder to write (default: %(default)s)")
-    add("--add", action="store_true", help="add domains to the data set in --out, with its tokenizer and fractions")
-    add("--tokenizer", help="a model, a tokenizer.json, or train:N to train one (the sample: train:4096)")
+    add(
+        "--add",
+        action="store_true",
+        help="add domains to the data set in --out, with its tokenizer and fractions",
+    )
+    add(
+        "--tokenizer",
+        help="a model, a tokenizer.json, or train:N to train one (the sample: train:4096)",
+    )
     add("--text-key", default="text", help="dotted key of a record's text (default: %(default)s)")
-    add("--domain-key", help="dotted key of a record's domain; sources are then given without a name")
-    add("--val-fraction", type=float, help="(default: 0.05; the sample: 0.1)")
+    add(
+        "--domain-key",
+        help="dotted key of a record's domain; sources are then given without a name",
+    )
+    add(
+        "--val-fraction", type=float, help="share of the documents (default: 0.05; the sample: 0.1)"
+    )
     add("--test-fraction", type=float, help="likewise")
     add("--limit-tokens", type=int, metavar="N", help="stop a domain after N tokens")
-    add("--max-bad", type=int, default=0, metavar="N", help="lines without a document to skip (default: %(default)s)")
-    add("--workers", type=int, default=CORES, metavar="N", help="processes that tokenize (default: all cores)")
+    add(
+        "--max-bad",
+        type=int,
+        default=0,
+        metavar="N",
+        help="lines without a document to skip (default: %(default)s)",
+    )
+    add(
+        "--workers",
+        type=int,
+        default=cores,
+        metavar="N",
+        help="processes that tokenize (default: all cores)",
+    )
     args = parser.parse_args()
     if args.add and not args.sources or args.sources and args.add == bool(args.tokenizer):
-        raise InputError("name sources, and --tokenizer (pythia-70m is Pythia's, train:4096 trains one) or --add")
-    sources = {}
-    for source in args.sources:
-        name, equals, path = (None, "=", source) if args.domain_key else source.partition("=")
-        if not equals or not path:
-            raise InputError(f"{source}: expected name=path, or --domain-key for records that name their domain")
-        sources.setdefault(name, []).extend(source_files(path))
-    data = prepare(args.out, sources or None, args.tokenizer or "train:4096", args.text_key, args.domain_key,
-                   args.val_fraction, args.test_fraction, args.limit_tokens, args.max_bad, args.workers, args.add)
+        tokenizer = "--tokenizer (pythia-70m is Pythia's, train:4096 trains one)"
+        raise InputError(f"name sources, and {tokenizer} or --add")
+    data = prepare(
+        args.out,
+        parse_sources(args.sources, args.domain_key) or None,
+        args.tokenizer or "train:4096",
+        text_key=args.text_key,
+        domain_key=args.domain_key,
+        val_fraction=args.val_fraction,
+        test_fraction=args.test_fraction,
+        limit_tokens=args.limit_tokens,
+        max_bad=args.max_bad,
+        workers=args.workers,
+        add=args.add,
+    )
     print(f"{'':<24}{'documents':>12}{'tokens':>16}{'bytes/token':>13}")
     for name, file in data.meta["files"].items():
-        print(f"{name:<24}{file['documents']:>12,}{file['tokens']:>16,}{file['bytes'] / file['tokens']:>13.2f}")
-    print("left out:", ", ".join(f"{n:,} {kind}" for kind, n in data.meta["left_out"].items()) or "nothing")
-    if shares := ", ".join(f"{domain} {share:.0%}" for domain, share in data.meta["overlap"].items()):
+        ratio = file["bytes"] / file["tokens"]
+        print(f"{name:<24}{file['documents']:>12,}{file['tokens']:>16,}{ratio:>13.2f}")
+    left_out = ", ".join(f"{n:,} {reason}" for reason, n in data.meta["left_out"].items())
+    print("left out:", left_out or "nothing")
+    if data.meta["overlap"]:
+        shares = ", ".join(
+            f"{domain} {share:.0%}" for domain, share in data.meta["overlap"].items()
+        )
         print(f"13-grams of the test split that the train split has too: {shares}")
 
 

@@ -1,98 +1,187 @@
-"""One model, one mixture, one short pass: continued pretraining on exactly the sequences that the mixture counts.
+"""One model, one mixture, one short pass: continued pretraining on exactly the sequences counted.
 
-    python train.py --mix uniform --sequences 800                   # scratch:tiny on data/sample; seconds on a CPU
-    python train.py --data data/pile --model pythia-1b --mix out/mix/mix.json --out out/pythia-1b
-    torchrun --nproc_per_node=8 train.py --data data/pile --model pythia-1b --mix horizon --out out/horizon
+    python train.py --mix uniform --sequences 800     # scratch:tiny on data/sample; seconds on a
+    CPU python train.py --data data/pile --model pythia-1b --mix out/mix/mix.json --out
+    out/pythia-1b torchrun --nproc_per_node=8 train.py --data data/pile --model pythia-1b --mix
+    horizon --out out/1b
 
-The order of the pass is a pure function of data, counts and seed; ranks, micro-batches and restarts only slice it.
+The order of the pass is a pure function of data, counts and seed; ranks, micro-batches and
+restarts only slice it.
 """
+
+import ast
 import contextlib
 import hashlib
 import json
 import math
+import os
 import re
+import shlex
 import shutil
+import signal
+import sys
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.nn.parallel import DistributedDataParallel
 
-from eval import (Stopped, asked, assign, autocast, autocast_dtype, barrier, can_compile, check_data, check_fit,
-                  check_tokenizer, enough_memory, evaluate, fill, finish, flops_per_token, gathered, is_sharded,
-                  mean_loss, model_card, peak_flops, pinned, rank_and_world, results, rows_in_training, say, shard,
-                  start, stoppable, table, whole, window_count)
-from model import SHAPES, GPTNeoX, load, load_json, replacing, save, sync, write_safetensors, write_text
-from prepare import SAMPLE, SPLITS, ArgumentParser, Data, InputError, cli, hold
+from eval import check_fit, domain_means, evaluate, results, table, warn_of_another_tokenizer
+from model import (
+    SHAPES,
+    Config,
+    GPTNeoX,
+    add_up,
+    autocast,
+    autocast_dtype,
+    barrier,
+    can_compile,
+    enough_memory,
+    find_device,
+    finish,
+    from_first_rank,
+    load,
+    peak_flops,
+    pinned,
+    rank,
+    save,
+    say,
+    sequences_at_once,
+    start,
+    world_size,
+    write_safetensors,
+)
+from prepare import (
+    SAMPLE,
+    SPLITS,
+    ArgumentParser,
+    Data,
+    InputError,
+    cli,
+    load_json,
+    locked,
+    replacing,
+    sha256_of,
+    sync,
+    write_json,
+    write_text,
+)
 
-HORIZON = {"arxiv": 608, "books": 613, "github": 226, "web": 8516, "wikipedia": 1438}  # the published mixture
 RESUME_HINT = "; the same command with --resume goes on"
 
 
+# ---- the order of the pass ----
+
+
+HORIZON = {"arxiv": 608, "books": 613, "github": 226, "web": 8516, "wikipedia": 1438}  # the post's
+
+
 def splitmix64(x: np.ndarray) -> np.ndarray:
-    """The finalizer of splitmix64 (Steele, Lea & Flood 2014, section 5), elementwise on uint64; wraps."""
+    """The finalizer of splitmix64 (Steele, Lea & Flood 2014, section 5), on uint64; it wraps."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
-class Mixture:
-    """The sequences of one pass over `counts`, {domain: number of sequences}, in their order. Integers only.
+def places(count: int) -> np.ndarray:
+    """Where the draws of a domain stand in the pass, (count,) uint64: draw k at (k + 1/2) / count.
 
-    Draw k of a domain with n windows is window perm(k // n)[k % n]: no window comes twice within an epoch, and a larger
-    count holds a smaller one's draws. seen: {domain: (n,) how often each window was trained on before}; the least seen
-    come first. Raises InputError for counts that make no mixture of this data.
+    As floor((2k + 1) 2^62 / count), so that places are compared exactly: in two divisions, for
+    the product has more than 64 bits.
+    """
+    word = np.uint64(31)
+    n = np.uint64(count)
+    numerators = (2 * np.arange(count, dtype=np.uint64) + np.uint64(1)) << word
+    high, rest = np.divmod(numerators, n)
+    return (high << word) | (rest << word) // n
+
+
+class Mixture:
+    """The sequences of one pass over `counts`, {domain: number of sequences}, in their order.
+
+    Draw k of a domain with n windows is window perm(k // n)[k % n]: no window comes twice within
+    an epoch, and a larger count holds a smaller one's draws. seen: {domain: (n,) how often each
+    window was trained on before}; the least seen come first. Nothing here is random or a float.
+    Raises InputError for counts that make no mixture of this data.
     """
 
-    def __init__(self, data: Data, counts: dict[str, int], seq_len: int, seed: int = 0,
-                 seen: dict[str, np.ndarray] | None = None):
-        for d, count in counts.items():
-            if d not in data.domains:
-                raise InputError(f"mixture: {data.folder} has no domain {d!r}; it has {', '.join(data.domains)}")
-            if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count < 2**31:
-                raise InputError(f"mixture: {d} has {count!r} sequences; expected a whole number from 0 to 2^31 - 1")
+    def __init__(
+        self,
+        data: Data,
+        counts: dict[str, int],
+        seq_len: int,
+        seed: int = 0,
+        seen: dict[str, np.ndarray] | None = None,
+    ):
+        for domain, count in counts.items():
+            if domain not in data.domains:
+                has = f"it has {', '.join(data.domains)}"
+                raise InputError(f"mixture: {data.folder} has no domain {domain!r}; {has}")
+            if type(count) is not int or not 0 <= count < 2**31:
+                expected = "expected a whole number from 0 to 2^31 - 1"
+                raise InputError(f"mixture: {domain} has {count!r} sequences; {expected}")
         if not any(counts.values()):
             raise InputError("mixture: every count is zero; there is nothing to train on")
-        self.data, self.seq_len, self.seed, self.seen = data, seq_len, seed, seen or {}
+        self.data = data
+        self.seq_len = seq_len
+        self.seed = seed
+        self.seen = seen or {}
         self.counts = {d: counts[d] for d in sorted(counts) if counts[d]}
-        self.windows = {d: window_count(data, d, "train", seq_len) for d in self.counts}
-        self._tokens = {d: data.tokens(d, "train") for d in self.counts}
-        self._names, self._perms = list(self.counts), {}
-        places, word = [], np.uint64(31)
-        for A in self.counts.values():  # draw k sits at (k + 1/2) / A: compared exactly, as floor((2k + 1) 2^62 / A)
-            high, rest = np.divmod((2 * np.arange(A, dtype=np.uint64) + np.uint64(1)) << word, np.uint64(A))
-            places.append((high << word) | (rest << word) // np.uint64(A))
-        order = np.argsort(np.concatenate(places), kind="stable")  # stable: ties by name
-        self._domain = np.repeat(np.arange(len(places)), list(self.counts.values()))[order]
-        self._draw = np.concatenate([np.arange(A) for A in self.counts.values()])[order]
+        self.windows = {d: data.windows(d, "train", seq_len) for d in self.counts}
+        self._domains = list(self.counts)
+        self._epochs: dict[tuple[str, int], np.ndarray] = {}
+
+        # Each sequence's domain, by number, and which draw of the domain it is. The sort is
+        # stable, so that of equal places the domain that is first by name comes first.
+        sizes = list(self.counts.values())
+        order = np.argsort(np.concatenate([places(n) for n in sizes]), kind="stable")
+        self._domain = np.repeat(np.arange(len(sizes)), sizes)[order]
+        self._draw = np.concatenate([np.arange(n) for n in sizes])[order]
 
     def __len__(self) -> int:
         return len(self._draw)
 
     def window(self, domain: str, k: int) -> int:
-        """The window that is the domain's k-th draw."""
+        """The number of the window that is the domain's k-th draw."""
         n = self.windows[domain]
         epoch = k // n
-        if (domain, epoch) not in self._perms:
-            key = int.from_bytes(hashlib.sha256(f"{self.seed}/{domain}/{epoch}".encode()).digest()[:8], "little")
-            hashes = splitmix64(np.uint64(key) + np.arange(n, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+        if (domain, epoch) not in self._epochs:
+            key = hashlib.sha256(f"{self.seed}/{domain}/{epoch}".encode()).digest()[:8]
+            first = np.uint64(int.from_bytes(key, "little"))
+            hashes = splitmix64(
+                first + np.arange(n, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+            )
             seen = self.seen.get(domain, np.zeros(n, dtype=np.int64))
-            self._perms[domain, epoch] = np.lexsort((hashes, seen))
-        return int(self._perms[domain, epoch][k % n])
+            self._epochs[domain, epoch] = np.lexsort((hashes, seen))
+        return int(self._epochs[domain, epoch][k % n])
 
-    def row(self, i: int) -> tuple[str, np.ndarray]:
-        """Sequence i of the pass as its domain and (T + 1,) uint16 tokens: inputs and, one further, targets."""
-        d = self._names[self._domain[i]]
-        start = self.window(d, int(self._draw[i])) * self.seq_len
-        return d, self._tokens[d][start:start + self.seq_len + 1]
+    def domain(self, i: int) -> str:
+        """The domain of sequence i of the pass."""
+        return self._domains[self._domain[i]]
+
+    def row(self, i: int) -> np.ndarray:
+        """Sequence i of the pass: (T + 1,) uint16, inputs and, one further, targets."""
+        domain = self.domain(i)
+        number = self.window(domain, int(self._draw[i]))
+        return self.data.window(domain, "train", self.seq_len, number)
 
     def __getitem__(self, i: int) -> tuple[str, np.ndarray, np.ndarray]:
         """Sequence i of the pass: its domain, inputs (T,) and targets (T,), uint16."""
-        d, row = self.row(range(len(self))[i])
-        return d, row[:-1], row[1:]
+        i = range(len(self))[i]
+        row = self.row(i)
+        return self.domain(i), row[:-1], row[1:]
 
     def repeats(self) -> dict[str, float]:
         """How many times the pass goes through each domain."""
@@ -101,47 +190,58 @@ class Mixture:
 
 def times_seen(data: Data, seq_len: int, passes: list[dict]) -> dict[str, np.ndarray]:
     """How often earlier passes over this data trained on each window: {domain: (n,) int64}."""
-    seen = {d: np.zeros(window_count(data, d, "train", seq_len), dtype=np.int64) for d in data.domains}
-    for p in passes:
-        if (p["data"], p["seq_len"]) == (data.identity, seq_len):
-            mixture = Mixture(data, p["counts"], seq_len, p["seed"], dict(seen))
-            for d, count in mixture.counts.items():
-                windows = [mixture.window(d, k) for k in range(count)]
-                seen[d] = seen[d] + np.bincount(windows, minlength=len(seen[d]))
+    seen = {d: np.zeros(data.windows(d, "train", seq_len), dtype=np.int64) for d in data.domains}
+    for one in passes:
+        if (one["data"], one["seq_len"]) != (data.identity, seq_len):
+            continue
+        mixture = Mixture(data, one["counts"], seq_len, one["seed"], dict(seen))
+        for domain, count in mixture.counts.items():
+            windows = [mixture.window(domain, k) for k in range(count)]
+            seen[domain] = seen[domain] + np.bincount(windows, minlength=len(seen[domain]))
     return seen
 
 
 def rescale(weights: dict[str, float], sequences: int) -> dict[str, int]:
-    """Whole counts in the proportions of the weights, `sequences` in all: largest remainders first, ties by name."""
-    names, total = sorted(weights), sum(weights.values())
+    """Whole counts in the proportions of the weights, `sequences` in all.
+
+    The largest remainders are rounded up, of equal ones those that are first by name.
+    """
+    names = sorted(weights)
+    total = sum(weights.values())
     exact = {d: weights[d] * sequences / total for d in names}
     counts = {d: math.floor(exact[d]) for d in names}
-    for d in sorted(names, key=lambda d: counts[d] - exact[d])[:sequences - sum(counts.values())]:
-        counts[d] += 1
+    left = sequences - sum(counts.values())
+    for domain in sorted(names, key=lambda d: counts[d] - exact[d])[:left]:
+        counts[domain] += 1
     return counts
 
 
 def parse_mixture(text: str, data: Data, sequences: int | None, seq_len: int) -> dict[str, int]:
-    """--mix as counts. Raises InputError, naming what is wrong, for anything that is not a mixture of this data."""
+    """--mix as counts. Raises InputError for what is not a mixture of this data."""
     if sequences is not None and sequences < 1:
         raise InputError(f"--sequences {sequences}: expected at least 1")
     if text in ("uniform", "natural"):
         if sequences is None:
             raise InputError(f"--mix {text} needs --sequences, the number of sequences to train on")
-        weights = {d: 1 if text == "uniform" else data.size(d, "train")["tokens"] for d in data.domains}
+        weights = dict.fromkeys(data.domains, 1)
+        if text == "natural":
+            weights = {d: data.size(d, "train")["tokens"] for d in data.domains}
         return rescale(weights, sequences)
     if text == "horizon":
         counts = HORIZON
     elif text.endswith(".json"):
         counts = load_json(Path(text))
         if "counts" in counts:
-            if counts.get("seq_len", seq_len) != seq_len and sequences is None:
-                raise InputError(f"{text}: made for --seq-len {counts['seq_len']}, not {seq_len}; give --sequences too")
+            made_for = counts.get("seq_len", seq_len)
+            if made_for != seq_len and sequences is None:
+                made = f"made for --seq-len {made_for}, not {seq_len}"
+                raise InputError(f"{text}: {made}; give --sequences too")
             counts = counts["counts"]
     else:
         pairs = [re.fullmatch(r"([^=]+)=(-?\d+)", pair.strip()) for pair in text.split(",")]
         if not all(pairs):
-            raise InputError(f"--mix {text}: expected uniform, natural, horizon, FILE.json or arxiv=608,github=226")
+            expected = "uniform, natural, horizon, FILE.json or arxiv=608,github=226"
+            raise InputError(f"--mix {text}: expected {expected}")
         counts = {pair[1]: int(pair[2]) for pair in pairs}
     if not isinstance(counts, dict):
         raise InputError(f"--mix {text}: expected counts by domain")
@@ -149,247 +249,705 @@ def parse_mixture(text: str, data: Data, sequences: int | None, seq_len: int) ->
     return dict(counts) if sequences is None else rescale(counts, sequences)
 
 
-def defaults(model: GPTNeoX) -> dict:
-    """Settings that belong to a model: the post's, or for tiny found by trying. base_lr is for random weights."""
-    c, tiny = model.config, SHAPES["tiny"]
-    if (c.num_hidden_layers, c.hidden_size) == (tiny.num_hidden_layers, tiny.hidden_size):
-        return {"lr": 4e-3, "batch_size": 16, "seq_len": c.max_position_embeddings, "base_lr": 1e-2}
-    return {"lr": 1e-5, "batch_size": 64, "seq_len": c.max_position_embeddings, "base_lr": 1e-3}
+# ---- the schedule, the optimizer, one step ----
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Linear from 0 over the first `warmup` share of the pass, then a cosine to 0; taken at the middle of the step."""
+@dataclass(frozen=True)
+class Hyperparameters:
+    """What a pass is trained with; all but the micro-batch determines what comes out."""
+
+    seq_len: int  # tokens
+    batch_size: int  # sequences a step, on all ranks together
+    learning_rate: float  # the schedule's peak
+    warmup: float = 0.2  # share of the steps
+    seed: int = 0  # of the order of the pass
+    dtype: torch.dtype = torch.float32  # of autocast; weights stay as they are
+    micro_batch_size: int | None = None  # sequences at a time on a rank; None: as many as fit
+
+    def record(self) -> dict:
+        """For JSON: what determines the result."""
+        settings = asdict(self) | {"dtype": str(self.dtype).removeprefix("torch.")}
+        del settings["micro_batch_size"]
+        return settings
+
+
+def defaults(config: Config) -> dict:
+    """Settings that belong to a model: the post's, or for tiny found by trying.
+
+    base_learning_rate is for random weights.
+    """
+    own = {"seq_len": config.max_position_embeddings}
+    tiny = SHAPES["tiny"]
+    if (config.num_hidden_layers, config.hidden_size) == (tiny.num_hidden_layers, tiny.hidden_size):
+        return own | {"learning_rate": 4e-3, "batch_size": 16, "base_learning_rate": 1e-2}
+    return own | {"learning_rate": 1e-5, "batch_size": 64, "base_learning_rate": 1e-3}
+
+
+def learning_rate_at(step: int, steps: int, peak: float, warmup: float) -> float:
+    """Linear from 0 over the first `warmup` share of the pass, then a cosine to 0.
+
+    It is taken at the middle of the step.
+    """
     x = (step + 0.5) / steps
     if x < warmup:
         return peak * x / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (x - warmup) / (1 - warmup)))
 
 
-def micro_batches(mixture: Mixture, step: int, batch_size: int, micro_batch_size: int):
-    """This rank's part of sequences [step B, (step + 1) B), M at a time: tokens (M, T + 1) int64, weights (M, 1)
-    fp32 and numbers. Every rank gets as many micro-batches, each of M rows; rows that fill one up have weight 0."""
-    rank, world = rank_and_world()
-    batch = range(step * batch_size, min((step + 1) * batch_size, len(mixture)))
-    mine = batch[rank::world]
-    for i in range(0, -(-len(batch) // world), micro_batch_size):
-        part = mine[i:i + micro_batch_size]
-        rows = [*part, *[batch[0]] * (micro_batch_size - len(part))]
-        tokens = np.stack([mixture.row(j)[1] for j in rows]).astype(np.int64)
-        yield torch.from_numpy(tokens), (torch.arange(micro_batch_size) < len(part)).float()[:, None], rows
+def make_optimizer(model: GPTNeoX, device: torch.device) -> torch.optim.Optimizer:
+    """Pythia's AdamW (2304.01373, appendix); matrices decay, biases and norms do not.
+
+    Its learning rate is set before every step; its state is saved whatever it is.
+    """
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": 0.1},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    fused = device.type in ("cuda", "cpu")
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=fused)
 
 
-def make_optimizer(model: GPTNeoX, device: torch.device) -> torch.optim.AdamW:
-    """Pythia's AdamW (2304.01373, appendix); matrices decay, biases and norms do not."""
-    groups = [{"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": 0.1},
-              {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=device.type in ("cuda", "cpu"))
+def sequences_of_step(step: int, batch_size: int, sequences: int) -> range:
+    """The sequences of the pass that a step takes; the last step may have fewer."""
+    return range(step * batch_size, min((step + 1) * batch_size, sequences))
 
 
-def train(model: GPTNeoX, data: Data, counts: dict[str, int], *, seq_len: int, batch_size: int, lr: float,
-          micro_batch_size: int | None = None, warmup: float = 0.2, seed: int = 0,
-          seen: dict[str, np.ndarray] | None = None, dtype: torch.dtype = torch.float32, eval_every: int = 0,
-          eval_sequences: int | None = None, save_every: int = 0, out: Path | None = None,
-          title: str = "train", weigh=None) -> GPTNeoX:
+def micro_batches(
+    mixture: Mixture, batch: range, micro_batch_size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[int]]]:
+    """This rank's part of a batch: tokens (M, T + 1) int64, weights (M, 1) fp32, and the sequences.
+
+    Every rank gets as many micro-batches, each of M rows; rows that only fill one up have weight 0.
+    """
+    mine = batch[rank() :: world_size()]
+    for i in range(0, math.ceil(len(batch) / world_size()), micro_batch_size):
+        part = list(mine[i : i + micro_batch_size])
+        rows = part + [batch[0]] * (micro_batch_size - len(part))
+        tokens = np.stack([mixture.row(j) for j in rows]).astype(np.int64)
+        weights = (torch.arange(micro_batch_size) < len(part)).float()[:, None]
+        yield torch.from_numpy(tokens), weights, rows
+
+
+# weigh(step, sequences of the pass, their losses (M, T), weights (M, 1)) -> weights (M, 1)
+Weigh = Callable[[int, list[int], torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def add_gradients(
+    network: torch.nn.Module,
+    parts: list[tuple[torch.Tensor, torch.Tensor, list[int]]],
+    step: int,
+    sequences: int,
+    hyper: Hyperparameters,
+    weigh: Weigh | None,
+) -> torch.Tensor:
+    """Add the gradient of the mean loss of a batch of `sequences` to the parameters' gradients.
+
+    parts: this rank's micro-batches. weigh: gives the weights that sequences have instead.
+    Returns (2,): this rank's part of the loss, and how many signals asked it to stop.
+    """
+    device = next(network.parameters()).device
+    total = torch.zeros(2, device=device)
+    parts = [(tokens.to(device), weights.to(device), rows) for tokens, weights, rows in parts]
+    for i, (tokens, weights, rows) in enumerate(parts):
+        # DDP adds gradients up over the ranks once a step. Its forward pass reads this already.
+        network.require_backward_grad_sync = i == len(parts) - 1
+        with autocast(device, hyper.dtype):
+            losses = network(tokens[:, :-1], tokens[:, 1:])  # (M, T)
+        if weigh:
+            weights = weigh(step, rows, losses.detach(), weights)
+        loss = (losses * weights).sum() / (sequences * hyper.seq_len)
+        (loss * world_size()).backward()  # DDP and FSDP divide by the number of ranks
+        total[0] += loss.detach()
+    total[1] = len(stop_signals)
+    return total
+
+
+def clip_gradients(model: GPTNeoX) -> float:
+    """Scale all gradients so that their norm is at most 1; returns what it was."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    if is_sharded(model):
+        norm = norm.full_tensor()
+    return norm.item()
+
+
+# ---- train ----
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0  # steps done
+    skipped: int = 0  # how many of the last ones made no update
+
+
+def micro_batch_size(model: GPTNeoX, hyper: Hyperparameters, device: torch.device) -> int:
+    """As asked for, or so that a rank's rows are cut into as few equal parts as fit."""
+    if hyper.micro_batch_size:
+        return hyper.micro_batch_size
+    rows = math.ceil(hyper.batch_size / world_size())
+    fits = sequences_at_once(model, hyper.seq_len, hyper.dtype, device, training=True)
+    return math.ceil(rows / math.ceil(rows / fits))
+
+
+def cut_log(path: Path, first: int) -> None:
+    """Leave in log.jsonl the lines of the steps before `first`: the others will be done again."""
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    write_text(path, "".join(f"{line}\n" for line in lines[:first]))
+
+
+def append_line(path: Path, line: dict) -> None:
+    with open(path, "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def train(
+    model: GPTNeoX,
+    data: Data,
+    counts: dict[str, int],
+    hyper: Hyperparameters,
+    *,
+    seen: dict[str, np.ndarray] | None = None,
+    out: Path | None = None,
+    save_every: int = 0,
+    validate: Callable[[int], dict[str, float] | None] | None = None,
+    weigh: Weigh | None = None,
+    title: str = "train",
+) -> GPTNeoX:
     """Train the model, in place, on one pass over the mixture; returns it.
 
-    counts: {domain: sequences of seq_len tokens}. lr: the schedule's peak. warmup: share of the pass. dtype: of
-    autocast; the weights stay as they are. out: a folder for log.jsonl and checkpoints; the run goes on from the newest
-    sound one there. eval_every, save_every: in steps, 0 for never. weigh(step, rows, losses, weights) gives the weights
-    that sequences `rows` of the pass, (M, 1), have instead. A step whose loss or gradient is not finite leaves the
-    model as it is. Raises InputError for bad counts and after three such steps in a row, Stopped after a signal.
+    counts: {domain: sequences}. seen: times_seen by earlier passes. out: a folder for log.jsonl
+    and, every save_every steps, checkpoints; the run goes on from the newest sound one there.
+    validate(steps done): losses to log, or None. A step whose loss or gradient is not finite
+    leaves the model as it is. Raises InputError for bad counts and after three such steps in a
+    row, Stopped after a signal.
     """
     from tqdm import tqdm
-    check_fit(model, data, seq_len)
-    rank, world = rank_and_world()
+
+    check_fit(model, data, hyper.seq_len)
     device = next(model.parameters()).device
-    mixture = Mixture(data, counts, seq_len, seed, seen)
-    steps = -(-len(mixture) // batch_size)
-    rows = -(-batch_size // world)  # of a rank, in as few equal parts as fit
-    M = micro_batch_size or -(-rows // -(-rows // rows_in_training(model, seq_len, dtype, device)))
-    optimizer, parallel, ddp = make_optimizer(model, device), model, world > 1 and not is_sharded(model)
-    fewer = f"--micro-batch-size {M // 2}" if M > 1 else "--activation-checkpointing, a shorter --seq-len or --fsdp"
-    memory = f"training on {M} sequences of {seq_len} tokens at a time", f"try {fewer}"
+    mixture = Mixture(data, counts, hyper.seq_len, hyper.seed, seen)
+    steps = math.ceil(len(mixture) / hyper.batch_size)
+    M = micro_batch_size(model, hyper, device)
+    fewer = f"--micro-batch-size {M // 2}"
+    if M == 1:
+        fewer = "--activation-checkpointing, a shorter --seq-len or --fsdp"
+    memory = (f"training on {M} sequences of {hyper.seq_len} tokens at a time", f"try {fewer}")
+
+    optimizer = make_optimizer(model, device)
+    network = model
     with enough_memory(*memory):
-        first, updates, in_a_row = load_checkpoint(out, model, optimizer) if out is not None else (0, 0, 0)
-        if ddp:
-            parallel = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-    log = cut_log(out / "log.jsonl", first) if out is not None and rank == 0 else None
-    flops, peak = flops_per_token(model, seq_len), peak_flops(device, dtype) * world
-    bar = tqdm(total=steps, initial=first, desc=title, unit="step", disable=None if rank == 0 else True, leave=False)
-    for step in range(first, steps):
-        started = time.perf_counter()
-        batch = range(step * batch_size, min((step + 1) * batch_size, len(mixture)))
-        total = torch.zeros(2, device=device)  # the loss, and the signals that came to any rank
-        parts = [(tokens.to(device), weights.to(device), rows)
-                 for tokens, weights, rows in micro_batches(mixture, step, batch_size, M)]
+        progress = load_checkpoint(out, model, optimizer) if out else Progress()
+        if world_size() > 1 and not is_sharded(model):
+            network = DistributedDataParallel(model, gradient_as_bucket_view=True)
+            network.broadcast_buffers = False  # they are the same everywhere
+    logging = out is not None and rank() == 0
+    if logging:
+        cut_log(out / "log.jsonl", progress.step)
+    bar = tqdm(
+        total=steps,
+        initial=progress.step,
+        desc=title,
+        unit="step",
+        disable=True if rank() else None,
+        leave=False,
+    )
+    peak = peak_flops(device, hyper.dtype)
+
+    for step in range(progress.step, steps):
+        began = time.perf_counter()
+        batch = sequences_of_step(step, hyper.batch_size, len(mixture))
+        rate = learning_rate_at(step, steps, hyper.learning_rate, hyper.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
         with enough_memory(*memory):
-            for i, (tokens, weights, rows) in enumerate(parts):
-                parallel.require_backward_grad_sync = i == len(parts) - 1  # read by DDP's forward, so set before it
-                with autocast(device, dtype):
-                    losses = parallel(tokens[:, :-1], tokens[:, 1:])  # (M, T)
-                weights = weigh(step, rows, losses.detach(), weights) if weigh else weights
-                loss = (losses * weights).sum() / (len(batch) * seq_len)  # the true number of tokens, on all ranks
-                (loss * world).backward()  # DDP and FSDP divide by world
-                total[0] += loss.detach()
-            total[1] = len(asked)
-            if world > 1:
-                dist.all_reduce(total)
-            norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)).item()
-            (loss, stop), rate = total.tolist(), learning_rate(step, steps, lr, warmup)
-            finite = math.isfinite(loss) and math.isfinite(norm)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            parts = list(micro_batches(mixture, batch, M))
+            total = add_gradients(network, parts, step, len(batch), hyper, weigh)
+            loss, stop = add_up(total).tolist()
+            grad_norm = clip_gradients(model)
+            finite = math.isfinite(loss) and math.isfinite(grad_norm)
             if finite:
                 optimizer.step()
-            optimizer.zero_grad(set_to_none=not ddp)  # DDP's gradients live in its buckets
-        line = {"step": step, "loss": loss, "lr": rate, "grad_norm": norm, "sequences": len(batch)}
-        line["tokens_per_second"] = round(len(batch) * seq_len / (time.perf_counter() - started))
+            optimizer.zero_grad(set_to_none=network is model)  # DDP's gradients live in its buckets
+        progress.step = step + 1
+        progress.skipped = 0 if finite else progress.skipped + 1
+
+        tokens_per_second = round(len(batch) * hyper.seq_len / (time.perf_counter() - began))
+        line = {"step": step, "loss": loss, "lr": rate, "grad_norm": grad_norm}
+        line |= {"sequences": len(batch), "tokens_per_second": tokens_per_second}
         if not finite:
             line |= {"loss": None, "grad_norm": None, "skipped": list(batch)}
-            say(f"\nstep {step}: loss {loss}, gradient norm {norm}: no update from sequences {batch[0]} to {batch[-1]}")
-        updates, in_a_row = updates + finite, 0 if finite else in_a_row + 1
-        bar.set_postfix_str(f"loss {loss:.3f}, lr {rate:.1e}, {line['tokens_per_second']:,} tok/s, "
-                            f"MFU {line['tokens_per_second'] * flops / peak if peak else 0:.0%}", refresh=False)
+            found = f"loss {loss}, gradient norm {grad_norm}"
+            say(f"\nstep {step}: {found}: no update from sequences {batch[0]} to {batch[-1]}")
+        words = f"loss {loss:.3f}, lr {rate:.1e}, {tokens_per_second:,} tok/s"
+        if peak:
+            used = tokens_per_second * model.flops_per_token(hyper.seq_len)
+            words += f", MFU {used / (peak * world_size()):.0%}"
+        bar.set_postfix_str(words, refresh=False)
         bar.update()
-        if eval_every and (step + 1) % eval_every == 0:
-            losses = evaluate(model, data, "val", seq_len, dtype, eval_sequences)
-            line["val"] = {d: float(values.mean()) for d, values in losses.items()} | {"mean": mean_loss(losses)}
-            if rank == 0:
-                bar.write(f"step {step + 1}: val " + ", ".join(f"{d} {v:.4f}" for d, v in line["val"].items()))
-        if log:
-            with open(log, "a") as file:
-                file.write(json.dumps(line) + "\n")
-        if in_a_row == 3:
-            raise InputError(f"{title}: loss or gradient not finite in steps {step - 2} to {step}, sequences "
-                             f"{(step - 2) * batch_size} to {batch[-1]}; look at these, or lower --lr, now {lr:g}")
-        if out is not None and (stop or step + 1 < steps and save_every and (step + 1) % save_every == 0):
-            save_checkpoint(out, model, optimizer, (step + 1, updates, in_a_row))
+        losses = validate(progress.step) if validate else None
+        if losses is not None:
+            line["val"] = losses
+        if logging:
+            append_line(out / "log.jsonl", line)
+        if progress.skipped == 3:
+            where = f"in steps {step - 2} to {step}, sequences "
+            where += f"{(step - 2) * hyper.batch_size} to {batch[-1]}"
+            way_out = f"look at these, or lower --lr, now {hyper.learning_rate:g}"
+            raise InputError(f"{title}: loss or gradient not finite {where}; {way_out}")
+        due = save_every and progress.step % save_every == 0 and progress.step < steps
+        if out and (stop or due):
+            save_checkpoint(out, model, optimizer, progress)
         if stop:
-            raise Stopped(f"{title}: stopped {'and saved ' if out else ''}after step {step + 1} of {steps}")
+            saved = "and saved " if out else ""
+            raise Stopped(f"{title}: stopped {saved}after step {progress.step} of {steps}")
     bar.close()
     return model
+
+
+# ---- state and checkpoints, on one GPU or spread over several ----
+
+
+def shard(model: GPTNeoX, dtype: torch.dtype, device: torch.device) -> None:
+    """Spread a model of device "meta" over the ranks by FSDP2, in place; its weights are not set.
+
+    Each rank keeps its share of every parameter and of what belongs to it, in fp32. A layer's
+    parameters are gathered in dtype when it runs; gradients are added up in fp32.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    mesh = init_device_mesh(device.type, (world_size(),))
+    # The last to be sharded, too, gives back what it has gathered: after an evaluation no backward
+    # pass would do that.
+    for module in (*model.gpt_neox.layers, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    model.to_empty(device=device)
+    model.make_rotary()
+
+
+def is_sharded(model: GPTNeoX) -> bool:
+    return hasattr(model, "reshard")
+
+
+# The first rank gets whole tensors on its CPU, the others nothing.
+GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def spread(model: GPTNeoX) -> StateDictOptions:
+    """How state is set: by the first rank for all where it is sharded, else by every rank."""
+    return StateDictOptions(
+        full_state_dict=is_sharded(model), broadcast_from_rank0=is_sharded(model)
+    )
+
+
+def reads_state(model: GPTNeoX) -> bool:
+    """Whether this rank reads a model's state from the disk."""
+    return rank() == 0 or not is_sharded(model)
+
+
+def check_finite(tensors: dict[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            kept = "what was saved before is as it was"
+            raise InputError(f"{name} is not finite and not saved; {kept}; lower --lr")
+
+
+def optimizer_tensors(model: GPTNeoX, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """{"PARAMETER.KEY": tensor} of whatever state the optimizer has, on the first rank."""
+    if not optimizer.state:  # no step has been taken; to ask would take one
+        return {}
+    state = get_optimizer_state_dict(model, optimizer, options=GATHER).get("state", {})
+    return {
+        f"{name}.{key}": value
+        for name, values in state.items()
+        for key, value in values.items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def set_optimizer_tensors(
+    model: GPTNeoX, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
+) -> None:
+    """What optimizer_tensors gave becomes the state of an optimizer that is as yet without one."""
+    state = get_optimizer_state_dict(model, optimizer, options=GATHER)  # takes a step of size 0
+    for name, values in state.get("state", {}).items():
+        for key in values:
+            values[key] = tensors.get(f"{name}.{key}", values[key])
+    set_optimizer_state_dict(model, optimizer, state, options=spread(model))
+
+
+def fill(model: GPTNeoX, name: str | Path, **scratch) -> None:
+    """Copy a model's weights into another of its shape, which stays as it is, compiled or not."""
+    weights = load(name, **scratch).state_dict() if reads_state(model) else {}
+    set_model_state_dict(model, weights, options=spread(model))
+
+
+def keep(model: GPTNeoX, data: Data, out: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Save the finished model with its tokenizer and remove its checkpoints; on every rank."""
+    weights = get_model_state_dict(model, options=GATHER)
+    weights = {name: weight.to(dtype) for name, weight in weights.items()}
+    check_finite(weights)
+    if rank() == 0:
+        save(model, out, data.folder / "tokenizer.json", dtype, weights)
+        for folder in checkpoints(out):
+            shutil.rmtree(folder)
+    barrier()  # the others may read what the first rank wrote
 
 
 def checkpoints(out: Path) -> list[Path]:
     return sorted(out.glob("checkpoint-" + 8 * "[0-9]"))
 
 
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def save_checkpoint(
+    out: Path, model: GPTNeoX, optimizer: torch.optim.Optimizer, progress: Progress
+) -> None:
+    """Weights, optimizer and progress, with the sha256 of each in manifest.json.
 
-
-def save_checkpoint(out: Path, model: GPTNeoX, optimizer: torch.optim.Optimizer, state: tuple[int, int, int]) -> None:
-    """Weights, optimizer and state, with the sha256 of each in manifest.json, as a folder that appears whole; the
-    newest two stay. state: steps done, the updates that they made, and how many of the last ones made none."""
-    step, updates, in_a_row = state
-    weights = gathered({name: p.detach() for name, p in model.named_parameters()})
-    moments = gathered({f"{name}.{key}": optimizer.state[p][key] for name, p in model.named_parameters()
-                        for key in ("exp_avg", "exp_avg_sq") if updates})
-    if rank_and_world()[0] > 0:
+    The folder appears whole. The newest two stay.
+    """
+    weights = get_model_state_dict(model, options=GATHER)
+    moments = optimizer_tensors(model, optimizer)
+    check_finite(weights | moments)
+    if rank() > 0:
         return
-    with replacing(out / f"checkpoint-{step:08d}") as folder:
+    final = out / f"checkpoint-{progress.step:08d}"
+    with replacing(final) as folder:
         folder.mkdir()
         write_safetensors(folder / "model.safetensors", weights)
         write_safetensors(folder / "optimizer.safetensors", moments)
-        write_text(folder / "state.json", json.dumps({"step": step, "updates": updates, "in_a_row": in_a_row}) + "\n")
-        hashes = {path.name: sha256(path) for path in sorted(folder.iterdir())}
-        write_text(folder / "manifest.json", json.dumps(hashes, indent=1) + "\n")
+        write_json(folder / "state.json", asdict(progress))
+        hashes = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
+        write_json(folder / "manifest.json", hashes)
         sync(out / "log.jsonl")
-        shutil.rmtree(out / f"checkpoint-{step:08d}", ignore_errors=True)  # one that was passed over
-    for other in sorted(checkpoints(out), key=lambda path: int(path.name[-8:]) <= step)[:-2]:  # passed over, or older
-        shutil.rmtree(other)
+        shutil.rmtree(final, ignore_errors=True)  # one that was passed over as damaged
+    # Those of later steps were passed over, too, and go first.
+    newest_last = sorted(checkpoints(out), key=lambda path: path <= final)
+    for folder in newest_last[:-2]:
+        shutil.rmtree(folder)
 
 
-def load_checkpoint(out: Path, model: GPTNeoX, optimizer: torch.optim.Optimizer) -> tuple[int, int, int]:
-    """Restore the newest sound checkpoint in `out`, saying which are passed over, and return its state. What a killed
-    process left half written is removed."""
-    found = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
-    if rank_and_world()[0] == 0:
-        for leftover in out.glob(".*.partial"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        for folder in reversed(checkpoints(out)):
-            try:
-                for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
-                    if sha256(folder / name) != load_json(folder / "manifest.json").get(name):
-                        raise InputError(f"{name} is not what it was when it was saved")
-                found += int(folder.name[-8:])
-                break
-            except (OSError, InputError) as e:
-                say(f"{folder} is damaged and passed over: {e}")
-    if dist.is_initialized():
-        dist.broadcast(found, 0)
-    if not found:
-        return 0, 0, 0
-    folder, weights, moments = out / f"checkpoint-{found.item():08d}", {}, {}
+def check_checkpoint(folder: Path) -> None:
+    """Raise InputError, or OSError, if a file is not what it was when it was saved."""
+    hashes = load_json(folder / "manifest.json")
+    for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
+        if sha256_of(folder / name) != hashes.get(name):
+            raise InputError(f"{name} is not what it was when it was saved")
+
+
+def newest_checkpoint(out: Path) -> Path | None:
+    """The newest sound checkpoint, saying which are passed over; what was half written goes."""
+    for leftover in out.glob(".*.partial"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+    for folder in reversed(checkpoints(out)):
+        try:
+            check_checkpoint(folder)
+            return folder
+        except (OSError, InputError) as e:
+            say(f"{folder} is damaged and passed over: {e}")
+    return None
+
+
+def load_checkpoint(out: Path, model: GPTNeoX, optimizer: torch.optim.Optimizer) -> Progress:
+    """Restore the newest sound checkpoint in `out`, if there is one; how far it had come."""
+    newest = newest_checkpoint(out) if rank() == 0 else None
+    step = int(newest.name[-8:]) if newest else 0
+    step = from_first_rank(step, next(model.parameters()).device)
+    if step == 0:
+        return Progress()
+    folder = out / f"checkpoint-{step:08d}"
     say(f"going on from {folder}")
-    step, updates, in_a_row = (load_json(folder / "state.json")[key] for key in ("step", "updates", "in_a_row"))
-    if rank_and_world()[0] == 0 or not is_sharded(model):
-        weights, moments = load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors")
-    for name, p in model.named_parameters():
-        assign(p, weights[name] if weights else None)
-        own = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq") if updates}
-        for key, moment in own.items():
-            assign(moment, moments[f"{name}.{key}"] if moments else None)
-        if updates:
-            optimizer.state[p] = {"step": torch.tensor(float(updates), device=p.device), **own}
-    return step, updates, in_a_row
+    weights, moments = {}, {}
+    if reads_state(model):
+        weights = load_file(folder / "model.safetensors")
+        moments = load_file(folder / "optimizer.safetensors")
+    set_model_state_dict(model, weights, options=spread(model))
+    if from_first_rank(len(moments), next(model.parameters()).device):
+        set_optimizer_tensors(model, optimizer, moments)
+    return Progress(**load_json(folder / "state.json"))
 
 
-def keep(model: GPTNeoX, data: Data, out: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Save the finished model with its tokenizer, if that is not done, and remove its checkpoints; on every rank."""
-    weights = gathered({name: weight.to(dtype) for name, weight in model.state_dict().items()})
-    if rank_and_world()[0] == 0:
-        if not (out / "model.safetensors").is_file():
-            save(model, out, data.folder / "tokenizer.json", dtype, weights)
-        for folder in checkpoints(out):
-            shutil.rmtree(folder)
-    barrier()  # the others may read what the first rank wrote
+# ---- the run's folder ----
 
 
-def cut_log(path: Path, first: int) -> Path:
-    """Leave in log.jsonl the lines of the steps before `first`: the others will be done again."""
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    write_text(path, "".join(f"{line}\n" for line in lines[:first]))
-    return path
+class Stopped(Exception):
+    """A signal asked for the end, and the work is saved; the message says how far it came."""
+
+
+stop_signals: list[int] = []  # that came to this process
+
+
+def note_signal(number: int, frame) -> None:
+    """By os.write, for it may have interrupted a print."""
+    if not stop_signals and rank() == 0:
+        os.write(2, b"\nstopping when this step, or evaluation, is done\n")
+    stop_signals.append(number)
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """In this block SIGINT and SIGTERM are only noted: train ends its step, saves and raises
+    Stopped.
+
+    The process then ends with status 128 + the signal, and the command that goes on.
+    """
+    stop_signals.clear()
+    before = {n: signal.signal(n, note_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except Stopped as e:
+        if rank() == 0:
+            print(f"\n{e}; go on with: {resume_command()}", file=sys.stderr)
+        finish()
+        number = stop_signals[0] if stop_signals else signal.SIGTERM  # which came to another rank
+        sys.exit(128 + number)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def resume_command() -> str:
+    options = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
+    ranks = os.environ.get("LOCAL_WORLD_SIZE")
+    start = ["torchrun", f"--nproc_per_node={ranks}"] if ranks else ["python"]
+    return shlex.join([*start, sys.argv[0], *options, "--resume"])
+
+
+def source_digest() -> str:
+    """Of the code that determines a run, model.py and this file, less comments and layout."""
+    digest = hashlib.sha256()
+    for name in ("model.py", "train.py"):
+        source = Path(__file__).with_name(name).read_text(encoding="utf-8")
+        digest.update(ast.dump(ast.parse(source)).encode())
+    return digest.hexdigest()[:16]
+
+
+def name_of(settings: dict) -> str:
+    """A run's name: a hash of all that determines its result, the code included."""
+    text = json.dumps(settings | {"code": source_digest()}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def passes_of(model: str | Path) -> list[dict]:
+    """The passes that a model's folder says it was trained on."""
+    record = Path(model) / "run.json"
+    return load_json(record).get("passes", []) if record.is_file() else []
+
+
+def this_pass(data: Data, hyper: Hyperparameters, counts: dict[str, int]) -> dict:
+    return {
+        "data": data.identity,
+        "seq_len": hyper.seq_len,
+        "seed": hyper.seed,
+        "counts": counts,
+    }
+
+
+def settings_of(args, data: Data, hyper: Hyperparameters) -> dict:
+    """What a run that goes on must have in common with the one that was begun."""
+    files = []
+    if rank() == 0:  # which alone writes them down
+        for path in sorted(Path(args.model).glob("*")):
+            if path.suffix == ".safetensors" or path.name in ("config.json", "run.json"):
+                files.append(sha256_of(path)[:16])
+    return {
+        "model": args.model,
+        "model's files": files,
+        "data": data.identity,
+        "tokenizer": data.meta["tokenizer"]["sha256"],
+        **hyper.record(),
+    }
+
+
+def is_run(out: Path) -> bool:
+    return (out / "run.json").is_file()
+
+
+def check_folder(out: Path, args) -> None:
+    """Raise InputError if --out holds something that neither goes on nor may go."""
+    if args.resume and is_run(out) or not out.exists():
+        return
+    if not {path.name for path in out.iterdir()} - {".lock", ".run.json.partial"}:
+        return
+    if not (args.overwrite and is_run(out)):
+        ways = "--resume continues a run there, --overwrite starts it anew"
+        raise InputError(f"{out} is not empty; {ways}")
+    if Path(args.model).resolve().is_relative_to(out.resolve()):
+        raise InputError(f"{out}: --overwrite would remove {args.model}; choose another --out")
+
+
+def check_same(out: Path, old: dict, settings: dict) -> None:
+    """Raise InputError, naming each, if a run's settings are not those that it was begun with."""
+    changed = [
+        f"{key} was {old.get(key)}, is {settings.get(key)}"
+        for key in {**old, **settings}
+        if old.get(key) != settings.get(key)
+    ]
+    if changed:
+        raise InputError(f"{out}: --resume with other settings: {'; '.join(changed)}")
+
+
+# What a run leaves in its folder: first what makes it a finished one.
+OWN_FILES = ("model.safetensors", "checkpoint-*", "log.jsonl", "result.json")
+
+
+@contextlib.contextmanager
+def claim(
+    out: Path, args, settings: dict, passes: list[dict], own_files: tuple[str, ...] = OWN_FILES
+) -> Iterator[None]:
+    """Make `out` this run's folder, or check that it is, and keep others out while the block runs.
+
+    own_files: patterns of what a run of this kind leaves there, which --overwrite removes.
+    Raises InputError before it changes anything.
+    """
+    record = out / "run.json"
+    with contextlib.ExitStack() as stack:
+        if rank() == 0:
+            check_folder(out, args)
+            resuming = args.resume and is_run(out)
+            if resuming:
+                check_same(out, load_json(record).get("settings", {}), settings)
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(out / ".lock", out))
+            if not resuming:
+                for path in [path for pattern in own_files for path in out.glob(pattern)]:
+                    if path.is_dir():
+                        shutil.rmtree(path)
+                    else:
+                        path.unlink()
+                write_json(record, {"settings": settings, "passes": passes})
+        barrier()
+        if not record.is_file():
+            seen = "this node does not see what the first one wrote there"
+            raise InputError(f"{out}: {seen}; every node must see --out")
+        yield
+
+
+def model_card(
+    title: str, model: str, data: Data, counts: dict[str, int], hyper: Hyperparameters, result: dict
+) -> str:
+    """The README.md of a trained model's folder, in the hub's format: what made it, what came of
+    it.
+
+    Of a folder of this machine it has no more than the name.
+    """
+    on_hub = re.fullmatch("([^/]+/[^/]+)@([0-9a-f]{40})", model)
+    base = f"`{Path(model).name}`"
+    front = ["library_name: transformers"]
+    if on_hub:
+        base = f"`{on_hub[1]}`, commit `{on_hub[2]}`"
+        front.append(f"base_model: {on_hub[1]}")
+    width = max(map(len, counts))
+    shares = [f"{d:<{width}}{n:>12,}{n / sum(counts.values()):>8.1%}" for d, n in counts.items()]
+    settings = ", ".join(f"{name} {value}" for name, value in hyper.record().items())
+    lines = ["---", *front, "---", "", f"# {title}", "", f"Trained by reweight from {base}.", ""]
+    lines += ["## Mixture, in sequences", "", "```", *shares, "```", "", "## Training", ""]
+    lines += [f"One pass: {settings}; linear warm-up, then a cosine to 0.", ""]
+    lines += [f"Data set `{data.identity}`, tokenizer `{data.meta['tokenizer']['sha256']}`.", ""]
+    lines += [
+        f"## Losses on the {result['split']} split, {result['seq_len']} tokens a sequence",
+        "",
+    ]
+    lines += ["```", table(result), "```", ""]
+    return "\n".join(lines)
+
+
+# ---- options and main ----
 
 
 def add_options(parser: ArgumentParser, out: str) -> None:
     """The options that train.py and mix.py share."""
     add = parser.add_argument
     add("--data", default=SAMPLE, help="a folder that prepare.py wrote (default: %(default)s)")
-    add("--model", default="scratch:tiny", help="a folder, a name on the hub, or scratch:SIZE (default: %(default)s)")
+    add(
+        "--model",
+        default="scratch:tiny",
+        help="a folder, a name on the hub, or scratch:SIZE (default: %(default)s)",
+    )
     add("--out", default=out, help="folder of the run (default: %(default)s)")
     add("--sequences", type=int, metavar="N", help="length of a pass (default: %(default)s)")
     add("--seq-len", type=int, metavar="T", help="tokens a sequence (default: the model's context)")
-    add("--batch-size", type=int, metavar="B", help="sequences a step, on all ranks together (default: the model's)")
-    add("--micro-batch-size", type=int, metavar="M", help="sequences at a time on a rank (default: as logits allow)")
+    add("--batch-size", type=int, metavar="B", help="sequences a step (default: the model's)")
+    add(
+        "--micro-batch-size", type=int, metavar="M", help="of these, at a time (default: what fits)"
+    )
     add("--lr", type=float, help="peak learning rate (default: the model's)")
     add("--warmup", type=float, default=0.2, help="share of the steps (default: %(default)s)")
-    add("--seed", type=int, default=0)
-    add("--eval-sequences", type=int, default=512, metavar="N", help="of a domain, at most (default: %(default)s)")
-    add("--save-every", type=int, default=100, metavar="N", help="a checkpoint every N steps (default: %(default)s)")
-    add("--save-dtype", default="float32", choices=("float32", "float16", "bfloat16"), help="(default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the order (default: %(default)s)")
+    add(
+        "--eval-sequences",
+        type=int,
+        default=512,
+        metavar="N",
+        help="of a domain's validation split, at most (default: %(default)s)",
+    )
+    add("--save-every", type=int, default=100, metavar="N", help="steps (default: %(default)s)")
+    dtypes = ("float32", "float16", "bfloat16")
+    add("--save-dtype", default="float32", choices=dtypes, help="(default: %(default)s)")
     add("--device", help="(default: cuda where there is one, else cpu)")
-    add("--dtype", choices=("float32", "bfloat16"), help="of autocast (default: bfloat16 where it is fast)")
-    add("--no-compile", action="store_true")
-    add("--activation-checkpointing", action="store_true", help="keep less for the backward pass, compute more")
-    add("--fsdp", action="store_true", help="spread model and optimizer over the ranks, for a model that fits no GPU")
-    add("--check-data", action="store_true", help="hash all of the data first, not a sample of it")
+    add("--dtype", choices=dtypes[::2], help="of autocast (default: bfloat16 where it is fast)")
+    add("--no-compile", action="store_true", help="do without torch.compile")
+    add("--activation-checkpointing", action="store_true", help="keep less, compute more")
+    add("--fsdp", action="store_true", help="spread the model over the ranks: it fits no GPU")
+    add("--check-data", action="store_true", help="compare the data with its hashes first")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--overwrite", action="store_true", help="start anew, over the run in --out")
 
 
-def open_run(args) -> tuple[Data, GPTNeoX, dict]:
-    """Load what the options name; returns the data, the model and train's keyword arguments."""
-    for name, low in (("seq_len", 1), ("batch_size", 1), ("micro_batch_size", 1), ("eval_sequences", 1), ("lr", 0),
-                      ("warmup", 0), ("save_every", 0), ("seed", 0)):
-        value, high = vars(args)[name], 1 if name in ("lr", "warmup") else 2**31
-        if value is not None and not low <= value <= high:
-            raise InputError(f"--{name.replace('_', '-')} {value}: expected {low} to {high}")
-    data, device, args.model = Data(args.data), start(args.device), pinned(args.model)
-    check_data(data, args.check_data)
-    dtype, scratch = autocast_dtype(args.dtype, device), {"vocab_size": data.vocab_size, "seed": args.seed}
+def check_range(name: str, value: float | None, low: float, high: float) -> None:
+    """Raise InputError if an option, by its name in Python, is given and out of range."""
+    if value is not None and not low <= value <= high:
+        option = name.replace("_", "-")
+        raise InputError(f"--{option} {value}: expected {low:g} to {high:g}")
+
+
+def set_up(args) -> tuple[Data, Hyperparameters]:
+    """Open the data and check all that can be checked before weights are read.
+
+    Raises InputError. args.model becomes a name that means the same model tomorrow.
+    """
+    for name in ("seq_len", "batch_size", "micro_batch_size", "eval_sequences"):
+        check_range(name, vars(args)[name], 1, 2**31)
+    for name in ("seed", "save_every"):
+        check_range(name, vars(args)[name], 0, 2**31)
+    for name in ("lr", "warmup"):
+        check_range(name, vars(args)[name], 0, 1)
+    if args.fsdp and not dist.is_torchelastic_launched():
+        start_it = "torchrun --nproc_per_node=GPUS train.py --fsdp …"
+        raise InputError(f"--fsdp needs torchrun: {start_it}")
+    check_folder(Path(args.out), args)
+    data = Data(args.data)
+    args.model = pinned(args.model)
+    shape = load(args.model, "meta", vocab_size=data.vocab_size)
+    own = defaults(shape.config)
+    hyper = Hyperparameters(
+        seq_len=args.seq_len or own["seq_len"],
+        batch_size=args.batch_size or own["batch_size"],
+        learning_rate=own["learning_rate"] if args.lr is None else args.lr,
+        warmup=args.warmup,
+        seed=args.seed,
+        dtype=autocast_dtype(args.dtype, find_device(args.device)),
+        micro_batch_size=args.micro_batch_size,
+    )
+    check_fit(shape, data, hyper.seq_len)
+    for domain in data.domains:
+        for split in SPLITS:
+            data.windows(domain, split, hyper.seq_len)
+    if args.check_data:
+        data.check()
+    warn_of_another_tokenizer(args.model, data)
+    return data, hyper
+
+
+def load_to_train(args, data: Data, dtype: torch.dtype, device: torch.device) -> GPTNeoX:
+    """The model that the options name, on the device or spread over the ranks, compiled or not."""
+    scratch = {"vocab_size": data.vocab_size, "seed": args.seed}
     with enough_memory(f"loading {args.model}", "take a smaller one"):
         if args.fsdp:
             model = load(args.model, "meta", **scratch)
@@ -397,100 +955,82 @@ def open_run(args) -> tuple[Data, GPTNeoX, dict]:
             fill(model, args.model, **scratch)
         else:
             model = load(args.model, device, **scratch)
-    model.checkpointing, own = args.activation_checkpointing, defaults(model)
-    hyper = {key: own[key] if vars(args)[key] is None else vars(args)[key] for key in ("seq_len", "batch_size", "lr")}
-    hyper |= {"micro_batch_size": args.micro_batch_size, "warmup": args.warmup, "seed": args.seed, "dtype": dtype}
-    check_fit(model, data, hyper["seq_len"])
-    check_tokenizer(args.model, data)
-    for d in data.domains:
-        for split in SPLITS:
-            window_count(data, d, split, hyper["seq_len"])
-    precision = str(dtype).removeprefix("torch.")
-    reason = "--dtype" if args.dtype else "the hardware has it" if precision == "bfloat16" else "no fast bfloat16 here"
-    compiled, why = (False, "eager (--no-compile)") if args.no_compile else can_compile(device)
-    if compiled and args.fsdp and device.type == "cpu" and dtype == torch.bfloat16:
-        compiled, why = False, "eager (torch.compile fails on a CPU with bfloat16 parameters)"
-    if compiled:
+    model.activation_checkpointing = args.activation_checkpointing
+    compiles, how = can_compile(device)
+    if args.no_compile:
+        compiles, how = False, "eager (--no-compile)"
+    elif args.fsdp and device.type == "cpu" and dtype == torch.bfloat16:
+        compiles, how = False, "eager (torch.compile fails on a CPU with bfloat16 parameters)"
+    if compiles:
         model.compile_parts()
-    say(f"data    {args.data}: {sum(data.size(d, 'train')['tokens'] for d in data.domains):,} training tokens of "
-        f"{len(data.domains)} domains",
-        f"model   {args.model}: {sum(p.numel() for p in model.parameters()):,} parameters on {device.type} x "
-        f"{rank_and_world()[1]}, {precision} ({reason}), {why}")
-    return data, model, hyper
-
-
-def passes_of(model: str) -> list[dict]:
-    """The passes that a model folder says it was trained on."""
-    record = Path(model) / "run.json"
-    return load_json(record).get("passes", []) if record.is_file() else []
-
-
-def this_pass(data: Data, hyper: dict, counts: dict[str, int]) -> dict:
-    return {"data": data.identity, "seq_len": hyper["seq_len"], "seed": hyper["seed"], "counts": counts}
-
-
-@contextlib.contextmanager
-def claim(out: Path, args, data: Data, hyper: dict, more: dict, passes: list[dict]):
-    """Make `out` this run's folder, or check that it is, and keep others out. Raises InputError first of all."""
-    record = out / "run.json"
-    with contextlib.ExitStack() as stack:
-        if rank_and_world()[0] == 0:
-            files = [sha256(path)[:16] for path in sorted(Path(args.model).glob("*"))
-                     if path.suffix == ".safetensors" or path.name in ("config.json", "run.json")]
-            settings = {"model": args.model, "model's files": files, "data": data.identity,
-                        "tokenizer": data.meta["tokenizer"]["sha256"], **hyper, "dtype": str(hyper["dtype"]), **more}
-            del settings["micro_batch_size"]  # which may change
-            resuming = args.resume and record.is_file()
-            old = load_json(record).get("settings", {}) if resuming else settings
-            if old != settings:
-                different = [f"{key} was {old.get(key)}, is {settings.get(key)}" for key in {**old, **settings}
-                             if old.get(key) != settings.get(key)]
-                raise InputError(f"{out}: --resume with other settings: {'; '.join(different)}")
-            if not resuming and out.exists() and {path.name for path in out.iterdir()} - {".lock", ".run.json.partial"}:
-                if not (args.overwrite and record.is_file()):
-                    raise InputError(f"{out} is not empty; --resume continues a run there, --overwrite starts it anew")
-                if Path(args.model).resolve().is_relative_to(out.resolve()):
-                    raise InputError(f"{out}: --overwrite would remove {args.model}; choose another --out")
-            out.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(hold(out / ".lock", out))
-            if not resuming:
-                stale = ("model.safetensors", "checkpoint-*", "history.jsonl", "round-*", "only-*", "more-*", "uniform",
-                         "found", "log.jsonl", "result.json", "mix.json", "mix.png")  # first what makes it finished
-                for path in (path for pattern in stale for path in out.glob(pattern)):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-                write_text(record, json.dumps({"settings": settings, "passes": passes}, indent=1) + "\n")
-        barrier()
-        if not record.is_file():
-            raise InputError(f"{out}: this node does not see what the first one wrote there; every node must see --out")
-        yield
+    precision = str(dtype).removeprefix("torch.")
+    reason = "no fast bfloat16 here"
+    if args.dtype:
+        reason = "--dtype"
+    elif dtype == torch.bfloat16:
+        reason = "the hardware has it"
+    tokens = sum(data.size(d, "train")["tokens"] for d in data.domains)
+    where = f"{device.type} x {world_size()}, {precision} ({reason}), {how}"
+    say(
+        f"data    {args.data}: {tokens:,} training tokens of {len(data.domains)} domains",
+        f"model   {args.model}: {model.parameter_count():,} parameters on {where}",
+    )
+    return model
 
 
 def main():
     parser = ArgumentParser(__doc__)
     add_options(parser, "out/train")
-    parser.add_argument("--mix", default="uniform", help="uniform, natural, horizon, FILE.json, or counts like "
-                                                         "arxiv=608,github=226 (default: %(default)s)")
-    parser.add_argument("--eval-every", type=int, default=0, metavar="N", help="validation losses every N steps")
+    kinds = "uniform, natural, horizon, FILE.json, or counts like arxiv=608,github=226"
+    parser.add_argument("--mix", default="uniform", help=f"{kinds} (default: %(default)s)")
+    parser.add_argument(
+        "--eval-every", type=int, default=0, metavar="N", help="validation losses every N steps"
+    )
     args = parser.parse_args()
-    data, model, hyper = open_run(args)
-    T, dtype, out = hyper["seq_len"], hyper["dtype"], Path(args.out)
-    counts = parse_mixture(args.mix, data, args.sequences, T)
-    repeats = Mixture(data, counts, T).repeats().items()
-    passes = passes_of(args.model)
-    with claim(out, args, data, hyper, {"counts": counts}, passes + [this_pass(data, hyper, counts)]), stoppable():
+    out = Path(args.out)
+    device = start(args.device)
+    data, hyper = set_up(args)
+    counts = parse_mixture(args.mix, data, args.sequences, hyper.seq_len)
+    earlier = passes_of(args.model)
+    model = load_to_train(args, data, hyper.dtype, device)
+    T = hyper.seq_len
+
+    def validation() -> dict:
+        return evaluate(model, data, "val", T, hyper.dtype, args.eval_sequences)
+
+    def validate(steps_done: int) -> dict[str, float] | None:
+        if not args.eval_every or steps_done % args.eval_every:
+            return None
+        means = domain_means(validation())
+        return {**dict(zip(data.domains, means.tolist(), strict=True)), "mean": float(means.mean())}
+
+    settings = settings_of(args, data, hyper) | {"counts": counts}
+    passes = [*earlier, this_pass(data, hyper, counts)]
+    with claim(out, args, settings, passes), stoppable():
         if not (out / "model.safetensors").is_file():
-            say(f"pass    {sum(counts.values()):,} sequences of {T} tokens, {hyper['batch_size']} a step, "
-                f"lr {hyper['lr']:g}; times through a domain: " + ", ".join(f"{d} {r:.2f}" for d, r in repeats))
-            losses = {"before": evaluate(model, data, "val", T, dtype, args.eval_sequences)}
-            train(model, data, counts, **hyper, seen=times_seen(data, T, passes), eval_every=args.eval_every,
-                  eval_sequences=args.eval_sequences, save_every=args.save_every, out=out)
-            losses["after"] = evaluate(model, data, "val", T, dtype, args.eval_sequences)
-            if rank_and_world()[0] == 0:
-                write_text(out / "result.json", json.dumps(results(losses, data, "val", T), indent=1) + "\n")
-                card = model_card(out.name, args.model, data, counts, hyper, load_json(out / "result.json"), passes)
+            repeats = Mixture(data, counts, T).repeats().items()
+            times = ", ".join(f"{d} {r:.2f}" for d, r in repeats)
+            size = f"{sum(counts.values()):,} sequences of {T} tokens, {hyper.batch_size} a step"
+            say(f"pass    {size}, lr {hyper.learning_rate:g}; times through a domain: {times}")
+            losses = {"before": validation()}
+            train(
+                model,
+                data,
+                counts,
+                hyper,
+                seen=times_seen(data, T, earlier),
+                out=out,
+                save_every=args.save_every,
+                validate=validate,
+            )
+            losses["after"] = validation()
+            if rank() == 0:
+                result = results(losses, data, "val", T)
+                write_json(out / "result.json", result)
+                card = model_card(out.name, args.model, data, counts, hyper, result)
                 write_text(out / "README.md", card)
-        keep(model, data, out, getattr(torch, args.save_dtype))
-    if rank_and_world()[0] == 0:
+            keep(model, data, out, getattr(torch, args.save_dtype))
+    if rank() == 0:
         result = load_json(out / "result.json")
         say(f"validation losses, {T} tokens a sequence", table(result), f"model and log in {out}")
     finish()

@@ -18,7 +18,9 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a network; those of the hub serve one on loopback
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a network; the hub's serve one on loopback
+# macOS gives a process so many open files. What needs more of them as data grows fails here.
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 
 from model import Config, GPTNeoX, save  # noqa: E402
 from prepare import Data, cli, prepare  # noqa: E402
@@ -53,7 +55,9 @@ def made_documents(domain: str, n: int, seed: int = 0) -> list[str]:
 
 
 def write_jsonl(path: Path, documents: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8"
+    )
     return path
 
 
@@ -61,7 +65,10 @@ def write_jsonl(path: Path, documents: list[str]) -> Path:
 def data(tmp_path_factory) -> Data:
     """Three made domains, split 60/20/20, with a tokenizer of 400."""
     folder = tmp_path_factory.mktemp("made")
-    sources = {d: [write_jsonl(folder / f"{d}.jsonl", made_documents(d, 120))] for d in ("code", "prose", "sums")}
+    sources = {
+        d: [write_jsonl(folder / f"{d}.jsonl", made_documents(d, 120))]
+        for d in ("code", "prose", "sums")
+    }
     return prepare(folder / "data", sources, "train:400", val_fraction=0.2, test_fraction=0.2)
 
 
@@ -89,8 +96,20 @@ def bins(folder: Path, lengths: dict[str, int]) -> Data:
                 "sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
             }
     tokenizer = {"sha256": "", "vocab_size": 50_000, "end_of_text": 0}
-    (folder / "meta.json").write_text(json.dumps({"format": 1, "tokenizer": tokenizer, "files": files}))
+    (folder / "meta.json").write_text(
+        json.dumps({"format": 1, "tokenizer": tokenizer, "files": files})
+    )
     return Data(folder)
+
+
+def options(**given) -> list[str]:
+    """Words of a command line: options(seq_len=32, resume=True) -> ["--seq-len", "32", "--resume"]."""
+    words = []
+    for name, value in given.items():
+        words.append("--" + name.replace("_", "-"))
+        if value is not True:
+            words.append(str(value))
+    return words
 
 
 @pytest.fixture
@@ -112,13 +131,21 @@ def script(monkeypatch, capsys):
     return run
 
 
-def command(*argv, ranks: int = 0, memory: float | None = None, **kwargs) -> subprocess.CompletedProcess:
+def command(
+    *argv, ranks: int = 0, memory: float | None = None, **kwargs
+) -> subprocess.CompletedProcess:
     """Run a script as a user does: command("train.py", …), under torchrun with `ranks` processes if given; each of its
     processes may have so many bytes of memory of its own."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+    torchrun = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        if ranks
+        else []
+    )
     env = {**os.environ, "OMP_NUM_THREADS": "1"} if ranks else None
     if memory:
-        kwargs["preexec_fn"] = lambda: resource.setrlimit(resource.RLIMIT_DATA, (int(memory), int(memory)))
+        kwargs["preexec_fn"] = lambda: resource.setrlimit(
+            resource.RLIMIT_DATA, (int(memory), int(memory))
+        )
     return subprocess.run(
         [sys.executable, *torchrun, str(ROOT / argv[0]), *map(str, argv[1:])],
         text=True,
@@ -129,10 +156,18 @@ def command(*argv, ranks: int = 0, memory: float | None = None, **kwargs) -> sub
     )
 
 
-os.environ["PYTHONPATH"] = str(ROOT)  # for a server that imports the scripts once: its children start at once
+os.environ["PYTHONPATH"] = str(
+    ROOT
+)  # for a server that imports the scripts once: its children start at once
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["mix"])
-DISK = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")  # what Python does to a disk, as its audit calls it
+DISK = (
+    "open",
+    "os.rename",
+    "os.remove",
+    "os.rmdir",
+    "os.mkdir",
+)  # what Python does to a disk, as its audit calls it
 
 
 def child(name: str, argv: list[str], output: str, kill_at: int, largest: int, rank: dict) -> None:

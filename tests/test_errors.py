@@ -16,7 +16,9 @@ GOOD = json.dumps({"text": "some text"})
 
 
 def fails(result, *words) -> None:
-    status, err = (result.returncode, result.stderr) if hasattr(result, "stderr") else (result[0], result[2])
+    status, err = (
+        (result.returncode, result.stderr) if hasattr(result, "stderr") else (result[0], result[2])
+    )
     assert status == 2, err
     assert err.startswith("error: ") and err.count("\n") == 1, err
     for word in words:
@@ -38,7 +40,11 @@ def fails(result, *words) -> None:
 def test_a_bad_record_is_named_by_file_and_line(script, tmp_path, lines, words):
     source = tmp_path / "bad.jsonl"
     source.write_text("\n".join(lines) + "\n")
-    fails(script("prepare", "--out", tmp_path / "d", f"a={source}", "--tokenizer", "train:300"), f"{source}", *words)
+    fails(
+        script("prepare", "--out", tmp_path / "d", f"a={source}", "--tokenizer", "train:300"),
+        f"{source}",
+        *words,
+    )
     assert not (tmp_path / "d").exists()
 
 
@@ -52,7 +58,14 @@ def test_text_that_is_not_utf8_or_not_whole(script, tmp_path):
         ("cut.jsonl.gz", "cannot be read to its end"),
     ):
         fails(
-            script("prepare", "--out", tmp_path / "d", f"a={tmp_path / name}", "--tokenizer", "train:300"),
+            script(
+                "prepare",
+                "--out",
+                tmp_path / "d",
+                f"a={tmp_path / name}",
+                "--tokenizer",
+                "train:300",
+            ),
             tmp_path / name,
             word,
         )
@@ -78,7 +91,10 @@ def test_text_that_is_not_utf8_or_not_whole(script, tmp_path):
             "a=a.jsonl b=empty.jsonl --tokenizer train:300 --val-fraction 0.2 --test-fraction 0.2".split(),
             ["b.train is left empty"],
         ),
-        (["empty.jsonl", "--domain-key", "meta.set", "--tokenizer", "train:300"], ["every split is left empty"]),
+        (
+            ["empty.jsonl", "--domain-key", "meta.set", "--tokenizer", "train:300"],
+            ["every split is left empty"],
+        ),
     ],
 )
 def test_prepare(script, tmp_path, monkeypatch, argv, words):
@@ -109,7 +125,17 @@ def test_prepare(script, tmp_path, monkeypatch, argv, words):
     ],
 )
 def test_training_options(script, data, small, tmp_path, name, argv, words):
-    base = ["--data", data.folder, "--model", small, "--out", tmp_path / "run", "--sequences", 8, *SMALL]
+    base = [
+        "--data",
+        data.folder,
+        "--model",
+        small,
+        "--out",
+        tmp_path / "run",
+        "--sequences",
+        8,
+        *SMALL,
+    ]
     fails(script(name, *base, *argv), *words)
     assert not (tmp_path / "run").exists()
 
@@ -133,10 +159,15 @@ def test_mixtures(script, data, small, tmp_path, mixture, words):
 
 
 def test_a_mixture_by_name_needs_a_length(script, data, small, tmp_path):
-    fails(script("train", "--data", data.folder, "--model", small, "--out", tmp_path / "run", *SMALL), "--sequences")
+    fails(
+        script("train", "--data", data.folder, "--model", small, "--out", tmp_path / "run", *SMALL),
+        "--sequences",
+    )
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"code": "x"}', '{"counts": 3}', '{"counts": {"code": 2.5}}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"code": "x"}', '{"counts": 3}', '{"counts": {"code": 2.5}}']
+)
 def test_mixture_files(script, data, small, tmp_path, content):
     (tmp_path / "mix.json").write_text(content)
     fails(
@@ -157,7 +188,8 @@ def test_mixture_files(script, data, small, tmp_path, content):
 
 def test_a_split_shorter_than_a_sequence(script, tmp_path, small):
     sources = [
-        f"{d}={write_jsonl(tmp_path / f'{d}.jsonl', made_documents(d, n))}" for d, n in (("sums", 60), ("prose", 200))
+        f"{d}={write_jsonl(tmp_path / f'{d}.jsonl', made_documents(d, n))}"
+        for d, n in (("sums", 60), ("prose", 200))
     ]
     write_jsonl(tmp_path / "sums.jsonl", [f"{i}" for i in range(40)])
     assert (
@@ -177,7 +209,16 @@ def test_a_split_shorter_than_a_sequence(script, tmp_path, small):
     )
     fails(
         script(
-            "train", "--data", tmp_path / "d", "--model", small, "--out", tmp_path / "run", "--sequences", 4, *SMALL
+            "train",
+            "--data",
+            tmp_path / "d",
+            "--model",
+            small,
+            "--out",
+            tmp_path / "run",
+            "--sequences",
+            4,
+            *SMALL,
         ),
         "--seq-len 32",
         "sums",
@@ -189,7 +230,18 @@ def test_an_out_that_holds_something_is_left_alone(script, data, small, tmp_path
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("years of work")
     fails(
-        script(name, "--data", data.folder, "--model", small, "--out", tmp_path / "run", "--sequences", 8, *SMALL),
+        script(
+            name,
+            "--data",
+            data.folder,
+            "--model",
+            small,
+            "--out",
+            tmp_path / "run",
+            "--sequences",
+            8,
+            *SMALL,
+        ),
         "--resume",
         "--overwrite",
     )
@@ -201,28 +253,50 @@ def test_resume_and_overwrite_do_not_touch_what_is_no_run(script, data, small, t
     for file in ("model.safetensors", "checkpoint-5/x", "uniform/notes.txt"):
         (tmp_path / "mine" / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "mine" / file).write_text("mine")
-    argv = ["--data", data.folder, "--model", small, "--out", tmp_path / "mine", "--sequences", 8, *SMALL]
+    argv = [
+        "--data",
+        data.folder,
+        "--model",
+        small,
+        "--out",
+        tmp_path / "mine",
+        "--sequences",
+        8,
+        *SMALL,
+    ]
     for way in ("--resume", "--overwrite"):
         fails(script(name, *argv, way), tmp_path / "mine", "not empty")
     assert sum(p.is_file() for p in (tmp_path / "mine").rglob("*")) == 3
 
 
 @pytest.mark.parametrize("name", ["train", "mix"])
-def test_a_run_does_not_overwrite_the_model_that_it_starts_from(script, data, small, tmp_path, name):
+def test_a_run_does_not_overwrite_the_model_that_it_starts_from(
+    script, data, small, tmp_path, name
+):
     base = ["--data", data.folder, "--sequences", 8, "--batch-size", 8, *SMALL]
     out = tmp_path / "run"
     assert script("train", *base, "--model", small, "--out", out)[0] == 0
     shutil.copytree(small, out / "round-1")
     for model in (out, out / "round-1"):
-        fails(script(name, *base, "--model", model, "--out", out, "--overwrite"), "would remove", model)
+        fails(
+            script(name, *base, "--model", model, "--out", out, "--overwrite"),
+            "would remove",
+            model,
+        )
         assert (model / "model.safetensors").exists()
 
 
 def test_prepare_replaces_nothing(script, tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", made_documents("sums", 80))
     for out in (tmp_path, ".", source):
-        fails(script("prepare", "--out", out, f"a={source}", "--tokenizer", "train:300"), "exists", "--add")
-    fails(script("prepare", "--out", tmp_path / "none", f"a={source}", "--add"), "not there to add to")
+        fails(
+            script("prepare", "--out", out, f"a={source}", "--tokenizer", "train:300"),
+            "exists",
+            "--add",
+        )
+    fails(
+        script("prepare", "--out", tmp_path / "none", f"a={source}", "--add"), "not there to add to"
+    )
     assert source.exists()
 
 
@@ -231,7 +305,16 @@ def test_an_out_that_cannot_be_written(script, data, small, tmp_path, name):
     (tmp_path / "file").write_text("")
     fails(
         script(
-            name, "--data", data.folder, "--model", small, "--out", tmp_path / "file" / "run", "--sequences", 8, *SMALL
+            name,
+            "--data",
+            data.folder,
+            "--model",
+            small,
+            "--out",
+            tmp_path / "file" / "run",
+            "--sequences",
+            8,
+            *SMALL,
         ),
         tmp_path / "file",
     )
@@ -259,7 +342,8 @@ def test_damaged_data(script, data, small, tmp_path, damage):
     else:
         meta.write_text(meta.read_text().replace('"format": 1', '"format": 99'))
     fails(
-        script("eval", small, "--data", tmp_path / "d", "--device", "cpu"), "format 1" if damage == "format" else path
+        script("eval", small, "--data", tmp_path / "d", "--device", "cpu"),
+        "format 1" if damage == "format" else path,
     )
 
 
@@ -281,7 +365,9 @@ def test_a_model_with_another_vocabulary(script, data, tmp_path):
     from model import Config, GPTNeoX, save
 
     save(GPTNeoX(Config(128, 16, 1, 2, 32, 32)), tmp_path / "m")
-    fails(script("eval", tmp_path / "m", "--data", data.folder, "--device", "cpu"), "tokenizer", "128")
+    fails(
+        script("eval", tmp_path / "m", "--data", data.folder, "--device", "cpu"), "tokenizer", "128"
+    )
 
 
 def test_a_real_process_says_it_the_same_way(tmp_path):
@@ -300,11 +386,25 @@ def test_a_line_of_200_megabytes_in_a_small_gz(tmp_path):
     parts += [packer.compress(b'"}\n' + good.replace(b"sums", b"more")), packer.flush()]
     (tmp_path / "a.jsonl.gz").write_bytes(b"".join(parts))
     assert (tmp_path / "a.jsonl.gz").stat().st_size < 300_000
-    argv = ["prepare.py", "--out", tmp_path / "d", f"a={tmp_path / 'a.jsonl.gz'}", "--tokenizer", "train:300"]
+    argv = [
+        "prepare.py",
+        "--out",
+        tmp_path / "d",
+        f"a={tmp_path / 'a.jsonl.gz'}",
+        "--tokenizer",
+        "train:300",
+    ]
     fails(command(*argv, memory=800e6), "a.jsonl.gz:81", "longer than")
-    done = command(*argv, "--max-bad", 1, "--val-fraction", 0.2, "--test-fraction", 0.2, memory=800e6)
+    done = command(
+        *argv, "--max-bad", 1, "--val-fraction", 0.2, "--test-fraction", 0.2, memory=800e6
+    )
     assert done.returncode == 0, done.stderr
-    assert sum(Data(tmp_path / "d").size("a", split)["documents"] for split in ("train", "val", "test")) == 160
+    assert (
+        sum(
+            Data(tmp_path / "d").size("a", split)["documents"] for split in ("train", "val", "test")
+        )
+        == 160
+    )
 
 
 @pytest.mark.parametrize(
@@ -312,8 +412,12 @@ def test_a_line_of_200_megabytes_in_a_small_gz(tmp_path):
 )
 def test_files_that_are_cut_or_something_else(script, tmp_path, name):
     good = (GOOD + "\n").encode() * 5000
-    packed = gzip.compress(good) if name.endswith("gz") else zstandard.ZstdCompressor().compress(good)
-    (tmp_path / name).write_bytes(packed[:-9] if name.startswith("cut") else b"\0 no such format" * 10)
+    packed = (
+        gzip.compress(good) if name.endswith("gz") else zstandard.ZstdCompressor().compress(good)
+    )
+    (tmp_path / name).write_bytes(
+        packed[:-9] if name.startswith("cut") else b"\0 no such format" * 10
+    )
     argv = ["--out", tmp_path / "d", f"a={tmp_path / name}", "--tokenizer", "train:300"]
     fails(script("prepare", *argv), tmp_path / name, "cannot be read to its end")
     assert not (tmp_path / "d").exists()
@@ -326,7 +430,14 @@ def test_a_small_zst_that_unpacks_to_more_than_the_memory_there_is(tmp_path):
             f.write(packer.compress(b"a" * 10**6))
         f.write(packer.flush())
     assert (tmp_path / "a.jsonl.zst").stat().st_size < 500_000
-    argv = ["prepare.py", "--out", tmp_path / "d", f"a={tmp_path / 'a.jsonl.zst'}", "--tokenizer", "train:300"]
+    argv = [
+        "prepare.py",
+        "--out",
+        tmp_path / "d",
+        f"a={tmp_path / 'a.jsonl.zst'}",
+        "--tokenizer",
+        "train:300",
+    ]
     fails(command(*argv, memory=500e6), "a.jsonl.zst:1", "longer than")
 
 
@@ -335,23 +446,54 @@ def test_byte_order_marks_and_nul_bytes(script, tmp_path):
     lines = "".join(json.dumps({"text": t}) + "\r\n" for t in texts)
     (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
     (tmp_path / "nul.jsonl").write_bytes(lines.encode() + b"\0" * 100)
-    base = ["--tokenizer", "train:300", "--val-fraction", 0.2, "--test-fraction", 0.2, "--workers", 1]
+    base = [
+        "--tokenizer",
+        "train:300",
+        "--val-fraction",
+        0.2,
+        "--test-fraction",
+        0.2,
+        "--workers",
+        1,
+    ]
     assert script("prepare", "--out", tmp_path / "d", f"a={tmp_path / 'bom.jsonl'}", *base)[0] == 0
-    assert sum(Data(tmp_path / "d").size("a", split)["documents"] for split in ("train", "val", "test")) == 81
-    fails(script("prepare", "--out", tmp_path / "e", f"a={tmp_path / 'nul.jsonl'}", *base), "nul.jsonl:82")
+    assert (
+        sum(
+            Data(tmp_path / "d").size("a", split)["documents"] for split in ("train", "val", "test")
+        )
+        == 81
+    )
+    fails(
+        script("prepare", "--out", tmp_path / "e", f"a={tmp_path / 'nul.jsonl'}", *base),
+        "nul.jsonl:82",
+    )
 
 
-@pytest.mark.parametrize("name", ["../x", "..", "/etc/passwd", "a/../../b", "mean", "", "x" * 5000, "\0", "日本"])
+@pytest.mark.parametrize(
+    "name", ["../x", "..", "/etc/passwd", "a/../../b", "mean", "", "x" * 5000, "\0", "日本"]
+)
 def test_names_of_domains_from_records_stay_in_the_folder(script, tmp_path, name):
     records = [{"text": t, "set": name} for t in made_documents("sums", 60)]
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    argv = ["--out", tmp_path / "out" / "d", tmp_path / "in" / "a.jsonl", "--domain-key", "set", "--workers", 1]
-    status, _, err = script("prepare", *argv, "--tokenizer", "train:300", "--val-fraction", 0.2, "--test-fraction", 0.2)
+    argv = [
+        "--out",
+        tmp_path / "out" / "d",
+        tmp_path / "in" / "a.jsonl",
+        "--domain-key",
+        "set",
+        "--workers",
+        1,
+    ]
+    status, _, err = script(
+        "prepare", *argv, "--tokenizer", "train:300", "--val-fraction", 0.2, "--test-fraction", 0.2
+    )
     assert status in (0, 2) and err.count("\n") == (status == 2), err
     assert {path.name for path in tmp_path.iterdir()} <= {"in", "out"}
     for path in (tmp_path / "out").rglob("*"):
-        assert path.name == "d" or (path.parent.name == "d" and path.suffix in (".bin", ".json")), path
+        assert path.name == "d" or (path.parent.name == "d" and path.suffix in (".bin", ".json")), (
+            path
+        )
 
 
 @pytest.mark.parametrize(
@@ -387,7 +529,8 @@ def test_a_crafted_config(script, data, small, tmp_path, change):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "null", "[" * 100_000, '{"hidden_size": ' + "9" * 5000 + "}", "\0" * 50, "{"]
+    "content",
+    ["", "[]", "null", "[" * 100_000, '{"hidden_size": ' + "9" * 5000 + "}", "\0" * 50, "{"],
 )
 def test_a_config_that_is_no_config(script, data, small, tmp_path, content):
     shutil.copytree(small, tmp_path / "m")
@@ -429,22 +572,33 @@ def tensor(begin: int, end: int, shape: list, dtype: str = "F32") -> dict:
         crafted(b'{"a":' * 50_000),
         crafted({"gpt_neox.embed_in.weight": tensor(0, 64, [4, 4])}),  # of another shape
         crafted({"__metadata__": {"a": 3}}),
-        *(crafted({"gpt_neox.final_layer_norm.bias": tensor(0, 32 * n, [32], d)}, data=b"\0" * 32 * n) for d, n in ODD),
+        *(
+            crafted(
+                {"gpt_neox.final_layer_norm.bias": tensor(0, 32 * n, [32], d)}, data=b"\0" * 32 * n
+            )
+            for d, n in ODD
+        ),
     ],
 )
 def test_crafted_safetensors(script, data, small, tmp_path, content):
     shutil.copytree(small, tmp_path / "m")
     (tmp_path / "m" / "model.safetensors").write_bytes(content)
-    fails(script("eval", tmp_path / "m", "--data", data.folder, "--device", "cpu"), "model.safetensors")
+    fails(
+        script("eval", tmp_path / "m", "--data", data.folder, "--device", "cpu"),
+        "model.safetensors",
+    )
 
 
 @pytest.mark.parametrize(
-    "shard", ["../../x", "/etc/passwd", "model-00001-of-00002.bin", 7, None, ["x"], {"a": 1}, "x" * 10**6]
+    "shard",
+    ["../../x", "/etc/passwd", "model-00001-of-00002.bin", 7, None, ["x"], {"a": 1}, "x" * 10**6],
 )
 def test_an_index_that_names_other_files(script, data, small, tmp_path, shard):
     shutil.copytree(small, tmp_path / "m")
     (tmp_path / "m" / "model.safetensors").rename(tmp_path / "x")
-    (tmp_path / "m" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
+    (tmp_path / "m" / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": shard}})
+    )
     fails(script("eval", tmp_path / "m", "--data", data.folder, "--device", "cpu"), "index.json")
 
 
@@ -474,11 +628,28 @@ def test_a_crafted_meta_json(script, data, small, tmp_path, change):
         (6e8, ("evaluating 256 sequences of 256 tokens", "try a shorter --seq-len")),
     ],
 )
-def test_out_of_memory_names_what_was_asked_for_and_what_to_try(data, small, tmp_path, memory, words):
+def test_out_of_memory_names_what_was_asked_for_and_what_to_try(
+    data, small, tmp_path, memory, words
+):
     shutil.copytree(small, tmp_path / "m")
     config = json.loads((small / "config.json").read_text()) | {"max_position_embeddings": 8192}
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
-    argv = ["--data", data.folder, "--model", tmp_path / "m", "--out", tmp_path / "run", "--mix", "sums=64"]
+    argv = [
+        "--data",
+        data.folder,
+        "--model",
+        tmp_path / "m",
+        "--out",
+        tmp_path / "run",
+        "--mix",
+        "sums=64",
+    ]
     argv += ["--seq-len", 256, "--batch-size", 1024, "--micro-batch-size", 1024, *SMALL]
-    fails(command("train.py", *argv, memory=memory), "out of memory: ", *words, "it asked for ", " bytes more")
+    fails(
+        command("train.py", *argv, memory=memory),
+        "out of memory: ",
+        *words,
+        "it asked for ",
+        " bytes more",
+    )
     assert not (tmp_path / "run" / "model.safetensors").exists()

@@ -16,7 +16,10 @@ from prepare import Tokenizer
 
 
 def test_every_window_is_scored_once_and_as_transformers_does(data, small):
-    losses, oracle = evaluate(load(small), data, "test", 32), AutoModelForCausalLM.from_pretrained(small)
+    losses, oracle = (
+        evaluate(load(small), data, "test", 32),
+        AutoModelForCausalLM.from_pretrained(small),
+    )
     assert list(losses) == data.domains
     for d in data.domains:
         tokens = torch.from_numpy(data.tokens(d, "test").astype("int64"))
@@ -24,7 +27,9 @@ def test_every_window_is_scored_once_and_as_transformers_does(data, small):
         assert losses[d].shape == (n,)
         for c in (0, 1, n - 1):
             logits = oracle(tokens[None, c * 32 : c * 32 + 32]).logits[0]
-            expected = torch.nn.functional.cross_entropy(logits, tokens[c * 32 + 1 : c * 32 + 33]).item()
+            expected = torch.nn.functional.cross_entropy(
+                logits, tokens[c * 32 + 1 : c * 32 + 33]
+            ).item()
             assert losses[d][c] == pytest.approx(expected, abs=1e-5)
     limited = evaluate(load(small), data, "test", 32, limit=3)
     for d, n in ((d, len(losses[d])) for d in data.domains):
@@ -45,7 +50,9 @@ def test_a_window_belongs_to_the_document_it_begins_in(data):
     n = (len(tokens) - 1) // 32
     expected = [sum(int(t) == 0 for t in tokens[: c * 32]) for c in range(n)]
     assert documents_of(data, "prose", "test", 32, n).tolist() == expected
-    assert documents_of(data, "prose", "test", 32, 3).tolist() == [expected[c] for c in (0, n // 3, 2 * n // 3)]
+    assert documents_of(data, "prose", "test", 32, 3).tolist() == [
+        expected[c] for c in (0, n // 3, 2 * n // 3)
+    ]
 
 
 def test_bits_per_byte_count_the_bytes_of_the_text(data, small):
@@ -67,7 +74,9 @@ def test_intervals_resample_documents():
     by_document = [values[documents == k] for k in range(20)]
     slow = [np.concatenate(loop.choices(by_document, k=20)).mean() for _ in range(4000)]
     fast = bootstrap(values, documents)
-    assert np.quantile(fast, [0.025, 0.5, 0.975]) == pytest.approx(np.quantile(slow, [0.025, 0.5, 0.975]), abs=0.04)
+    assert np.quantile(fast, [0.025, 0.5, 0.975]) == pytest.approx(
+        np.quantile(slow, [0.025, 0.5, 0.975]), abs=0.04
+    )
     assert np.std(fast) > 2 * values.std() / math.sqrt(len(values))
 
 
@@ -75,18 +84,22 @@ def test_differences_are_paired_and_counted(data, small):
     base = evaluate(load(small), data, "test", 32)
     better = {d: values - 0.25 + (0.5 if d == "sums" else 0) for d, values in base.items()}
     difference = compare(base, better, data, "test", 32)
-    assert difference["code"]["change"] == pytest.approx(-0.25) and difference["code"]["interval"] == pytest.approx(
-        [-0.25, -0.25]
-    )
-    assert difference["mean"]["change"] == pytest.approx(-0.25 / 3) and difference["mean"]["interval"] == pytest.approx(
-        [-0.25 / 3] * 2
-    )
+    assert difference["code"]["change"] == pytest.approx(-0.25) and difference["code"][
+        "interval"
+    ] == pytest.approx([-0.25, -0.25])
+    assert difference["mean"]["change"] == pytest.approx(-0.25 / 3) and difference["mean"][
+        "interval"
+    ] == pytest.approx([-0.25 / 3] * 2)
     assert difference["improved"] == 2 and difference["worst"] == pytest.approx(0.25)
 
 
 def test_the_table_lines_up_and_marks_domains_with_few_documents(data, small):
-    base = evaluate(load(small), data, "test", 32, limit=8)  # eight windows begin in fewer than ten documents
-    text = table(results({"base": base, "tuned": {d: v - 0.1 for d, v in base.items()}}, data, "test", 32))
+    base = evaluate(
+        load(small), data, "test", 32, limit=8
+    )  # eight windows begin in fewer than ten documents
+    text = table(
+        results({"base": base, "tuned": {d: v - 0.1 for d, v in base.items()}}, data, "test", 32)
+    )
     rows = text.splitlines()
     assert "code*" in text and "fewer than 10 documents" in text and "3 of 3, worst -0.1000" in text
     columns = [row.index("-0.1000 [") for row in rows if "-0.1000 [" in row]
@@ -119,6 +132,14 @@ def test_a_model_with_another_tokenizer_brings_a_warning(script, data, small, tm
         f.write("\n")
     for model, warned in ((small, False), (tmp_path / "other", True)):
         status, out, _ = script(
-            "eval", model, "--data", data.folder, "--device", "cpu", "--no-compile", "--dtype", "float32"
+            "eval",
+            model,
+            "--data",
+            data.folder,
+            "--device",
+            "cpu",
+            "--no-compile",
+            "--dtype",
+            "float32",
         )
         assert status == 0 and ("warning" in out) == warned

@@ -30,8 +30,31 @@ from train import Mixture, train
 
 def argv(data, small, out, *more):
     """50 steps of a few milliseconds each, with 24 checkpoints."""
-    base = ["--data", data.folder, "--model", small, "--out", out, "--mix", "uniform", "--sequences", 400]
-    return [*base, "--batch-size", 8, "--lr", 1e-3, "--eval-sequences", 8, "--save-every", 2, *SMALL, *more]
+    base = [
+        "--data",
+        data.folder,
+        "--model",
+        small,
+        "--out",
+        out,
+        "--mix",
+        "uniform",
+        "--sequences",
+        400,
+    ]
+    return [
+        *base,
+        "--batch-size",
+        8,
+        "--lr",
+        1e-3,
+        "--eval-sequences",
+        8,
+        "--save-every",
+        2,
+        *SMALL,
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +97,12 @@ def test_train_killed_at_twenty_moments_ends_with_the_same_weights(data, small, 
         done = lines(out / "log.jsonl")
         kill_at, further = (rng.randint(1, 60), 1000) if life % 2 else (0, rng.randint(1, 12))
         target = 150 if life > 17 else done + further
-        run = Run(tmp_path, "train", *argv(data, small, out, *more, "--resume"), kill_at=kill_at if life < 18 else 0)
+        run = Run(
+            tmp_path,
+            "train",
+            *argv(data, small, out, *more, "--resume"),
+            kill_at=kill_at if life < 18 else 0,
+        )
         run.wait_for(lambda: lines(out / "log.jsonl") >= target)
         time.sleep(rng.uniform(0, 0.02))
         run.process.kill()
@@ -100,10 +128,15 @@ def test_train_killed_as_it_begins_or_ends_leaves_nothing_behind(data, small, tm
     assert Run(tmp_path, "train", *argv(data, small, tmp_path / "whole", *more)).end()[0] == 0
     run = Run(tmp_path, "train", *argv(data, small, tmp_path / "run", *more), kill_at=kill_at)
     assert run.end()[0] == -signal.SIGKILL
-    status, _, err = Run(tmp_path, "train", *argv(data, small, tmp_path / "run", *more, "--resume")).end()
+    status, _, err = Run(
+        tmp_path, "train", *argv(data, small, tmp_path / "run", *more, "--resume")
+    ).end()
     assert status == 0, err
     assert same_weights(tmp_path / "run", tmp_path / "whole")
-    names = [{path.relative_to(top) for path in top.rglob("*")} for top in (tmp_path / "run", tmp_path / "whole")]
+    names = [
+        {path.relative_to(top) for path in top.rglob("*")}
+        for top in (tmp_path / "run", tmp_path / "whole")
+    ]
     assert names[0] == names[1]
 
 
@@ -121,7 +154,9 @@ def test_mix_killed_at_twenty_moments_ends_the_same(data, tmp_path):
     stages = set()
     rng = random.Random(2)
     rounds = lines(tmp_path / "whole" / "run" / "history.jsonl")
-    for life in range(20):  # at some moment; before some change of the disk; after the last round, in the comparison
+    for life in range(
+        20
+    ):  # at some moment; before some change of the disk; after the last round, in the comparison
         run = Run(
             tmp_path,
             "mix",
@@ -147,25 +182,38 @@ def test_mix_killed_at_twenty_moments_ends_the_same(data, tmp_path):
     differ = {path.name for path in files[0] if files[0][path] != files[1][path]}
     assert differ <= {"log.jsonl"}, differ  # which has speeds
     for log in (tmp_path / "whole").rglob("log.jsonl"):
-        assert same_log(log.parent, tmp_path / "broken" / log.parent.relative_to(tmp_path / "whole"))
+        assert same_log(
+            log.parent, tmp_path / "broken" / log.parent.relative_to(tmp_path / "whole")
+        )
 
 
 def test_prepare_killed_at_twenty_moments_makes_the_same_files(tmp_path):
-    source = write_jsonl(tmp_path / "a.jsonl", [f"{i} {t}" for i in range(40) for t in made_documents("code", 60, i)])
+    source = write_jsonl(
+        tmp_path / "a.jsonl", [f"{i} {t}" for i in range(40) for t in made_documents("code", 60, i)]
+    )
     base = [f"a={source}", "--tokenizer", "train:400", "--workers", 1]
     began = time.perf_counter()
     assert Run(tmp_path, "prepare", "--out", tmp_path / "whole", *base).end()[0] == 0
     took = time.perf_counter() - began
     rng = random.Random(3)
     for _ in range(20):
-        run = Run(tmp_path, "prepare", "--out", tmp_path / "d", *base, kill_at=rng.choice([0, rng.randint(1, 9)]))
+        run = Run(
+            tmp_path,
+            "prepare",
+            "--out",
+            tmp_path / "d",
+            *base,
+            kill_at=rng.choice([0, rng.randint(1, 9)]),
+        )
         run.process.join(rng.uniform(0, took))
         run.process.kill()
         run.end()
         if (tmp_path / "d").exists():  # whole, then, and made once more
             shutil.rmtree(tmp_path / "d")
     assert Run(tmp_path, "prepare", "--out", tmp_path / "d", *base).end()[0] == 0
-    files = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("whole", "d")]
+    files = [
+        {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("whole", "d")
+    ]
     assert files[0] == files[1]
     assert not list(tmp_path.glob(".*")) and Data(tmp_path / "d").domains == ["a"]
 
@@ -173,7 +221,9 @@ def test_prepare_killed_at_twenty_moments_makes_the_same_files(tmp_path):
 def test_a_damaged_checkpoint_is_passed_over_and_named(data, small, whole, tmp_path):
     out = tmp_path / "run"
     run = Run(tmp_path, "train", *argv(data, small, out))
-    run.wait_for(lambda: len(list(out.glob("checkpoint-*"))) == 2 and list(out.glob("checkpoint-0000001*")))
+    run.wait_for(
+        lambda: len(list(out.glob("checkpoint-*"))) == 2 and list(out.glob("checkpoint-0000001*"))
+    )
     run.process.kill()
     run.end()
     older, newer = sorted(out.glob("checkpoint-*"))[-2:]
@@ -182,7 +232,10 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(data, small, whole, tmp_p
     (newer / "optimizer.safetensors").write_bytes(damaged)
     status, text, err = Run(tmp_path, "train", *argv(data, small, out, "--resume")).end()
     assert status == 0, err
-    assert f"{newer} is damaged and passed over: optimizer.safetensors" in text and f"going on from {older}" in text
+    assert (
+        f"{newer} is damaged and passed over: optimizer.safetensors" in text
+        and f"going on from {older}" in text
+    )
     assert same_weights(out, whole) and same_log(out, whole)
 
 
@@ -210,11 +263,26 @@ def test_with_every_checkpoint_damaged_the_run_is_done_anew_and_keeps_what_it_sa
 def test_files_have_the_mode_that_the_umask_says(data, small, tmp_path):
     old = os.umask(0o027)
     try:
-        train(load(small), data, {"sums": 16}, seq_len=32, batch_size=4, lr=1e-3, save_every=1, out=tmp_path)
+        train(
+            load(small),
+            data,
+            {"sums": 16},
+            seq_len=32,
+            batch_size=4,
+            lr=1e-3,
+            save_every=1,
+            out=tmp_path,
+        )
     finally:
         os.umask(old)
     modes = {path.name: oct(path.stat().st_mode & 0o777) for path in tmp_path.rglob("*")}
-    files = ("log.jsonl", "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
+    files = (
+        "log.jsonl",
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+        "manifest.json",
+    )
     folders = ("checkpoint-00000002", "checkpoint-00000003")
     assert modes == dict.fromkeys(files, "0o640") | dict.fromkeys(folders, "0o750")
 
@@ -234,8 +302,22 @@ def test_files_have_the_mode_that_the_umask_says(data, small, tmp_path):
     ],
 )
 def test_what_changed_before_a_resume_is_named(data, small, tmp_path, script, change, words):
-    folder, model = (shutil.copytree(source, tmp_path / name) for source, name in ((data.folder, "d"), (small, "m")))
-    argv = ["--data", folder, "--model", model, "--out", tmp_path / "run", "--mix", "uniform", "--sequences", 24]
+    folder, model = (
+        shutil.copytree(source, tmp_path / name)
+        for source, name in ((data.folder, "d"), (small, "m"))
+    )
+    argv = [
+        "--data",
+        folder,
+        "--model",
+        model,
+        "--out",
+        tmp_path / "run",
+        "--mix",
+        "uniform",
+        "--sequences",
+        24,
+    ]
     argv += ["--batch-size", 8, "--lr", 1e-3, *SMALL, "--resume"]
     assert script("train", *argv)[0] == 0
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
@@ -253,7 +335,11 @@ def test_what_changed_before_a_resume_is_named(data, small, tmp_path, script, ch
         content[-7] ^= 1
         content.flush()
     (folder / "meta.json").write_text(json.dumps(meta))
-    fails(script("train", *argv, *([] if isinstance(change, str) else change)), "--resume with other settings", *words)
+    fails(
+        script("train", *argv, *([] if isinstance(change, str) else change)),
+        "--resume with other settings",
+        *words,
+    )
     assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
@@ -267,7 +353,10 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(data, small, whole, 
     status, _, err = run.end()
     assert status == 128 + number, err
     done = len(log_of(out))
-    assert sound(out) == [done] and f"stopped and saved after step {done} of 50; go on with: python train.py" in err
+    assert (
+        sound(out) == [done]
+        and f"stopped and saved after step {done} of 50; go on with: python train.py" in err
+    )
     command = shlex.split(err.partition("go on with: ")[2])
     assert command[-1] == "--resume" and "--overwrite" not in command
     status, _, err = Run(tmp_path, "train", *command[2:]).end()
@@ -282,7 +371,10 @@ def test_a_signal_in_the_last_step_saves_it(data, small, tmp_path):
     run.send(signal.SIGTERM)
     status, _, err = run.end()
     assert status == 143 and sound(tmp_path / "run") == [1] and "after step 1 of 1" in err
-    assert Run(tmp_path, "train", *argv(data, small, tmp_path / "run", *more, "--resume")).end()[0] == 0
+    assert (
+        Run(tmp_path, "train", *argv(data, small, tmp_path / "run", *more, "--resume")).end()[0]
+        == 0
+    )
     assert lines(tmp_path / "run" / "log.jsonl") == 1
 
 
@@ -296,7 +388,11 @@ def test_a_second_signal_ends_it_at_once(data, small, tmp_path):
     assert run.process.is_alive()
     run.send(signal.SIGTERM)
     status, _, err = run.end(5)
-    assert status == 143 and "another signal stops at once" in err and not list((tmp_path / "run").glob("checkpoint-*"))
+    assert (
+        status == 143
+        and "another signal stops at once" in err
+        and not list((tmp_path / "run").glob("checkpoint-*"))
+    )
 
 
 def ranks(tmp_path, *argv) -> list[Run]:
@@ -306,9 +402,16 @@ def ranks(tmp_path, *argv) -> list[Run]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    rendezvous = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    rendezvous = {
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+    }
     rendezvous |= {"TORCHELASTIC_RUN_ID": "1", "OMP_NUM_THREADS": "1"}
-    return [Run(tmp_path, "train", *argv, rank=rendezvous | {"RANK": r, "LOCAL_RANK": r}) for r in "01"]
+    return [
+        Run(tmp_path, "train", *argv, rank=rendezvous | {"RANK": r, "LOCAL_RANK": r}) for r in "01"
+    ]
 
 
 @pytest.mark.parametrize("more", [[], ["--fsdp"]])
@@ -330,15 +433,27 @@ def test_torchrun_passes_a_signal_on_and_any_number_of_ranks_goes_on(data, small
     """With another world size and micro-batch: the same sequences, so the same losses but for rounding."""
     out = tmp_path / "run"
     base = [str(word) for word in argv(data, small, out)]
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
+    program = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        ROOT / "train.py",
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    agent = subprocess.Popen([*program, *base], stderr=subprocess.PIPE, text=True, env=env, stdout=subprocess.DEVNULL)
+    agent = subprocess.Popen(
+        [*program, *base], stderr=subprocess.PIPE, text=True, env=env, stdout=subprocess.DEVNULL
+    )
     while agent.poll() is None and not ((out / "log.jsonl").exists() and len(log_of(out)) > 3):
         time.sleep(0.005)
     agent.terminate()
     _, err = agent.communicate(timeout=60)
     done = len(log_of(out))
-    assert f"stopped and saved after step {done} of 50; go on with: torchrun" in err and sound(out)[-1] == done < 50
+    assert (
+        f"stopped and saved after step {done} of 50; go on with: torchrun" in err
+        and sound(out)[-1] == done < 50
+    )
     status, _, err = Run(tmp_path, "train", *base, "--resume", "--micro-batch-size", 3).end()
     assert status == 0, err
     for a, b in zip(log_of(out), log_of(whole), strict=True):
@@ -376,31 +491,52 @@ def fragile(small, tmp_path) -> Path:
 
 
 def poison_argv(data, fragile, out, *more):
-    return [*argv(data, fragile, out), "--mix", "code=27,prose=27,sums=26", "--sequences", 80, *more]
+    return [
+        *argv(data, fragile, out),
+        "--mix",
+        "code=27,prose=27,sums=26",
+        "--sequences",
+        80,
+        *more,
+    ]
 
 
 @pytest.mark.parametrize("step", [0, 4])
 def test_a_poisoned_batch_is_skipped_and_named(data, fragile, tmp_path, script, step):
     poison = poisoned(data, tmp_path / "d", [step])
-    status, text, err = script("train", *poison_argv(poison, fragile, tmp_path / "run", "--save-every", 1))
+    status, text, err = script(
+        "train", *poison_argv(poison, fragile, tmp_path / "run", "--save-every", 1)
+    )
     assert status == 0, err
-    assert f"step {step}: loss nan" in text and f"no update from sequences {8 * step} to {8 * step + 7}" in text
+    assert (
+        f"step {step}: loss nan" in text
+        and f"no update from sequences {8 * step} to {8 * step + 7}" in text
+    )
     log = log_of(tmp_path / "run")
     assert [line["step"] for line in log] == list(range(10))
     assert {line["step"]: line.get("skipped") for line in log if line["loss"] is None} == {
         step: list(range(8 * step, 8 * step + 8))
     }
-    assert all(p.isfinite().all() for p in load_file(tmp_path / "run" / "model.safetensors").values())
+    assert all(
+        p.isfinite().all() for p in load_file(tmp_path / "run" / "model.safetensors").values()
+    )
     # the oracle: the same steps, less that one, by a loop of its own
     model, mixture = load(fragile), Mixture(poison, {"code": 27, "prose": 27, "sums": 26}, 32)
-    groups = [[p for p in model.parameters() if (p.dim() == 2) == matrices] for matrices in (True, False)]
-    groups = [{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}]
+    groups = [
+        [p for p in model.parameters() if (p.dim() == 2) == matrices] for matrices in (True, False)
+    ]
+    groups = [
+        {"params": groups[0], "weight_decay": 0.1},
+        {"params": groups[1], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-8)
     for line in log:
         if line["step"] == step:
             continue
         batch = [mixture[i] for i in range(8 * line["step"], 8 * line["step"] + 8)]
-        inputs, targets = (torch.tensor(np.stack([row[k] for row in batch]).astype("int64")) for k in (1, 2))
+        inputs, targets = (
+            torch.tensor(np.stack([row[k] for row in batch]).astype("int64")) for k in (1, 2)
+        )
         model(inputs, targets).mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
@@ -415,20 +551,50 @@ def test_a_run_with_a_skipped_step_resumes_to_the_same_weights(data, fragile, tm
     poison = poisoned(data, tmp_path / "d", [0, 4])
     assert Run(tmp_path, "train", *poison_argv(poison, fragile, tmp_path / "whole")).end()[0] == 0
     out = tmp_path / "run"
-    for kill_at in (16, 30, 45):  # before and after the checkpoint of a run without an update, and later
-        Run(tmp_path, "train", *poison_argv(poison, fragile, out, "--save-every", 1, "--resume"), kill_at=kill_at).end()
-    assert Run(tmp_path, "train", *poison_argv(poison, fragile, out, "--save-every", 1, "--resume")).end()[0] == 0
+    for kill_at in (
+        16,
+        30,
+        45,
+    ):  # before and after the checkpoint of a run without an update, and later
+        Run(
+            tmp_path,
+            "train",
+            *poison_argv(poison, fragile, out, "--save-every", 1, "--resume"),
+            kill_at=kill_at,
+        ).end()
+    assert (
+        Run(
+            tmp_path, "train", *poison_argv(poison, fragile, out, "--save-every", 1, "--resume")
+        ).end()[0]
+        == 0
+    )
     assert same_weights(out, tmp_path / "whole") and same_log(out, tmp_path / "whole")
 
 
-def test_three_poisoned_batches_in_a_row_end_it_with_the_last_good_checkpoint(data, fragile, tmp_path, script):
+def test_three_poisoned_batches_in_a_row_end_it_with_the_last_good_checkpoint(
+    data, fragile, tmp_path, script
+):
     poison = poisoned(data, tmp_path / "d", [1, 4, 5, 6])
     result = script("train", *poison_argv(poison, fragile, tmp_path / "run", "--save-every", 1))
-    fails((result[0], "", result[2]), "not finite in steps 4 to 6", "sequences 32 to 55", "lower --lr, now 0.001")
-    assert sound(tmp_path / "run") == [5, 6] and not (tmp_path / "run" / "model.safetensors").exists()
-    again = script("train", *poison_argv(poison, fragile, tmp_path / "run", "--save-every", 1, "--resume"))
-    fails((again[0], "", again[2]), "not finite in steps 4 to 6")  # resumed at the third, it ends there as well
-    a, b = (load_file(tmp_path / "run" / f"checkpoint-0000000{step}" / "model.safetensors") for step in (5, 6))
+    fails(
+        (result[0], "", result[2]),
+        "not finite in steps 4 to 6",
+        "sequences 32 to 55",
+        "lower --lr, now 0.001",
+    )
+    assert (
+        sound(tmp_path / "run") == [5, 6] and not (tmp_path / "run" / "model.safetensors").exists()
+    )
+    again = script(
+        "train", *poison_argv(poison, fragile, tmp_path / "run", "--save-every", 1, "--resume")
+    )
+    fails(
+        (again[0], "", again[2]), "not finite in steps 4 to 6"
+    )  # resumed at the third, it ends there as well
+    a, b = (
+        load_file(tmp_path / "run" / f"checkpoint-0000000{step}" / "model.safetensors")
+        for step in (5, 6)
+    )
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert [line["step"] for line in log_of(tmp_path / "run") if "skipped" in line] == [1, 4, 5, 6]
 
@@ -454,34 +620,71 @@ def test_weights_that_are_not_finite_are_neither_used_nor_saved(data, small, tmp
     save(model, tmp_path / "bad")
     (tmp_path / "run").mkdir()
     with pytest.raises(InputError, match="embed_in.weight is not finite"):
-        train(model, data, {"sums": 16}, seq_len=32, batch_size=4, lr=1e-3, save_every=2, out=tmp_path / "run")
+        train(
+            model,
+            data,
+            {"sums": 16},
+            seq_len=32,
+            batch_size=4,
+            lr=1e-3,
+            save_every=2,
+            out=tmp_path / "run",
+        )
     assert not list((tmp_path / "run").glob("*checkpoint*"))
     with torch.no_grad():
         model.gpt_neox.embed_in.weight[:] = float("nan")
     save(model, tmp_path / "bad")
-    fails(script("train", *argv(data, tmp_path / "bad", tmp_path / "new")), "code's val split", "is not finite")
-    fails(script("eval", tmp_path / "bad", "--data", data.folder, "--device", "cpu"), "test split", "is not finite")
+    fails(
+        script("train", *argv(data, tmp_path / "bad", tmp_path / "new")),
+        "code's val split",
+        "is not finite",
+    )
+    fails(
+        script("eval", tmp_path / "bad", "--data", data.folder, "--device", "cpu"),
+        "test split",
+        "is not finite",
+    )
 
 
-def test_weights_that_overflow_the_type_they_are_saved_in_are_not_saved(data, small, tmp_path, script):
+def test_weights_that_overflow_the_type_they_are_saved_in_are_not_saved(
+    data, small, tmp_path, script
+):
     from model import save
 
     model = load(small)
     with torch.no_grad():
         model.gpt_neox.embed_in.weight[500] = 1e6
     save(model, tmp_path / "large", small / "tokenizer.json")
-    result = script("train", *argv(data, tmp_path / "large", tmp_path / "run", "--save-dtype", "float16"))
+    result = script(
+        "train", *argv(data, tmp_path / "large", tmp_path / "run", "--save-dtype", "float16")
+    )
     fails(result, "gpt_neox.embed_in.weight is not finite")
     assert not (tmp_path / "run" / "model.safetensors").exists() and sound(tmp_path / "run")
 
 
 @pytest.mark.parametrize("damaged", ["round-1", "base"])
 def test_a_damaged_model_of_an_earlier_round_is_made_anew(data, tmp_path, damaged):
-    options = ["--data", data.folder, "--out", tmp_path / "run", "--seq-len", 32, "--base-sequences", 64]
+    options = [
+        "--data",
+        data.folder,
+        "--out",
+        tmp_path / "run",
+        "--seq-len",
+        32,
+        "--base-sequences",
+        64,
+    ]
     options += ["--batch-size", 8, "--sequences", 48, "--rounds", 2, "--eval-sequences", 20, *SMALL]
     assert Run(tmp_path, "mix", *options).end()[0] == 0
-    expected = load_file(tmp_path / "run" / "model.safetensors"), (tmp_path / "run" / "result.json").read_bytes()
-    for name in ("model.safetensors", "history.jsonl", "result.json"):  # as if it had been killed in the first round
+    expected = (
+        load_file(tmp_path / "run" / "model.safetensors"),
+        (tmp_path / "run" / "result.json").read_bytes(),
+    )
+    for name in (
+        "model.safetensors",
+        "history.jsonl",
+        "result.json",
+    ):  # as if it had been killed in the first round
         (tmp_path / "run" / name).unlink()
     folder = tmp_path / "run" / "round-1" if damaged == "round-1" else next(tmp_path.glob("base-*"))
     content = np.memmap(folder / "model.safetensors", np.uint8, "r+")
@@ -489,8 +692,13 @@ def test_a_damaged_model_of_an_earlier_round_is_made_anew(data, tmp_path, damage
     content.flush()
     status, text, err = Run(tmp_path, "mix", *options, "--resume").end()
     assert status == 0 and f"{folder / 'model.safetensors'} is damaged, and made anew" in text, err
-    found = load_file(tmp_path / "run" / "model.safetensors"), (tmp_path / "run" / "result.json").read_bytes()
-    assert found[1] == expected[1] and all(torch.equal(found[0][name], expected[0][name]) for name in expected[0])
+    found = (
+        load_file(tmp_path / "run" / "model.safetensors"),
+        (tmp_path / "run" / "result.json").read_bytes(),
+    )
+    assert found[1] == expected[1] and all(
+        torch.equal(found[0][name], expected[0][name]) for name in expected[0]
+    )
 
 
 def test_a_file_that_cannot_grow_costs_nothing_that_was_there(data, small, whole, tmp_path):
@@ -501,7 +709,11 @@ def test_a_file_that_cannot_grow_costs_nothing_that_was_there(data, small, whole
     run.end()
     before = sound(out)
     for largest in (1000, 300_000):  # less than the weights; less than the optimizer's state
-        fails(Run(tmp_path, "train", *argv(data, small, out, "--resume"), largest=largest).end(), out, "File too large")
+        fails(
+            Run(tmp_path, "train", *argv(data, small, out, "--resume"), largest=largest).end(),
+            out,
+            "File too large",
+        )
         assert sound(out) == before and not list(out.glob(".*.partial"))
     assert Run(tmp_path, "train", *argv(data, small, out, "--resume")).end()[0] == 0
     assert same_weights(out, whole) and same_log(out, whole)
@@ -530,7 +742,11 @@ def test_a_full_disk_and_one_that_became_read_only(data, small, whole, tmp_path,
     run.end()
     before = sound(out)
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-    fails(Run(tmp_path, "train", *argv(data, small, out, "--resume")).end(), out, "Read-only file system")
+    fails(
+        Run(tmp_path, "train", *argv(data, small, out, "--resume")).end(),
+        out,
+        "Read-only file system",
+    )
     assert sound(out) == before
     subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
     assert Run(tmp_path, "train", *argv(data, small, out, "--resume")).end()[0] == 0
@@ -538,7 +754,9 @@ def test_a_full_disk_and_one_that_became_read_only(data, small, whole, tmp_path,
 
 
 def test_prepare_on_a_full_disk_leaves_nothing(tmp_path, disk):
-    source = write_jsonl(tmp_path / "a.jsonl", [f"{i} {t}" for i in range(40) for t in made_documents("code", 60, i)])
+    source = write_jsonl(
+        tmp_path / "a.jsonl", [f"{i} {t}" for i in range(40) for t in made_documents("code", 60, i)]
+    )
     base = [f"a={source}", "--tokenizer", "train:400", "--workers", 1]
     (disk / "ballast").write_bytes(bytes(800_000))
     fails(Run(tmp_path, "prepare", "--out", disk / "d", *base).end(), "No space left on device")
@@ -547,7 +765,9 @@ def test_prepare_on_a_full_disk_leaves_nothing(tmp_path, disk):
 
 def test_a_log_that_cannot_grow(data, small, tmp_path):
     """The only file that is written to in place."""
-    result = Run(tmp_path, "train", *argv(data, small, tmp_path / "run", "--save-every", 0), largest=2000).end()
+    result = Run(
+        tmp_path, "train", *argv(data, small, tmp_path / "run", "--save-every", 0), largest=2000
+    ).end()
     fails(result, "File too large", "--resume goes on")
 
 
@@ -558,19 +778,35 @@ def test_data_that_vanishes_or_rots(data, small, tmp_path, script):
     run.wait_for(lambda: (tmp_path / "run" / "log.jsonl").exists())
     (tmp_path / "d" / "sums.val.bin").rename(tmp_path / "away")
     fails(run.end(), tmp_path / "d" / "sums.val.bin", "No such file")
-    fails(script("train", *argv(copy, small, tmp_path / "run", "--resume")), tmp_path / "d" / "sums.val.bin", "missing")
+    fails(
+        script("train", *argv(copy, small, tmp_path / "run", "--resume")),
+        tmp_path / "d" / "sums.val.bin",
+        "missing",
+    )
     (tmp_path / "away").rename(tmp_path / "d" / "sums.val.bin")
     text = (tmp_path / "d" / "tokenizer.json").read_text()
     (tmp_path / "d" / "tokenizer.json").write_text("")
-    fails(script("eval", small, "--data", tmp_path / "d", "--device", "cpu"), "tokenizer.json", "damaged")
+    fails(
+        script("eval", small, "--data", tmp_path / "d", "--device", "cpu"),
+        "tokenizer.json",
+        "damaged",
+    )
     (tmp_path / "d" / "tokenizer.json").write_text(text)
     for name in ("sums.train.bin", "prose.test.bin", "tokenizer.json"):
         content = bytearray((tmp_path / "d" / name).read_bytes())
         content[len(content) // 2] ^= 4
         (tmp_path / "d" / name).write_bytes(content)
         for more in ([], ["--check-data"]):
-            fails(script("train", *argv(copy, small, tmp_path / "run", "--resume", *more)), name, "damaged")
-            fails(script("eval", small, "--data", tmp_path / "d", "--device", "cpu", *more), name, "damaged")
+            fails(
+                script("train", *argv(copy, small, tmp_path / "run", "--resume", *more)),
+                name,
+                "damaged",
+            )
+            fails(
+                script("eval", small, "--data", tmp_path / "d", "--device", "cpu", *more),
+                name,
+                "damaged",
+            )
         content[len(content) // 2] ^= 4
         (tmp_path / "d" / name).write_bytes(content)
     assert script("train", *argv(copy, small, tmp_path / "run", "--resume"))[0] == 0
@@ -608,7 +844,11 @@ def test_a_second_run_in_a_folder_stops_and_a_killed_one_lets_go(data, small, tm
     first = Run(tmp_path, name, *base)
     first.wait_for(lambda: list((tmp_path / "run").rglob("log.jsonl")))
     for way in ("--resume", "--overwrite"):
-        fails(Run(tmp_path, name, *base, way).end(), tmp_path / "run", "another process is at work there")
+        fails(
+            Run(tmp_path, name, *base, way).end(),
+            tmp_path / "run",
+            "another process is at work there",
+        )
     assert first.process.is_alive()
     first.process.kill()
     first.end()
@@ -620,11 +860,23 @@ def test_a_second_run_in_a_folder_stops_and_a_killed_one_lets_go(data, small, tm
 
 
 def test_two_searches_do_not_pretrain_one_base_at_the_same_time(data, tmp_path):
-    base = ["--data", data.folder, "--seq-len", 32, "--base-sequences", 8000, "--batch-size", 8, *SMALL]
+    base = [
+        "--data",
+        data.folder,
+        "--seq-len",
+        32,
+        "--base-sequences",
+        8000,
+        "--batch-size",
+        8,
+        *SMALL,
+    ]
     first = Run(tmp_path, "mix", *base, "--out", tmp_path / "one")
     first.wait_for(lambda: list(tmp_path.glob("base-*/log.jsonl")))
     fails(
-        Run(tmp_path, "mix", *base, "--out", tmp_path / "two").end(), "base-tiny-", "another process is at work there"
+        Run(tmp_path, "mix", *base, "--out", tmp_path / "two").end(),
+        "base-tiny-",
+        "another process is at work there",
     )
     assert first.process.is_alive()
     first.process.kill()
@@ -633,7 +885,15 @@ def test_two_searches_do_not_pretrain_one_base_at_the_same_time(data, tmp_path):
 def test_prepare_twice_at_once(tmp_path):
     """The first one waits for text that comes through a pipe."""
     os.mkfifo(tmp_path / "a.jsonl")
-    argv = ["--out", tmp_path / "d", f"a={tmp_path / 'a.jsonl'}", "--tokenizer", "train:300", "--workers", 1]
+    argv = [
+        "--out",
+        tmp_path / "d",
+        f"a={tmp_path / 'a.jsonl'}",
+        "--tokenizer",
+        "train:300",
+        "--workers",
+        1,
+    ]
     first = Run(tmp_path, "prepare", *argv)
     first.wait_for(lambda: list(tmp_path.glob(".d-*/tokenizer.json")))
     fails(Run(tmp_path, "prepare", *argv).end(), tmp_path / "d", "another process is at work there")

@@ -64,14 +64,21 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(200, json.dumps({"id": repo, "sha": commit, "siblings": []}).encode())
         if parts[0] == "api":
             return self.reply(
-                200, json.dumps([self.entry(folder, path) for path in sorted(folder.rglob("*.*"))]).encode()
+                200,
+                json.dumps(
+                    [self.entry(folder, path) for path in sorted(folder.rglob("*.*"))]
+                ).encode(),
             )
         if not (folder / what).is_file():
             return self.reply(404, code="EntryNotFound", commit=commit)
         content = (folder / what).read_bytes()
         if len(content) >= 10_000 and "localhost" not in self.headers["Host"]:
             location = f"http://localhost:{self.server.server_port}{self.path}"
-            headers = {"Location": location, "X-Linked-ETag": named_by(content), "X-Linked-Size": len(content)}
+            headers = {
+                "Location": location,
+                "X-Linked-ETag": named_by(content),
+                "X-Linked-Size": len(content),
+            }
             return self.reply(302, commit=commit, **headers)
         etag = named_by(content)
         if what in self.server.damaged:
@@ -101,7 +108,10 @@ class Handler(BaseHTTPRequestHandler):
         if (wanted := self.headers.get("Range")) and content:
             self.server.resumed.append(wanted)
             start = int(wanted.removeprefix("bytes=").partition("-")[0])
-            status, headers["Content-Range"] = 206, f"bytes {start}-{len(content) - 1}/{len(content)}"
+            status, headers["Content-Range"] = (
+                206,
+                f"bytes {start}-{len(content) - 1}/{len(content)}",
+            )
         self.send_response(status)
         headers |= {
             "X-Error-Code": code,
@@ -130,7 +140,9 @@ def hub(small, tmp_path):
     old.mkdir()
     (old / "config.json").write_bytes((small / "config.json").read_bytes())
     (old / "pytorch_model.bin").write_bytes(b"not to be read" * 1000)
-    AutoModelForCausalLM.from_pretrained(small).save_pretrained(tmp_path / "shards", max_shard_size="60KB")
+    AutoModelForCausalLM.from_pretrained(small).save_pretrained(
+        tmp_path / "shards", max_shard_size="60KB"
+    )
     (tmp_path / "shards" / "tokenizer.json").write_bytes((small / "tokenizer.json").read_bytes())
     server = Hub()
     server.repos["models/EleutherAI/pythia-14m"] = {"main": small, "step143000": old}
@@ -161,13 +173,19 @@ def run(hub, tmp_path):
 
 
 def fails(done, *words):
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert (
+        done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    ), done.stderr
     for word in words:
         assert word in done.stderr, done.stderr
 
 
 def downloads(hub, file: str) -> list[str]:
-    return [request for request in hub.requests if request.startswith("GET") and request.endswith(f"/{file}")]
+    return [
+        request
+        for request in hub.requests
+        if request.startswith("GET") and request.endswith(f"/{file}")
+    ]
 
 
 def test_a_size_is_fetched_once_and_then_works_offline(hub, run, data):
@@ -177,7 +195,9 @@ def test_a_size_is_fetched_once_and_then_works_offline(hub, run, data):
     assert len(downloads(hub, "model.safetensors")) == 1
     count = len(hub.requests)
     again = run(*argv, HF_HUB_OFFLINE="1")
-    assert again.returncode == 0 and again.stdout == first.stdout and len(hub.requests) == count, again.stderr
+    assert again.returncode == 0 and again.stdout == first.stdout and len(hub.requests) == count, (
+        again.stderr
+    )
 
 
 def test_a_cached_commit_needs_no_network(hub, run, data):
@@ -220,7 +240,12 @@ def test_a_run_records_the_commit_and_goes_on_with_it(hub, run, data, small, tmp
 
 @pytest.mark.parametrize(
     "name",
-    ["EleutherAI/nothing", "EleutherAI/pythia-14m@step7", "not a name/at all", "EleutherAI/pythia-14m@" + "0" * 40],
+    [
+        "EleutherAI/nothing",
+        "EleutherAI/pythia-14m@step7",
+        "not a name/at all",
+        "EleutherAI/pythia-14m@" + "0" * 40,
+    ],
 )
 def test_what_the_hub_does_not_have_is_one_line(run, data, name):
     fails(run("eval.py", name, "--data", data.folder), name)
@@ -229,12 +254,19 @@ def test_what_the_hub_does_not_have_is_one_line(run, data, name):
 def test_an_unknown_size_asks_no_network(hub, run, data, tmp_path):
     fails(run("eval.py", "pythia-99m", "--data", data.folder), "pythia-99m")
     source = write_jsonl(tmp_path / "a.jsonl", made_documents("sums", 60))
-    fails(run("prepare.py", "--out", tmp_path / "d", f"a={source}", "--tokenizer", "pythia-99m"), "pythia-99m")
+    fails(
+        run("prepare.py", "--out", tmp_path / "d", f"a={source}", "--tokenizer", "pythia-99m"),
+        "pythia-99m",
+    )
     assert not hub.requests
 
 
 def test_a_revision_with_only_bin_files_names_one_that_has_safetensors(hub, run, data):
-    fails(run("eval.py", "pythia-14m@step143000", "--data", data.folder), "step143000", "EleutherAI/pythia-14m@main")
+    fails(
+        run("eval.py", "pythia-14m@step143000", "--data", data.folder),
+        "step143000",
+        "EleutherAI/pythia-14m@main",
+    )
     assert not downloads(hub, "pytorch_model.bin")
 
 
@@ -269,7 +301,9 @@ def test_a_connection_cut_in_mid_file_is_taken_up_where_it_was_cut(hub, run, tmp
         "--test-fraction",
         0.2,
     ]
-    done = run("prepare.py", "--out", tmp_path / "d", "a=hf://datasets/ORG/large/a.jsonl", *tokenizer)
+    done = run(
+        "prepare.py", "--out", tmp_path / "d", "a=hf://datasets/ORG/large/a.jsonl", *tokenizer
+    )
     assert done.returncode == 0 and not hub.cut, done.stderr
     assert hub.resumed == [f"bytes={10 * 1024**2}-"]
     local = run("prepare.py", "--out", tmp_path / "e", f"a={source}", *tokenizer)
@@ -277,7 +311,10 @@ def test_a_connection_cut_in_mid_file_is_taken_up_where_it_was_cut(hub, run, tmp
 
 
 def test_a_hub_that_cannot_be_reached(run, data):
-    fails(run("eval.py", "pythia-14m", "--data", data.folder, HF_ENDPOINT="http://127.0.0.1:9"), "pythia-14m")
+    fails(
+        run("eval.py", "pythia-14m", "--data", data.folder, HF_ENDPOINT="http://127.0.0.1:9"),
+        "pythia-14m",
+    )
     fails(run("eval.py", "pythia-14m", "--data", data.folder, HF_HUB_OFFLINE="1"), "pythia-14m")
 
 
@@ -290,15 +327,25 @@ def test_a_data_set_on_the_hub(hub, run, tmp_path):
     write_jsonl(shelf / "data" / "a-1.jsonl", texts[90:])
     write_jsonl(shelf / "data" / "other.jsonl", made_documents("sums", 50))
     hub.repos["datasets/ORG/texts"] = {"main": shelf, "v1": tmp_path / "none"}
-    argv = ["a=hf://datasets/ORG/texts/data/a-*.jsonl", "--tokenizer", "pythia-14m", "--val-fraction", 0.2]
+    argv = [
+        "a=hf://datasets/ORG/texts/data/a-*.jsonl",
+        "--tokenizer",
+        "pythia-14m",
+        "--val-fraction",
+        0.2,
+    ]
     done = run("prepare.py", "--out", tmp_path / "d", *argv, "--test-fraction", 0.2)
     assert done.returncode == 0, done.stderr
     made = Data(tmp_path / "d")
     assert sum(made.size("a", split)["documents"] for split in ("train", "val", "test")) == 200
     paths = made.meta["sources"]["a"]
-    assert len(paths) == 2 and all(commit_of("datasets/ORG/texts", "main") in path for path in paths)
+    assert len(paths) == 2 and all(
+        commit_of("datasets/ORG/texts", "main") in path for path in paths
+    )
     assert not downloads(hub, "data/other.jsonl")
-    again = run("prepare.py", "--out", tmp_path / "e", *argv, "--test-fraction", 0.2, HF_HUB_OFFLINE="1")
+    again = run(
+        "prepare.py", "--out", tmp_path / "e", *argv, "--test-fraction", 0.2, HF_HUB_OFFLINE="1"
+    )
     assert again.returncode == 0 and Data(tmp_path / "e").identity == made.identity, again.stderr
     argv[0] = "a=hf://datasets/ORG/texts/data/b-*.jsonl"
     fails(run("prepare.py", "--out", tmp_path / "f", *argv), "b-*.jsonl", "no file there")

@@ -35,7 +35,9 @@ def drawn(mixture) -> list[tuple[str, int]]:
     for i in range(len(mixture)):
         d, inputs, targets = mixture[i]
         assert inputs.dtype == targets.dtype == np.uint16
-        assert np.array_equal(inputs, inputs[0] + np.arange(T)) and np.array_equal(targets, inputs + 1)
+        assert np.array_equal(inputs, inputs[0] + np.arange(T)) and np.array_equal(
+            targets, inputs + 1
+        )
         out.append((d, int(inputs[0]) // T))
     return out
 
@@ -53,7 +55,10 @@ def test_counts_are_exact_and_no_window_repeats_within_an_epoch(counted, counts)
 
 @pytest.mark.parametrize("counts", COUNTS)
 def test_every_prefix_holds_each_domain_near_its_share(counted, counts):
-    order, counts = [d for d, _ in drawn(Mixture(counted, counts, T))], {d: n for d, n in counts.items() if n}
+    order, counts = (
+        [d for d, _ in drawn(Mixture(counted, counts, T))],
+        {d: n for d, n in counts.items() if n},
+    )
     bound, total = max(Fraction(1, 2), Fraction(len(counts) - 1, 2)), sum(counts.values())
     for length in range(1, len(order) + 1):
         so_far = Counter(order[:length])
@@ -67,7 +72,10 @@ def test_domains_interleave_by_the_middle_of_their_draws_ties_by_name(counted, c
 
 
 def test_a_larger_mixture_holds_the_draws_of_a_smaller_one(counted):
-    small, large = Mixture(counted, {"a": 60, "d": 9}, T, 1), Mixture(counted, {"a": 180, "b": 5, "d": 30}, T, 1)
+    small, large = (
+        Mixture(counted, {"a": 60, "d": 9}, T, 1),
+        Mixture(counted, {"a": 180, "b": 5, "d": 30}, T, 1),
+    )
     assert Counter(drawn(small)) <= Counter(drawn(large))
 
 
@@ -102,9 +110,12 @@ def test_windows_that_earlier_passes_saw_come_last(counted):
 
 
 @pytest.mark.parametrize(
-    "world, batch_size, micro", [(1, 16, 16), (1, 16, 5), (2, 16, 4), (3, 16, 2), (4, 10, 3), (8, 6, 1)]
+    "world, batch_size, micro",
+    [(1, 16, 16), (1, 16, 5), (2, 16, 4), (3, 16, 2), (4, 10, 3), (8, 6, 1)],
 )
-def test_ranks_and_micro_batches_only_slice_the_batch(counted, monkeypatch, world, batch_size, micro):
+def test_ranks_and_micro_batches_only_slice_the_batch(
+    counted, monkeypatch, world, batch_size, micro
+):
     mixture = Mixture(counted, COUNTS[0], T)
     for step in range(-(-len(mixture) // batch_size)):
         rows, sizes = [], set()
@@ -112,9 +123,15 @@ def test_ranks_and_micro_batches_only_slice_the_batch(counted, monkeypatch, worl
             monkeypatch.setattr(train, "rank_and_world", lambda: (rank, world))
             parts = list(micro_batches(mixture, step, batch_size, micro))
             sizes.add((len(parts), *{tokens.shape for tokens, _, _ in parts}))
-            rows += [tuple(row) for tokens, weights, _ in parts for row, w in zip(tokens.tolist(), weights[:, 0]) if w]
+            rows += [
+                tuple(row)
+                for tokens, weights, _ in parts
+                for row, w in zip(tokens.tolist(), weights[:, 0])
+                if w
+            ]
         expected = [
-            tuple(mixture.row(i)[1]) for i in range(step * batch_size, min((step + 1) * batch_size, len(mixture)))
+            tuple(mixture.row(i)[1])
+            for i in range(step * batch_size, min((step + 1) * batch_size, len(mixture)))
         ]
         assert sorted(rows) == sorted(expected)
         assert len(sizes) == 1  # every rank runs as many micro-batches, all of one shape
@@ -141,7 +158,12 @@ def test_what_is_no_mixture_is_refused(counted, counts, message):
 def test_rescale_uses_the_largest_remainders_ties_by_name():
     assert rescale({"a": 1, "b": 1, "c": 1}, 8) == {"a": 3, "b": 3, "c": 2}
     assert rescale({"a": 0.5, "b": 0.3, "c": 0.2}, 9) == {"a": 4, "b": 3, "c": 2}  # 4.5, 2.7, 1.8
-    assert rescale({"arxiv": 608, "github": 226, "books": 613, "wikipedia": 1438, "web": 8516}, 11401)["web"] == 8516
+    assert (
+        rescale({"arxiv": 608, "github": 226, "books": 613, "wikipedia": 1438, "web": 8516}, 11401)[
+            "web"
+        ]
+        == 8516
+    )
 
 
 def test_mixtures_by_name_file_and_string(counted, tmp_path):

@@ -13,7 +13,12 @@ from prepare import InputError, Tokenizer
 from train import flops_per_token
 
 SWITCHES = [
-    dict(use_parallel_residual=parallel, rotary_pct=pct, num_attention_heads=heads, tie_word_embeddings=tied)
+    dict(
+        use_parallel_residual=parallel,
+        rotary_pct=pct,
+        num_attention_heads=heads,
+        tie_word_embeddings=tied,
+    )
     for parallel in (True, False)
     for pct in (0.25, 1.0)
     for heads, tied in ((2, False), (6, True))
@@ -53,7 +58,9 @@ def test_logits_loss_and_gradients_equal_those_of_transformers(tmp_path, switche
     torch.testing.assert_close(loss.mean(), expected, atol=1e-6, rtol=1e-6)
     loss.mean().backward()
     expected.backward()
-    gradients = {name.replace("lm_head", "embed_out"): p.grad for name, p in oracle.named_parameters()}
+    gradients = {
+        name.replace("lm_head", "embed_out"): p.grad for name, p in oracle.named_parameters()
+    }
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, gradients[name], atol=1e-5, rtol=1e-4, msg=name)
 
@@ -83,7 +90,9 @@ def test_sharded_folders_load(tmp_path):
     oracle.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     tokens = torch.randint(211, (1, 20))
-    torch.testing.assert_close(load(tmp_path / "shards")(tokens), oracle(tokens).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        load(tmp_path / "shards")(tokens), oracle(tokens).logits, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_buffers_of_old_checkpoints_are_dropped(tmp_path):
@@ -111,7 +120,10 @@ def test_buffers_of_old_checkpoints_are_dropped(tmp_path):
             lambda w: w.pop("gpt_neox.layers.1.attention.dense.bias"),
             "the first is gpt_neox.layers.1.attention.dense.bias",
         ),
-        (lambda w: w.update({"embed_out.weight": torch.ones(5, 48)}), "embed_out.weight has shape [5, 48]"),
+        (
+            lambda w: w.update({"embed_out.weight": torch.ones(5, 48)}),
+            "embed_out.weight has shape [5, 48]",
+        ),
     ],
 )
 def test_a_wrong_tensor_is_named(tmp_path, change, message):
@@ -184,7 +196,10 @@ def test_presets_have_the_published_parameter_counts():
         "12b": 11_846_072_320,
     }
     with torch.device("meta"):
-        counted = {size: sum(p.numel() for p in GPTNeoX(SHAPES[f"pythia-{size}"]).parameters()) for size in published}
+        counted = {
+            size: sum(p.numel() for p in GPTNeoX(SHAPES[f"pythia-{size}"]).parameters())
+            for size in published
+        }
         assert (
             flops_per_token(GPTNeoX(SHAPES["pythia-1b"]), 2048) == 6_257_860_608
         )  # 6 x 908,759,040 + 12 x 16 x 2048 x 2048
@@ -200,10 +215,15 @@ def test_scratch_is_the_same_for_the_same_seed_and_takes_the_vocabulary():
 def test_greedy_generation_equals_that_of_transformers(tmp_path):
     oracle, model = theirs(tmp_path), load(tmp_path)
     prompt = torch.randint(1, 211, (1, 5))
-    expected = oracle.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=210, pad_token_id=0)
+    expected = oracle.generate(
+        prompt, max_new_tokens=20, do_sample=False, eos_token_id=210, pad_token_id=0
+    )
     ours = model.generate(prompt, 20, end=210)
     assert torch.equal(ours, expected[:, : ours.size(1)]) and ours.size(1) > 5
-    sampled = [model.generate(prompt, 20, 1.0, generator=torch.Generator().manual_seed(3)) for _ in range(2)]
+    sampled = [
+        model.generate(prompt, 20, 1.0, generator=torch.Generator().manual_seed(3))
+        for _ in range(2)
+    ]
     assert torch.equal(*sampled) and not torch.equal(sampled[0][:, : ours.size(1)], ours)
 
 
@@ -211,7 +231,10 @@ def test_the_saved_tokenizer_is_the_same_in_transformers(small, data):
     text = "def river_3(x):\n    return 1 + 2 <|endoftext|> the End\n"
     ours, auto = Tokenizer(small), AutoTokenizer.from_pretrained(small)
     assert auto.eos_token_id == ours.end_of_text == 0
-    assert auto.encode(text, add_special_tokens=False, split_special_tokens=True) == ours.encode(text).tolist()
+    assert (
+        auto.encode(text, add_special_tokens=False, split_special_tokens=True)
+        == ours.encode(text).tolist()
+    )
 
 
 def test_the_command_line_speaks(script, small):
@@ -222,7 +245,9 @@ def test_the_command_line_speaks(script, small):
 def test_save_keeps_the_dtype_asked_for_and_the_umask(tmp_path):
     save(GPTNeoX(Config(64, 16, 1, 2, 32, 16)), tmp_path, dtype=torch.bfloat16)
     assert {t.dtype for t in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
-    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "config.json").stat().st_mode
+    assert (tmp_path / "model.safetensors").stat().st_mode == (
+        tmp_path / "config.json"
+    ).stat().st_mode
 
 
 def losses_and_gradients(model, tokens):
@@ -237,7 +262,9 @@ def losses_and_gradients(model, tokens):
 def assert_equal_learning(found, expected, atol=1e-6):
     torch.testing.assert_close(found[0], expected[0], atol=atol, rtol=atol)
     for name, gradient in expected[1].items():
-        torch.testing.assert_close(found[1][name], gradient, atol=atol * gradient.abs().max().item() + 1e-9, rtol=atol)
+        torch.testing.assert_close(
+            found[1][name], gradient, atol=atol * gradient.abs().max().item() + 1e-9, rtol=atol
+        )
 
 
 @pytest.mark.parametrize("part", [1, 2, 7, 3 * 20])
@@ -260,7 +287,9 @@ def test_activation_checkpointing_changes_nothing():
     assert len(seen) == 2  # once more for the gradient
 
 
-@pytest.mark.skipif(not can_compile(torch.device("cpu"))[0], reason=can_compile(torch.device("cpu"))[1])
+@pytest.mark.skipif(
+    not can_compile(torch.device("cpu"))[0], reason=can_compile(torch.device("cpu"))[1]
+)
 @pytest.mark.parametrize("T", [31, 300])
 def test_a_compiled_model_learns_like_an_eager_one(T):
     """With attention in blocks: in one, and in three of which the last is short."""
@@ -270,7 +299,9 @@ def test_a_compiled_model_learns_like_an_eager_one(T):
     assert_equal_learning(losses_and_gradients(model, tokens), expected, atol=1e-5)
 
 
-@pytest.mark.skipif(not can_compile(torch.device("cpu"))[0], reason=can_compile(torch.device("cpu"))[1])
+@pytest.mark.skipif(
+    not can_compile(torch.device("cpu"))[0], reason=can_compile(torch.device("cpu"))[1]
+)
 def test_compiled_attention_rounds_no_more_in_bfloat16_than_sdpa():
     """Both against fp64: the result and its gradients are as near in blocks as in SDPA's kernel, to a factor of 2."""
     exact = [torch.randn(2, 2, 200, 32, dtype=torch.float64, requires_grad=True) for _ in range(3)]
@@ -286,7 +317,10 @@ def test_compiled_attention_rounds_no_more_in_bfloat16_than_sdpa():
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
     expected = outcome(sdpa, torch.float64)
-    theirs, ours = outcome(sdpa, torch.bfloat16), outcome(torch.compile(attend, dynamic=False), torch.bfloat16)
+    theirs, ours = (
+        outcome(sdpa, torch.bfloat16),
+        outcome(torch.compile(attend, dynamic=False), torch.bfloat16),
+    )
     for e, a, b in zip(expected, theirs, ours):
         assert (b - e).square().mean() < 4 * (a - e).square().mean()
 

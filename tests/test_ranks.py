@@ -35,7 +35,9 @@ def assert_same_run(out, one, loss=1e-5):
     for x, y in zip(a, b):
         assert x["loss"] == pytest.approx(y["loss"], abs=loss)
         assert x["grad_norm"] == pytest.approx(y["grad_norm"], abs=10 * loss)
-    assert_same_training(load_file(out / "model.safetensors"), load_file(one / "model.safetensors"), atol=loss)
+    assert_same_training(
+        load_file(out / "model.safetensors"), load_file(one / "model.safetensors"), atol=loss
+    )
 
 
 @pytest.mark.parametrize(
@@ -59,7 +61,9 @@ def test_processes_evaluate_like_one(data, small, one, tmp_path, ranks):
     tables = []
     for world in (0, ranks):
         more = ["--data", data.folder, "--device", "cpu", "--dtype", "float32", "--no-compile"]
-        done = command("eval.py", small, one, *more, "--json", tmp_path / f"{world}.json", ranks=world)
+        done = command(
+            "eval.py", small, one, *more, "--json", tmp_path / f"{world}.json", ranks=world
+        )
         assert done.returncode == 0, done.stderr
         tables.append(json.loads((tmp_path / f"{world}.json").read_text())["models"])
     for name in tables[0]:
@@ -70,8 +74,20 @@ def test_two_nodes_meet_and_train_like_one(data, small, one, tmp_path):
     endpoint = f"localhost:{free_port()}"
     agents = [
         subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", f"--node_rank={node}"]
-            + ["--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}", "--rdzv_id=1", "--local_addr=localhost"]
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--nnodes=2",
+                "--nproc_per_node=1",
+                f"--node_rank={node}",
+            ]
+            + [
+                "--rdzv_backend=c10d",
+                f"--rdzv_endpoint={endpoint}",
+                "--rdzv_id=1",
+                "--local_addr=localhost",
+            ]
             + [str(ROOT / "train.py"), *map(str, argv(data, small, tmp_path / "run"))],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
@@ -92,11 +108,22 @@ def test_a_sharded_run_that_was_killed_goes_on_in_one_process(data, small, tmp_p
     done = command("train.py", *argv(data, small, tmp_path / "whole", *long))
     assert done.returncode == 0, done.stderr
     mine = list(map(str, argv(data, small, tmp_path / "run", *long)))
-    rendezvous = {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "1"}
+    rendezvous = {
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": free_port(),
+        "WORLD_SIZE": "2",
+        "TORCHELASTIC_RUN_ID": "1",
+    }
     processes = [  # as torchrun starts them, so that both can be killed
         subprocess.Popen(
             [sys.executable, str(ROOT / "train.py"), *mine, "--fsdp"],
-            env={**os.environ, **rendezvous, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
+            env={
+                **os.environ,
+                **rendezvous,
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "OMP_NUM_THREADS": "1",
+            },
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -107,7 +134,10 @@ def test_a_sharded_run_that_was_killed_goes_on_in_one_process(data, small, tmp_p
     for process in processes:
         process.kill()
         process.wait()
-    assert list((tmp_path / "run").glob("checkpoint-*")) and not (tmp_path / "run" / "model.safetensors").exists()
+    assert (
+        list((tmp_path / "run").glob("checkpoint-*"))
+        and not (tmp_path / "run" / "model.safetensors").exists()
+    )
     done = command("train.py", *mine, "--resume")
     assert done.returncode == 0, done.stderr
     a, b = log_of(tmp_path / "run"), log_of(tmp_path / "whole")
@@ -208,8 +238,12 @@ def test_fsdp_alone_says_how_to_start_it(data, small, tmp_path, script):
 
 
 def test_bfloat16_parameters_learn_what_float32_ones_do(data, small, one, tmp_path):
-    done = command("train.py", *argv(data, small, tmp_path / "run", "--fsdp", "--dtype", "bfloat16"), ranks=2)
+    done = command(
+        "train.py", *argv(data, small, tmp_path / "run", "--fsdp", "--dtype", "bfloat16"), ranks=2
+    )
     assert done.returncode == 0, done.stderr
     for x, y in zip(log_of(tmp_path / "run"), log_of(one), strict=True):
         assert x["loss"] == pytest.approx(y["loss"], abs=5e-3)
-    assert {t.dtype for t in load_file(tmp_path / "run" / "model.safetensors").values()} == {torch.float32}
+    assert {t.dtype for t in load_file(tmp_path / "run" / "model.safetensors").values()} == {
+        torch.float32
+    }

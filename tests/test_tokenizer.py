@@ -19,7 +19,8 @@ from prepare import InputError, Tokenizer
 
 PYTHIA, TEXTS = os.environ.get("PYTHIA_TOKENIZER"), os.environ.get("PYTHIA_TEXTS")
 needs_pythia = pytest.mark.skipif(
-    not PYTHIA, reason="PYTHIA_TOKENIZER is not set: the path of Pythia's tokenizer.json, which is not made here"
+    not PYTHIA,
+    reason="PYTHIA_TOKENIZER is not set: the path of Pythia's tokenizer.json, which is not made here",
 )
 
 
@@ -28,7 +29,8 @@ def training_texts() -> list[str]:
     rng = random.Random(0)
     texts = [text for d in ("prose", "sums", "code") for text in made_documents(d, 60)]
     texts += [
-        "\n".join(" " * rng.randint(0, 40) + "x = (y + 1)  # don't, we'll, I'm" for _ in range(30)) for _ in range(20)
+        "\n".join(" " * rng.randint(0, 40) + "x = (y + 1)  # don't, we'll, I'm" for _ in range(30))
+        for _ in range(20)
     ]
     texts += [
         "déjà vu, naïve Ångström, e\u0301te\u0301; Привет, мир! 你好世界 한국어 日本語 " * 3,
@@ -61,7 +63,9 @@ def plain() -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_str(tokenizer.to_str())
 
 
-@pytest.fixture(scope="module", params=["neox_like", "plain", pytest.param("pythia", marks=needs_pythia)])
+@pytest.fixture(
+    scope="module", params=["neox_like", "plain", pytest.param("pythia", marks=needs_pythia)]
+)
 def pair(request, tmp_path_factory) -> tuple[Tokenizer, tokenizers.Tokenizer]:
     """Ours, and the library's, from the same file."""
     path = PYTHIA
@@ -83,13 +87,28 @@ def check(pair, texts: list[str]) -> None:
 
 def test_text(pair):
     check(pair, training_texts())
-    check(pair, [open(__file__, encoding="utf-8").read(), "", " ", "\n", "  ", "a", "\u00e9", "e\u0301", "\0\0"])
+    check(
+        pair,
+        [
+            open(__file__, encoding="utf-8").read(),
+            "",
+            " ",
+            "\n",
+            "  ",
+            "a",
+            "\u00e9",
+            "e\u0301",
+            "\0\0",
+        ],
+    )
     ours, _ = pair
     text = unicodedata.normalize("NFC", training_texts()[-2])
     assert ours.decode(ours.encode(text)) == text
 
 
-@pytest.mark.skipif(not TEXTS, reason="PYTHIA_TEXTS is not set: a glob of .jsonl.gz files to compare ids on")
+@pytest.mark.skipif(
+    not TEXTS, reason="PYTHIA_TEXTS is not set: a glob of .jsonl.gz files to compare ids on"
+)
 @needs_pythia
 def test_pythia_on_real_text():
     ours, oracle = Tokenizer(PYTHIA), tokenizers.Tokenizer.from_file(PYTHIA)
@@ -103,13 +122,26 @@ def test_pythia_on_real_text():
 @pytest.mark.parametrize("context", ["{0}", "a{0}b", " {0} {0}  ", "\n{0}1{0}{0}\u0301"])
 def test_every_code_point(pair, context):
     points = [chr(c) for c in range(sys.maxunicode + 1) if not 0xD800 <= c < 0xE000]
-    check(pair, ["".join(map(context.format, points[i : i + 4096])) for i in range(0, len(points), 4096)])
+    check(
+        pair,
+        ["".join(map(context.format, points[i : i + 4096])) for i in range(0, len(points), 4096)],
+    )
 
 
 pieces = st.one_of(
     st.text(max_size=8),
     st.sampled_from(
-        ["<|endoftext|>", "<|padding|>", "'s", "'ll", "'LL", "\u2019s", "e\u0301\u0323", "\u1100\u1161", "\ufeff"]
+        [
+            "<|endoftext|>",
+            "<|padding|>",
+            "'s",
+            "'ll",
+            "'LL",
+            "\u2019s",
+            "e\u0301\u0323",
+            "\u1100\u1161",
+            "\ufeff",
+        ]
     ),
     st.text(alphabet=" \t\n\r\v\f\u00a0\u2003\u3000\u0085\x1c\u200b", max_size=30),
     st.integers(1, 60).map(" ".__mul__),
@@ -171,9 +203,13 @@ def another(change: str) -> dict:
     elif change == "a byte is missing":
         del model["vocab"]["z"]
         model["merges"] = [merge for merge in merges if "z" not in "".join(merge)]
-        model["vocab"] = {t: i for t, i in model["vocab"].items() if "z" not in t or t == "<|endoftext|>"}
+        model["vocab"] = {
+            t: i for t, i in model["vocab"].items() if "z" not in t or t == "<|endoftext|>"
+        }
     elif change == "a token for a word":
-        spec["added_tokens"].append({**spec["added_tokens"][0], "id": 700, "content": "house", "special": False})
+        spec["added_tokens"].append(
+            {**spec["added_tokens"][0], "id": 700, "content": "house", "special": False}
+        )
     elif change == "two tokens with one id":
         model["vocab"]["y"] = model["vocab"]["z"]
     elif change == "a token that takes the space before it":

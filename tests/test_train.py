@@ -83,7 +83,11 @@ def test_a_run_equals_a_loop_written_with_transformers(data, small):
                 m.mul_(0.9).add_(0.1 * g)
                 v.mul_(0.95).add_(0.05 * g * g)
                 p.mul_(1 - rate * 0.1 * (p.dim() == 2))
-                p -= rate * (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.95 ** (step + 1))).sqrt() + 1e-8)
+                p -= (
+                    rate
+                    * (m / (1 - 0.9 ** (step + 1)))
+                    / ((v / (1 - 0.95 ** (step + 1))).sqrt() + 1e-8)
+                )
                 p.grad = None
     expected = {name.replace("lm_head", "embed_out"): p for name, p in oracle.named_parameters()}
     assert_same_training(dict(model.named_parameters()), expected, atol=5e-5)
@@ -100,7 +104,9 @@ def test_schedule_rises_from_zero_and_falls_to_zero():
 def test_training_helps_the_domain_it_is_given(data, small):
     model = load(small)
     before = evaluate(model, data, "val", 32)
-    after = evaluate(train(model, data, {"sums": 128}, seq_len=32, batch_size=8, lr=1e-2), data, "val", 32)
+    after = evaluate(
+        train(model, data, {"sums": 128}, seq_len=32, batch_size=8, lr=1e-2), data, "val", 32
+    )
     change = {d: after[d].mean() - before[d].mean() for d in data.domains}
     assert min(change, key=change.get) == "sums" and change["sums"] < -0.5
 
@@ -108,7 +114,13 @@ def test_training_helps_the_domain_it_is_given(data, small):
 def test_micro_batch_size_changes_nothing_but_rounding(data, small):
     weights = [
         train(
-            load(small), data, {"code": 5, "sums": 6}, seq_len=32, batch_size=4, lr=1e-2, micro_batch_size=m
+            load(small),
+            data,
+            {"code": 5, "sums": 6},
+            seq_len=32,
+            batch_size=4,
+            lr=1e-2,
+            micro_batch_size=m,
         ).state_dict()
         for m in (1, 3, 4)
     ]
@@ -122,30 +134,46 @@ def test_the_model_card_says_what_the_model_is_made_of(data, small, tmp_path, sc
     card = (tmp_path / "run" / "README.md").read_text()
     front, _, text = card.removeprefix("---\n").partition("---\n")
     assert front == "library_name: transformers\n"
-    run, result = (json.loads((tmp_path / "run" / f"{name}.json").read_text()) for name in ("run", "result"))
+    run, result = (
+        json.loads((tmp_path / "run" / f"{name}.json").read_text()) for name in ("run", "result")
+    )
     for d, count in run["settings"]["counts"].items():
         assert re.search(rf"^{d} +{count} ", text, re.M)
     for key in ("batch_size", "lr", "warmup", "seed"):
         assert f"{key} {run['settings'][key]}" in text
     for d in data.domains:
-        assert re.search(rf"^{d}\*? .*{result['models']['after']['nats'][d]:.4f}", text, re.M) and f"{d}.jsonl" in text
+        assert (
+            re.search(rf"^{d}\*? .*{result['models']['after']['nats'][d]:.4f}", text, re.M)
+            and f"{d}.jsonl" in text
+        )
     assert data.identity in text and data.meta["tokenizer"]["sha256"] in text
     assert str(data.folder.parent) not in text
 
 
 def test_the_run_folder_is_a_hugging_face_folder_with_a_log(data, small, tmp_path, script):
-    status, out, err = script("train", *argv(data, small, tmp_path / "run", "--eval-every", 2, "--save-every", 2))
+    status, out, err = script(
+        "train", *argv(data, small, tmp_path / "run", "--eval-every", 2, "--save-every", 2)
+    )
     assert status == 0, err
     assert "times through" in out and "domains better" in out
     log = log_of(tmp_path / "run")
-    assert [line["step"] for line in log] == list(range(6)) and [line["sequences"] for line in log] == [8] * 5 + [4]
-    assert [line["step"] for line in log if "val" in line] == [1, 3, 5] and {*log[1]["val"]} == {*data.domains, "mean"}
+    assert [line["step"] for line in log] == list(range(6)) and [
+        line["sequences"] for line in log
+    ] == [8] * 5 + [4]
+    assert [line["step"] for line in log if "val" in line] == [1, 3, 5] and {*log[1]["val"]} == {
+        *data.domains,
+        "mean",
+    }
     assert not list((tmp_path / "run").glob("checkpoint-*"))
     tokens = torch.randint(400, (1, 32))
     torch.testing.assert_close(
-        AutoModelForCausalLM.from_pretrained(tmp_path / "run")(tokens).logits, load(tmp_path / "run")(tokens)
+        AutoModelForCausalLM.from_pretrained(tmp_path / "run")(tokens).logits,
+        load(tmp_path / "run")(tokens),
     )
-    theirs, text = AutoTokenizer.from_pretrained(tmp_path / "run"), "The stone house.\n    return x * 7  # naïve"
+    theirs, text = (
+        AutoTokenizer.from_pretrained(tmp_path / "run"),
+        "The stone house.\n    return x * 7  # naïve",
+    )
     assert theirs(text)["input_ids"] == Tokenizer(data.folder).encode(text).tolist()
     losses = evaluate(load(tmp_path / "run"), data, "val", 32, limit=8)
     assert log[-1]["val"]["mean"] == pytest.approx(mean_loss(losses), abs=1e-5)
@@ -163,7 +191,9 @@ def test_killed_and_resumed_ends_with_the_same_weights(data, small, tmp_path, co
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert command("train.py", *[whole if x == "OUT" else x for x in base]).returncode == 0
     mine = [broken if x == "OUT" else x for x in base]
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, mine)], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *map(str, mine)], stdout=subprocess.DEVNULL
+    )
     while process.poll() is None and not list(broken.glob("checkpoint-*")):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -179,14 +209,18 @@ def test_killed_and_resumed_ends_with_the_same_weights(data, small, tmp_path, co
     ]
 
 
-def test_resume_of_nothing_starts_and_of_a_finished_run_prints_its_result(data, small, tmp_path, script):
+def test_resume_of_nothing_starts_and_of_a_finished_run_prints_its_result(
+    data, small, tmp_path, script
+):
     first = script("train", *argv(data, small, tmp_path / "run", "--resume"))
     stamp = (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns
     again = script("train", *argv(data, small, tmp_path / "run", "--resume"))
     assert first[0] == again[0] == 0
     assert (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns == stamp
     assert first[1].splitlines()[-8:] == again[1].splitlines()[-8:]
-    status, _, err = script("train", *argv(data, small, tmp_path / "run", "--resume", "--seed", 1, "--warmup", 0.1))
+    status, _, err = script(
+        "train", *argv(data, small, tmp_path / "run", "--resume", "--seed", 1, "--warmup", 0.1)
+    )
     assert status == 2 and "seed was 0, is 1" in err and "warmup was 0.2, is 0.1" in err
 
 
@@ -199,14 +233,23 @@ def test_overwrite_starts_anew(data, small, tmp_path, script):
 
 def test_a_tuned_model_remembers_its_passes(data, small, tmp_path, script):
     """Training on from it draws windows that it has not seen, as long as there are some."""
-    assert script("train", *argv(data, small, tmp_path / "one", "--mix", "sums=1", "--sequences", 20))[0] == 0
     assert (
-        script("train", *argv(data, tmp_path / "one", tmp_path / "two", "--mix", "sums=1", "--sequences", 15))[0] == 0
+        script("train", *argv(data, small, tmp_path / "one", "--mix", "sums=1", "--sequences", 20))[
+            0
+        ]
+        == 0
+    )
+    assert (
+        script(
+            "train",
+            *argv(data, tmp_path / "one", tmp_path / "two", "--mix", "sums=1", "--sequences", 15),
+        )[0]
+        == 0
     )
     passes = json.loads((tmp_path / "two" / "run.json").read_text())["passes"]
-    assert [p["counts"] for p in passes] == [{"sums": 20}, {"sums": 15}] and passes[0]["data"] == Data(
-        data.folder
-    ).identity
+    assert [p["counts"] for p in passes] == [{"sums": 20}, {"sums": 15}] and passes[0][
+        "data"
+    ] == Data(data.folder).identity
 
 
 def test_a_gpu_gets_as_many_sequences_as_its_memory_holds(monkeypatch):

@@ -74,7 +74,9 @@ def work(side: str, folder: str, B: int) -> None:
             model.compile(dynamic=False)
     dtype, optimizer = autocast_dtype(None, device), make_optimizer(model, device)
     T = model.config.max_position_embeddings
-    tokens = torch.randint(model.config.vocab_size, (B, T + 1), generator=torch.Generator().manual_seed(0)).to(device)
+    tokens = torch.randint(
+        model.config.vocab_size, (B, T + 1), generator=torch.Generator().manual_seed(0)
+    ).to(device)
 
     def mean_loss():
         with autocast(device, dtype):
@@ -99,8 +101,16 @@ def work(side: str, folder: str, B: int) -> None:
         if side == "reweight":
             return model.generate(tokens[:1, :PROMPT], NEW).size(1)
         fixed = {"cache_implementation": "static"} if side == "transformers compiled" else {}
-        more = {"min_new_tokens": NEW, "max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, **fixed}
-        return model.generate(tokens[:1, :PROMPT], attention_mask=torch.ones_like(tokens[:1, :PROMPT]), **more).size(1)
+        more = {
+            "min_new_tokens": NEW,
+            "max_new_tokens": NEW,
+            "do_sample": False,
+            "pad_token_id": 0,
+            **fixed,
+        }
+        return model.generate(
+            tokens[:1, :PROMPT], attention_mask=torch.ones_like(tokens[:1, :PROMPT]), **more
+        ).size(1)
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed is no answer
@@ -109,7 +119,11 @@ def work(side: str, folder: str, B: int) -> None:
         synchronize(device)
         began = time.perf_counter()
         with contextlib.suppress(torch.OutOfMemoryError):
-            answer = {"value": {"train": train, "evaluate": evaluate, "generate": generate}[line.strip()]()}
+            answer = {
+                "value": {"train": train, "evaluate": evaluate, "generate": generate}[
+                    line.strip()
+                ]()
+            }
             synchronize(device)
             answer["seconds"] = time.perf_counter() - began
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -138,10 +152,15 @@ class Side:
         self.process.wait()
 
 
-def measure(size: str, B: int, turns: int, steps: int, device: torch.device, dtype: torch.dtype) -> None:
+def measure(
+    size: str, B: int, turns: int, steps: int, device: torch.device, dtype: torch.dtype
+) -> None:
     """Print one model's lines."""
     shape = load(f"scratch:{size}")
-    T, flops = shape.config.max_position_embeddings, flops_per_token(shape, shape.config.max_position_embeddings)
+    T, flops = (
+        shape.config.max_position_embeddings,
+        flops_per_token(shape, shape.config.max_position_embeddings),
+    )
     count = {"train": B * T, "evaluate": B * T, "generate": NEW}
     cost = {"train": flops, "evaluate": flops / 3}
     with tempfile.TemporaryDirectory() as folder:
@@ -149,7 +168,9 @@ def measure(size: str, B: int, turns: int, steps: int, device: torch.device, dty
         sides, first, seconds, memory = {}, {}, {}, {}
         for side in SIDES:
             sides[side] = Side(side, folder, B, f"{folder}/cache-{len(sides)}")
-            first[side] = sides[side].do("train") | {"started": time.perf_counter() - sides[side].began}
+            first[side] = sides[side].do("train") | {
+                "started": time.perf_counter() - sides[side].began
+            }
             memory[side] = max(sides[side].do("train")["memory"] for _ in range(2)) / 1e9
             for task in TASKS[1:] * 2:
                 sides[side].do(task)
@@ -158,7 +179,10 @@ def measure(size: str, B: int, turns: int, steps: int, device: torch.device, dty
             peak.append(2 * 4096**3 / matmul_seconds(device, dtype))
             for task in TASKS:
                 for side in SIDES:
-                    done = [sides[side].do(task).get("seconds") for _ in range(steps if task != "generate" else 1)]
+                    done = [
+                        sides[side].do(task).get("seconds")
+                        for _ in range(steps if task != "generate" else 1)
+                    ]
                     if all(done):
                         seconds.setdefault((task, side), []).append(statistics.mean(done))
         for side in sides.values():
@@ -170,7 +194,9 @@ def measure(size: str, B: int, turns: int, steps: int, device: torch.device, dty
             mine, eager = seconds.get((task, side)), seconds.get((task, "transformers eager"))
             rate = count[task] / statistics.median(mine) if mine else 0  # 0: it ran out of memory
             ratio = statistics.median(a / b for a, b in zip(eager, mine)) if mine and eager else 0
-            line += f"{rate:>10,.0f}{ratio:>6.2f}" + (f"{rate * cost[task] / peak:>6.0%}" if task in cost else "")
+            line += f"{rate:>10,.0f}{ratio:>6.2f}" + (
+                f"{rate * cost[task] / peak:>6.0%}" if task in cost else ""
+            )
         value = first[side].get("value", 0)
         print(f"{line}{memory[side]:>8.2f}{first[side]['started']:>10.1f}{value:>9.4f}", flush=True)
     print(f"{'':<12}{'':>9}  matrix product: {peak / 1e12:.2f} TFLOP/s", flush=True)
@@ -180,22 +206,35 @@ def attention(device: torch.device, dtype: torch.dtype) -> None:
     """Milliseconds of SDPA, forward and backward, by backend and head dimension, on one layer of a Pythia."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    print("\nSDPA, ms", " " * 18, "".join(f"{b.name.lower().replace('_attention', ''):>12}" for b in backends))
+    backends = [
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ]
+    print(
+        "\nSDPA, ms",
+        " " * 18,
+        "".join(f"{b.name.lower().replace('_attention', ''):>12}" for b in backends),
+    )
     B = 8 if device.type == "cuda" else 1
     for size in ("pythia-70m", "pythia-1.4b", "pythia-1b"):
         c = SHAPES[size]
         shape = (B, c.num_attention_heads, 2048, c.head_dim)
         line = f"{size:<12}{' x '.join(map(str, shape)):>15}"
         for backend in backends:
-            q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+            q, k, v = (
+                torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)
+            )
             seconds = []
             try:
                 for _ in range(8):
                     synchronize(device)
                     began = time.perf_counter()
                     with sdpa_kernel(backend):
-                        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+                        out = torch.nn.functional.scaled_dot_product_attention(
+                            q, k, v, is_causal=True
+                        )
                     out.backward(out)
                     synchronize(device)
                     seconds.append(time.perf_counter() - began)
@@ -215,7 +254,11 @@ def data_path() -> None:
             with open(Path(folder) / f"{name}.bin", "wb") as file:
                 file.truncate(2 * tokens)  # zeros that take no room
             files[name] = {"documents": 1, "tokens": tokens, "bytes": tokens, "sha256": ""}
-        meta = {"format": 1, "tokenizer": {"sha256": "", "vocab_size": 4096, "end_of_text": 0}, "files": files}
+        meta = {
+            "format": 1,
+            "tokenizer": {"sha256": "", "vocab_size": 4096, "end_of_text": 0},
+            "files": files,
+        }
         (Path(folder) / "meta.json").write_text(json.dumps(meta))
         began = time.perf_counter()
         data = Data(folder)
@@ -231,11 +274,15 @@ def data_path() -> None:
             began, tokens = time.perf_counter(), 0
             for step in range(1, 1001):
                 tokens += sum(16 * T for _ in micro_batches(mixture, step, 16, 16))
-            print(f"batches of 16 x {T}, {words}: {tokens / (time.perf_counter() - began):,.0f} tokens/s")
+            print(
+                f"batches of 16 x {T}, {words}: {tokens / (time.perf_counter() - began):,.0f} tokens/s"
+            )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", choices=SHAPES, metavar="SIZE")
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3, help="a turn")
@@ -250,8 +297,13 @@ def main():
     print(
         f"torch {torch.__version__}, {where}, {str(dtype).removeprefix('torch.')}, {args.turns} turns of {args.steps}"
     )
-    print(f"{'':<45}{'train':>10}{'':>12}{'evaluate':>10}{'':>12}{'generate':>10}{'':>6}{'memory':>8}{'1st step':>10}")
-    print(f"{'model':<12}{'B x T':>9}  {'side':<22}" + f"{'tokens/s':>10}{'ratio':>6}{'peak':>6}" * 2, end="")
+    print(
+        f"{'':<45}{'train':>10}{'':>12}{'evaluate':>10}{'':>12}{'generate':>10}{'':>6}{'memory':>8}{'1st step':>10}"
+    )
+    print(
+        f"{'model':<12}{'B x T':>9}  {'side':<22}" + f"{'tokens/s':>10}{'ratio':>6}{'peak':>6}" * 2,
+        end="",
+    )
     print(f"{'tokens/s':>10}{'ratio':>6}{'GB':>8}{'s':>10}{'loss':>9}")
     default = ["pythia-70m", "pythia-160m", "pythia-410m", "pythia-1b"] if cuda else list(ROWS)
     for size in args.models or default:

@@ -50,7 +50,9 @@ def main():
 
     from model import load, save
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", default="pythia-410m")
     parser.add_argument("--turns", type=int, default=5)
     args = parser.parse_args()
@@ -59,7 +61,9 @@ def main():
         folder, cache = Path(tmp, "model"), Path(tmp, "cache")
         save(load(f"scratch:{args.size}"), folder, dtype=torch.float16)
         cache.mkdir()
-        for path in folder.iterdir():  # as the hub's cache has it: links to files that are named by their hash
+        for path in (
+            folder.iterdir()
+        ):  # as the hub's cache has it: links to files that are named by their hash
             blob = Path(tmp, hashlib.file_digest(open(path, "rb"), "sha256").hexdigest())
             blob.hardlink_to(path)
             (cache / path.name).symlink_to(blob)
@@ -67,9 +71,13 @@ def main():
         for _ in range(args.turns):
             for side, (imports, call) in SIDES.items():
                 code = MEASURE.format(
-                    root=str(ROOT), imports=imports, load=call.format(folder=str(folder), cache=str(cache))
+                    root=str(ROOT),
+                    imports=imports,
+                    load=call.format(folder=str(folder), cache=str(cache)),
                 )
-                done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+                done = subprocess.run(
+                    [sys.executable, "-c", code], check=True, capture_output=True, text=True
+                )
                 taken[side].append(tuple(map(float, done.stdout.split())))
     print(f"{args.size}, {size / 1e6:,.0f} MB of fp16 on disk, medians of {args.turns} turns")
     print(f"{'side':<18}{'seconds':>8}{'memory / weights':>18}")

@@ -38,7 +38,11 @@ def encode_batch(cores: set[int], tokenizer: Path, files: list[Path], folder: Pa
     env = {**os.environ, "RAYON_NUM_THREADS": str(len(cores))}
     argv = [sys.executable, "-c", ENCODE, tokenizer, *files]
     pinned = lambda: os.sched_setaffinity(0, cores)  # noqa: E731
-    return float(subprocess.run(argv, check=True, capture_output=True, text=True, env=env, preexec_fn=pinned).stdout)
+    return float(
+        subprocess.run(
+            argv, check=True, capture_output=True, text=True, env=env, preexec_fn=pinned
+        ).stdout
+    )
 
 
 def end_to_end(cores: set[int], tokenizer: Path, files: list[Path], folder: Path) -> float:
@@ -46,12 +50,16 @@ def end_to_end(cores: set[int], tokenizer: Path, files: list[Path], folder: Path
         argv = [sys.executable, ROOT / "prepare.py", "--out", f"{out}/d", "--tokenizer", tokenizer]
         argv += ["--workers", str(len(cores)), *(f"d{i}={path}" for i, path in enumerate(files))]
         start = time.perf_counter()
-        subprocess.run(argv, check=True, capture_output=True, preexec_fn=lambda: os.sched_setaffinity(0, cores))
+        subprocess.run(
+            argv, check=True, capture_output=True, preexec_fn=lambda: os.sched_setaffinity(0, cores)
+        )
         return time.perf_counter() - start
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("files", nargs="*", type=Path, help=".jsonl with a text in every record")
     parser.add_argument("--tokenizer", help="a tokenizer.json or a model")
     parser.add_argument("--turns", type=int, default=3)
@@ -60,17 +68,32 @@ def main():
         folder, files, name = Path(folder), args.files, args.tokenizer
         if not files:
             sources = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
-            records = [json.dumps({"text": p.read_text(encoding="utf-8", errors="ignore")}) for p in sources]
+            records = [
+                json.dumps({"text": p.read_text(encoding="utf-8", errors="ignore")})
+                for p in sources
+            ]
             files = [folder / "code.jsonl"]
             files[0].write_text("\n".join(records[:4000]) + "\n")
         tokenizer = folder / "tokenizer.json"
-        tokenizer.write_text(Tokenizer(name or prepare(folder / "sample").folder).json, encoding="utf-8")
-        size = sum(len(json.loads(line)["text"].encode()) for path in files for line in open(path, "rb")) / 1e6
+        tokenizer.write_text(
+            Tokenizer(name or prepare(folder / "sample").folder).json, encoding="utf-8"
+        )
+        size = (
+            sum(
+                len(json.loads(line)["text"].encode())
+                for path in files
+                for line in open(path, "rb")
+            )
+            / 1e6
+        )
         every = os.sched_getaffinity(0)
         sides = [
             (what, cores, run)
             for cores in ({min(every)}, every)
-            for what, run in (("tokenizers encode_batch", encode_batch), ("prepare.py end to end", end_to_end))
+            for what, run in (
+                ("tokenizers encode_batch", encode_batch),
+                ("prepare.py end to end", end_to_end),
+            )
         ]
         seconds = [[] for _ in sides]
         for _ in range(args.turns):

@@ -58,22 +58,49 @@ class Bench:
         out.mkdir(parents=True, exist_ok=True)
         self.data, self.model, self.hyper = open_run(args)
         scratch = args.model.startswith("scratch:")
-        self.base = pretrain(self.model, self.data, self.hyper, args) if scratch else Path(args.model)
-        self.passes, self.domains, self.T = passes_of(self.base), self.data.domains, self.hyper["seq_len"]
+        self.base = (
+            pretrain(self.model, self.data, self.hyper, args) if scratch else Path(args.model)
+        )
+        self.passes, self.domains, self.T = (
+            passes_of(self.base),
+            self.data.domains,
+            self.hyper["seq_len"],
+        )
         self.seen = times_seen(self.data, self.T, self.passes)
         own = {name: str(value) for name, value in self.hyper.items() if name != "seed"}
-        settings = [own, self.data.identity, self.base.name, args.sequences, args.rounds, args.eval_sequences]
+        settings = [
+            own,
+            self.data.identity,
+            self.base.name,
+            args.sequences,
+            args.rounds,
+            args.eval_sequences,
+        ]
         self.folder = out / f"runs-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}"
         self.folder.mkdir(exist_ok=True)
 
     def search(self, seed: int, **choice) -> Cached:
         args = copy.copy(self.args)
-        own = {"method": "reweight", "rule": "multiplicative", "signal": "loss", "objective": "mean", **choice}
-        own |= {"runs": self.folder, "out": self.folder / "search", "start": "uniform", "grow": False, "save_every": 0}
+        own = {
+            "method": "reweight",
+            "rule": "multiplicative",
+            "signal": "loss",
+            "objective": "mean",
+            **choice,
+        }
+        own |= {
+            "runs": self.folder,
+            "out": self.folder / "search",
+            "start": "uniform",
+            "grow": False,
+            "save_every": 0,
+        }
         vars(args).update(own, rate=RATES[own["rule"]])
         args.out.mkdir(exist_ok=True)
         fill(self.model, self.base)
-        return Cached(self.model, self.base, self.data, self.hyper | {"seed": seed}, self.passes, args)
+        return Cached(
+            self.model, self.base, self.data, self.hyper | {"seed": seed}, self.passes, args
+        )
 
     def found(self, row: str, seed: int) -> dict:
         """What a method finds: {"counts", "history", "tokens"}."""
@@ -84,7 +111,11 @@ class Bench:
                 print(f"\nseed {seed}: {row}")
                 search = self.search(seed, **ROWS[row])
                 counts = METHODS[search.args.method](search)
-            write_text(path, json.dumps({"counts": counts, "history": search.history, "tokens": search.tokens}) + "\n")
+            write_text(
+                path,
+                json.dumps({"counts": counts, "history": search.history, "tokens": search.tokens})
+                + "\n",
+            )
         return load_json(path)
 
     def final(self, counts: dict[str, int] | None, seed: int) -> dict[str, np.ndarray]:
@@ -95,7 +126,14 @@ class Bench:
             fill(self.model, self.base)
             if counts:
                 hyper = self.hyper | {"seed": 1000 + seed}
-                train(self.model, self.data, counts, **hyper, seen=self.seen, title=f"final, seed {1000 + seed}")
+                train(
+                    self.model,
+                    self.data,
+                    counts,
+                    **hyper,
+                    seen=self.seen,
+                    title=f"final, seed {1000 + seed}",
+                )
             losses = evaluate(self.model, self.data, "test", self.T, self.hyper["dtype"])
             with replacing(path) as partial, open(partial, "wb") as file:
                 np.savez(file, **losses)
@@ -106,7 +144,11 @@ class Bench:
         as far from the best mixture by then, with Olmix's pull. Returns their shares and validation losses, (n, K)."""
         say(f"reference: {runs} runs")
         K = len(self.domains)
-        points = torch.quasirandom.SobolEngine(K, scramble=True, seed=0).draw(runs, dtype=torch.float64).numpy()
+        points = (
+            torch.quasirandom.SobolEngine(K, scramble=True, seed=0)
+            .draw(runs, dtype=torch.float64)
+            .numpy()
+        )
         points = -np.log(points.clip(1e-9, 1 - 1e-9))
         points /= points.sum(1, keepdims=True)
         with open(self.folder / "log.txt", "a") as log, contextlib.redirect_stdout(log):
@@ -129,7 +171,10 @@ class Bench:
             self.final(counts, seed),
             {"uniform": self.final(uniform, seed), "untouched": self.final(None, 0)},
         )
-        result = {name: compare(other, losses, self.data, "test", self.T) for name, other in against.items()}
+        result = {
+            name: compare(other, losses, self.data, "test", self.T)
+            for name, other in against.items()
+        }
         worst = max(self.domains, key=lambda d: result["untouched"][d]["change"])
         return {
             "loss": mean_loss(losses),
@@ -156,7 +201,9 @@ def log_linear(shares: np.ndarray, losses: np.ndarray, delta: float = 0.02):
 
     def closure():
         optimizer.zero_grad()
-        loss = torch.nn.functional.huber_loss(c.exp() + (P @ t.T).exp(), L, delta=delta, reduction="sum")
+        loss = torch.nn.functional.huber_loss(
+            c.exp() + (P @ t.T).exp(), L, delta=delta, reduction="sum"
+        )
         loss.backward()
         return loss
 
@@ -193,7 +240,9 @@ def proxies(bench: Bench, shares: np.ndarray, losses: np.ndarray) -> dict:
     folds = np.arange(len(shares)) % 4
     fitted = np.empty_like(losses)
     for fold in range(4):
-        fitted[folds == fold] = log_linear(shares[folds != fold], losses[folds != fold])(shares[folds == fold])
+        fitted[folds == fold] = log_linear(shares[folds != fold], losses[folds != fold])(
+            shares[folds == fold]
+        )
     logs = np.log(shares.clip(0.5 / bench.args.sequences))
     predicted = {"merged experts": np.array(merged), f"the law of returns, {runs} runs": law["a"] - logs @ law["B"],
                  "log-linear fit, 3/4 of the runs": fitted}  # fmt: skip
@@ -224,7 +273,10 @@ def scoreboard(bench: Bench, found: dict[str, list[dict]], cost: int | None) -> 
         seeds = [bench.compared(one["counts"], seed) for seed, one in enumerate(of_seeds)]
         changes = [one["uniform"]["change"] for one in seeds]
         counts = np.array([[one["counts"].get(d, 0) for d in bench.domains] for one in of_seeds])
-        tokens = {use: int(np.mean([one["tokens"][use] for one in of_seeds])) for use in ("trained", "evaluated")}
+        tokens = {
+            use: int(np.mean([one["tokens"][use] for one in of_seeds]))
+            for use in ("trained", "evaluated")
+        }
         rows[name] = {
             "loss": float(np.mean([one["loss"] for one in seeds])),
             "mean": float(np.mean(changes)),
@@ -246,9 +298,17 @@ def scoreboard(bench: Bench, found: dict[str, list[dict]], cost: int | None) -> 
 def table(bench: Bench, rows: dict[str, dict]) -> str:
     width, n = max(map(len, rows)) + 2, len(next(iter(rows.values()))["seeds"])
     each = "".join(f"{f'seed {seed} [95%]':<29}" for seed in range(n))
-    lines = [f"{'':<{width}}{'test loss':>9}  {'- uniform':>9}  {'spread':>6}  {'captured':>8}  {each}better*  worst*"]
+    lines = [
+        f"{'':<{width}}{'test loss':>9}  {'- uniform':>9}  {'spread':>6}  {'captured':>8}  {each}better*  worst*"
+    ]
     for name, row in rows.items():
-        captured = "" if row["captured"] is None else "< 0" if row["captured"] < 0 else f"{row['captured']:.0%}"
+        captured = (
+            ""
+            if row["captured"] is None
+            else "< 0"
+            if row["captured"] < 0
+            else f"{row['captured']:.0%}"
+        )
         line = f"{name:<{width}}{row['loss']:>9.4f}  {row['mean']:>+9.4f}  {row['spread']:>6.4f}  {captured:>8}  "
         line += "".join(f"{signed(one['uniform']):<29}" for one in row["seeds"])
         worst = max(row["seeds"], key=lambda one: one["worst"])
@@ -267,7 +327,9 @@ def table(bench: Bench, rows: dict[str, dict]) -> str:
         lines.append(
             f"{line}{tokens[0]:>10}{tokens[1]:>11}{cost:>14}  {row['verdict'] if name != 'uniform' else ''}".rstrip()
         )
-    lines += ["* domains better than in the untouched model; the one that is worst off beside it, of all seeds"]
+    lines += [
+        "* domains better than in the untouched model; the one that is worst off beside it, of all seeds"
+    ]
     return "\n".join(lines)
 
 
@@ -297,7 +359,9 @@ def dot_plot(rows: dict[str, dict], path: Path) -> None:
                 height = y + (seeds - 1) / 2 * 0.2 - 0.2 * i
                 axes.plot(one["uniform"]["interval"], [height] * 2, color=f"C{i}", alpha=0.6)
                 label = f"seed {i}" if y == 0 else None
-                axes.plot(one["uniform"]["change"], height, "o", color=f"C{i}", markersize=5, label=label)
+                axes.plot(
+                    one["uniform"]["change"], height, "o", color=f"C{i}", markersize=5, label=label
+                )
             words = row["verdict"].replace(" from uniform", "").replace(" than uniform", "")
             cost = f", {row['cost']:.0%} of the reference's tokens" if row["cost"] else ""
             axes.annotate(f"{words}{cost}" if name != "uniform" else "", (1.01, y), va="center", fontsize=8,
@@ -307,11 +371,14 @@ def dot_plot(rows: dict[str, dict], path: Path) -> None:
         ticks = [-0.1, -0.03, -0.01, -0.005, 0, 0.005, 0.01, 0.03, 0.1, 0.3]
         low, high = axes.get_xlim()
         axes.set_xticks(
-            [x for x in ticks if low <= x <= high], [f"{x:+g}" if x else "0" for x in ticks if low <= x <= high]
+            [x for x in ticks if low <= x <= high],
+            [f"{x:+g}" if x else "0" for x in ticks if low <= x <= high],
         )
         axes.minorticks_off()
         axes.set(yticks=range(len(names)), yticklabels=names)
-        axes.set_xlabel("test loss - uniform's, nats per token, 95% intervals (linear up to 0.01, then logarithmic)")
+        axes.set_xlabel(
+            "test loss - uniform's, nats per token, 95% intervals (linear up to 0.01, then logarithmic)"
+        )
         axes.spines[["top", "right"]].set_visible(False)
         figure.legend(frameon=False, loc="outside upper center", ncols=seeds, fontsize=8)
 
@@ -325,12 +392,16 @@ def paths(bench: Bench, found: dict[str, list[dict]], best: list[float], path: P
     def draw(figure, axes):
         for panel, (name, one) in zip(axes.flat, shown.items()):
             lines = one["history"][1:]
-            probes = any("predicted" in line for line in lines)  # then most mixtures are tried, not steps
+            probes = any(
+                "predicted" in line for line in lines
+            )  # then most mixtures are tried, not steps
             for k, d in enumerate(bench.domains):
                 color = f"C{k % 10}"
                 shares = {i + 1: 100 * share_of(line["counts"], d) for i, line in enumerate(lines)}
                 steps = [i for i in shares if not probes or i == 1 or "predicted" in lines[i - 1]]
-                panel.plot(list(shares), list(shares.values()), ".", color=color, alpha=0.4, markersize=4)
+                panel.plot(
+                    list(shares), list(shares.values()), ".", color=color, alpha=0.4, markersize=4
+                )
                 panel.plot(steps, [shares[i] for i in steps], color=color, marker=".", label=d)
                 panel.plot(len(lines) + 1, 100 * share_of(one["counts"], d), "D", color=color)
                 panel.axhline(100 * best[k], color=color, linestyle=":", linewidth=1)
@@ -342,7 +413,9 @@ def paths(bench: Bench, found: dict[str, list[dict]], best: list[float], path: P
             panel.set_visible(False)
         for panel in axes[:, 0]:
             panel.set_ylabel("share (%)")
-        figure.supxlabel("round; diamond: the mixture found; dotted: the log-linear fit's", fontsize=9)
+        figure.supxlabel(
+            "round; diamond: the mixture found; dotted: the log-linear fit's", fontsize=9
+        )
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
 
@@ -353,7 +426,11 @@ def transfer(args, found: dict[str, list[dict]]) -> tuple[Bench, dict[str, list[
     """The larger model's bench, and there: uniform, the small model's mixtures, and that of its own search (seed 0)."""
     larger = copy.copy(args)
     SHAPES["larger"] = shape(7, 256, 8, 4096, 256)
-    larger.model, larger.lr, larger.base_lr = "scratch:larger", 2e-3, 5e-3  # half of tiny's, as it is twice as wide
+    larger.model, larger.lr, larger.base_lr = (
+        "scratch:larger",
+        2e-3,
+        5e-3,
+    )  # half of tiny's, as it is twice as wide
     larger.batch_size, larger.seq_len = 16, 256  # tiny's; as many sequences, so as many repeats
     bench, row = Bench(larger), args.transfer
     own = [bench.found(row, 0)] * args.seeds
@@ -365,12 +442,26 @@ def main():
     parser = ArgumentParser(__doc__)
     add_options(parser, "out/scoreboard")
     add = parser.add_argument
-    add("--rounds", type=int, default=4, metavar="N", help="of reweight, at most (default: %(default)s)")
-    add("--base-sequences", type=int, default=6400, metavar="N", help="to pretrain scratch on (default: %(default)s)")
+    add(
+        "--rounds",
+        type=int,
+        default=4,
+        metavar="N",
+        help="of reweight, at most (default: %(default)s)",
+    )
+    add(
+        "--base-sequences",
+        type=int,
+        default=6400,
+        metavar="N",
+        help="to pretrain scratch on (default: %(default)s)",
+    )
     add("--base-lr", type=float, help="peak learning rate of that (default: the model's)")
     add("--seeds", type=int, default=3, metavar="N", help="(default: %(default)s)")
     add("--runs", type=int, default=48, metavar="N", help="of the reference (default: %(default)s)")
-    add("--transfer", choices=tuple(ROWS), help="take this method's mixtures to a larger model, too")
+    add(
+        "--transfer", choices=tuple(ROWS), help="take this method's mixtures to a larger model, too"
+    )
     parser.set_defaults(sequences=1600)
     args = parser.parse_args()
     if args.data == SAMPLE and not Path(args.data).exists():
@@ -389,12 +480,20 @@ def main():
         "",
         f"{args.data}: {args.sequences:,} sequences of {bench.T} tokens from {bench.base}, test split, nats per token",
     )
-    say(table(bench, rows), "", f"rank correlation with {args.runs} trained mixtures, seed 0, validation split")
+    say(
+        table(bench, rows),
+        "",
+        f"rank correlation with {args.runs} trained mixtures, seed 0, validation split",
+    )
     say(f"{'':<34}{'all':>8}{'near*':>8}{'pick*':>9}  by domain")
     for name, check in checks.items():
         by_domain = " ".join(f"{d} {rho:.2f}" for d, rho in zip(bench.domains, check["by domain"]))
-        say(f"{name:<34}{check['all']:>8.2f}{check['near']:>8.2f}{check['pick']:>+9.4f}  {by_domain}")
-    say("* the half nearer to uniform; loss of the mixture ranked first - the lowest (merged: on 64 windows a domain)")
+        say(
+            f"{name:<34}{check['all']:>8.2f}{check['near']:>8.2f}{check['pick']:>+9.4f}  {by_domain}"
+        )
+    say(
+        "* the half nearer to uniform; loss of the mixture ranked first - the lowest (merged: on 64 windows a domain)"
+    )
     result = {"data": bench.data.identity, "base": str(bench.base), "sequences": args.sequences}
     result |= {"domains": bench.domains, "rows": rows, "proxies": checks, "found": found}
     result |= {"reference": {"shares": shares.tolist(), "losses": losses.tolist()}}
@@ -403,10 +502,17 @@ def main():
     if args.transfer:
         larger, found = transfer(args, found)
         rows = scoreboard(larger, found, None)
-        say("", f"transfer to {sum(p.numel() for p in larger.model.parameters()):,} parameters", table(larger, rows))
+        say(
+            "",
+            f"transfer to {sum(p.numel() for p in larger.model.parameters()):,} parameters",
+            table(larger, rows),
+        )
         result["transfer"] = rows
     write_text(out / "scoreboard.json", json.dumps(result, indent=1) + "\n")
-    say("", f"{out} holds the numbers (scoreboard.json) and the pictures (scoreboard.png, paths.png)")
+    say(
+        "",
+        f"{out} holds the numbers (scoreboard.json) and the pictures (scoreboard.png, paths.png)",
+    )
 
 
 if __name__ == "__main__":
