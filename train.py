@@ -451,7 +451,7 @@ def train(
         initial=progress.step,
         desc=title,
         unit="step",
-        disable=True if rank() else None,
+        disable=rank() > 0 or None,
         leave=False,
     )
     peak = peak_flops(device, hyper.dtype)
@@ -573,7 +573,9 @@ def set_optimizer_tensors(
     model: GPTNeoX, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
 ) -> None:
     """What optimizer_tensors gave becomes the state of an optimizer that is as yet without one."""
-    state = get_optimizer_state_dict(model, optimizer, options=GATHER)  # takes a step of size 0
+    # A state of the right form, made by a step of size 0, on every rank that sets one.
+    options = GATHER if is_sharded(model) else spread(model)
+    state = get_optimizer_state_dict(model, optimizer, options=options)
     for name, values in state.get("state", {}).items():
         for key in values:
             values[key] = tensors.get(f"{name}.{key}", values[key])
@@ -614,6 +616,8 @@ def save_checkpoint(
     check_finite(weights | moments)
     if rank() > 0:
         return
+    if model.config.tie_word_embeddings:  # a file holds no two names of one tensor
+        weights["embed_out.weight"] = weights["embed_out.weight"].clone()
     final = out / f"checkpoint-{progress.step:08d}"
     with replacing(final) as folder:
         folder.mkdir()
@@ -864,34 +868,24 @@ def model_card(
 def add_options(parser: ArgumentParser, out: str) -> None:
     """The options that train.py and mix.py share."""
     add = parser.add_argument
-    add("--data", default=SAMPLE, help="a folder that prepare.py wrote (default: %(default)s)")
-    add(
-        "--model",
-        default="scratch:tiny",
-        help="a folder, a name on the hub, or scratch:SIZE (default: %(default)s)",
-    )
-    add("--out", default=out, help="folder of the run (default: %(default)s)")
-    add("--sequences", type=int, metavar="N", help="length of a pass (default: %(default)s)")
-    add("--seq-len", type=int, metavar="T", help="tokens a sequence (default: the model's context)")
-    add("--batch-size", type=int, metavar="B", help="sequences a step (default: the model's)")
-    add(
-        "--micro-batch-size", type=int, metavar="M", help="of these, at a time (default: what fits)"
-    )
-    add("--lr", type=float, help="peak learning rate (default: the model's)")
-    add("--warmup", type=float, default=0.2, help="share of the steps (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of the order (default: %(default)s)")
-    add(
-        "--eval-sequences",
-        type=int,
-        default=512,
-        metavar="N",
-        help="of a domain's validation split, at most (default: %(default)s)",
-    )
-    add("--save-every", type=int, default=100, metavar="N", help="steps (default: %(default)s)")
+    add("--data", default=SAMPLE, help="a folder that prepare.py wrote")
+    names = "a folder, a name on the hub, or scratch:SIZE"
+    add("--model", default="scratch:tiny", help=names)
+    add("--out", default=out, help="folder of the run")
+    add("--sequences", type=int, metavar="N", help="length of a pass")
+    add("--seq-len", type=int, metavar="T", help="tokens a sequence; default: the model's context")
+    add("--batch-size", type=int, metavar="B", help="sequences a step; default: the model's")
+    add("--micro-batch-size", type=int, metavar="M", help="of these, at a time; default: what fits")
+    add("--lr", type=float, help="peak learning rate; default: the model's")
+    add("--warmup", type=float, default=0.2, help="share of the steps")
+    add("--seed", type=int, default=0, help="of the order of the pass")
+    most = "of a domain's validation split, at most"
+    add("--eval-sequences", type=int, metavar="N", default=512, help=most)
+    add("--save-every", type=int, metavar="N", default=100, help="steps between checkpoints")
     dtypes = ("float32", "float16", "bfloat16")
-    add("--save-dtype", default="float32", choices=dtypes, help="(default: %(default)s)")
-    add("--device", help="(default: cuda where there is one, else cpu)")
-    add("--dtype", choices=dtypes[::2], help="of autocast (default: bfloat16 where it is fast)")
+    add("--save-dtype", choices=dtypes, default="float32", help="of the weights that come out")
+    add("--device", help="default: cuda where there is one, else cpu")
+    add("--dtype", choices=dtypes[::2], help="of autocast; default: bfloat16 where it is fast")
     add("--no-compile", action="store_true", help="do without torch.compile")
     add("--activation-checkpointing", action="store_true", help="keep less, compute more")
     add("--fsdp", action="store_true", help="spread the model over the ranks: it fits no GPU")
@@ -981,11 +975,10 @@ def load_to_train(args, data: Data, dtype: torch.dtype, device: torch.device) ->
 def main():
     parser = ArgumentParser(__doc__)
     add_options(parser, "out/train")
+    add = parser.add_argument
     kinds = "uniform, natural, horizon, FILE.json, or counts like arxiv=608,github=226"
-    parser.add_argument("--mix", default="uniform", help=f"{kinds} (default: %(default)s)")
-    parser.add_argument(
-        "--eval-every", type=int, default=0, metavar="N", help="validation losses every N steps"
-    )
+    add("--mix", default="uniform", help=kinds)
+    add("--eval-every", type=int, metavar="N", default=0, help="steps between validation losses")
     args = parser.parse_args()
     out = Path(args.out)
     device = start(args.device)
