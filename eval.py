@@ -98,7 +98,8 @@ def evaluate(
 
     # Always B rows, so that a compiled model sees one shape; and as many batches on every rank,
     # of which the last ones can be empty.
-    B = sequences_at_once(model, seq_len, dtype, device, training=False)
+    fits = sequences_at_once(model, seq_len, dtype, device, training=False)
+    B = min(fits, math.ceil(len(windows) / world_size()))
     first = rank() * B
     batches = range(first, len(windows) + first, world_size() * B)
     bar = tqdm(
