@@ -1,19 +1,11 @@
 """Bad input ends with exit status 2 and one line that says what, where and what to do; what was there stays."""
 
-import gzip
 import json
 import shutil
 import struct
-import zlib
 
 import pytest
-import zstandard
 from conftest import SMALL, command, made_documents, write_jsonl
-
-from prepare import Data
-
-GOOD = json.dumps({"text": "some text"})
-
 
 def fails(result, *words) -> None:
     status, err = (
@@ -23,87 +15,6 @@ def fails(result, *words) -> None:
     assert err.startswith("error: ") and err.count("\n") == 1, err
     for word in words:
         assert str(word) in err, err
-
-
-@pytest.mark.parametrize(
-    "lines, words",
-    [
-        ([GOOD, "{broken"], (":2", "JSONDecodeError")),
-        ([GOOD, GOOD, '{"text": null}'], (":3", "'text'")),
-        ([GOOD, "[1]"], (":2", "'text'")),
-        (['{"body": "x"}'], (":1", "no text under 'text'")),
-        ([GOOD, '{"text": "\\ud800"}'], (":2", "surrogate")),
-        (["[" * 100_000], (":1",)),
-        (["9" * 5000], (":1",)),
-    ],
-)
-def test_a_bad_record_is_named_by_file_and_line(script, tmp_path, lines, words):
-    source = tmp_path / "bad.jsonl"
-    source.write_text("\n".join(lines) + "\n")
-    fails(
-        script("prepare", "--out", tmp_path / "d", f"a={source}", "--tokenizer", "train:300"),
-        f"{source}",
-        *words,
-    )
-    assert not (tmp_path / "d").exists()
-
-
-def test_text_that_is_not_utf8_or_not_whole(script, tmp_path):
-    (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
-    (tmp_path / "latin.jsonl").write_bytes(GOOD.encode() + b'\n{"text": "na\xefve"}\n')
-    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(GOOD.encode() * 1000)[:-20])
-    for name, word in (
-        ("latin.txt", "utf-8"),
-        ("latin.jsonl", "jsonl:2"),
-        ("cut.jsonl.gz", "cannot be read to its end"),
-    ):
-        fails(
-            script(
-                "prepare",
-                "--out",
-                tmp_path / "d",
-                f"a={tmp_path / name}",
-                "--tokenizer",
-                "train:300",
-            ),
-            tmp_path / name,
-            word,
-        )
-
-
-@pytest.mark.parametrize(
-    "argv, words",
-    [
-        (["a=missing.jsonl", "--tokenizer", "train:300"], ["missing.jsonl"]),
-        (["a.jsonl", "--tokenizer", "train:300"], ["name=path"]),
-        (["a=", "--tokenizer", "train:300"], ["name=path"]),
-        (["a=a.jsonl"], ["--tokenizer", "--add"]),
-        (["--add"], ["name sources"]),
-        (["../x=a.jsonl", "--tokenizer", "train:300"], ["'../x'"]),
-        (["a=a.jsonl", "--tokenizer", "missing.json"], ["missing.json"]),
-        (["a=a.jsonl", "--tokenizer", "train:x"], ["train:x"]),
-        (["a=a.jsonl", "--tokenizer", "train:90000"], ["90000"]),
-        (["a=few.jsonl", "--tokenizer", "train:300"], ["is left empty, of 2 documents", "--val-"]),
-        (["a=a.jsonl", "--tokenizer", "train:300", "--val-fraction", "0.99"], ["--val-fraction"]),
-        (["--bogus"], ["--bogus", "--help"]),
-        (["a=empty.jsonl", "--tokenizer", "train:300"], ["a.train is left empty"]),
-        (
-            "a=a.jsonl b=empty.jsonl --tokenizer train:300 --val-fraction 0.2 --test-fraction 0.2".split(),
-            ["b.train is left empty"],
-        ),
-        (
-            ["empty.jsonl", "--domain-key", "meta.set", "--tokenizer", "train:300"],
-            ["every split is left empty"],
-        ),
-    ],
-)
-def test_prepare(script, tmp_path, monkeypatch, argv, words):
-    monkeypatch.chdir(tmp_path)
-    write_jsonl(tmp_path / "a.jsonl", made_documents("sums", 60))
-    write_jsonl(tmp_path / "few.jsonl", made_documents("sums", 2))
-    (tmp_path / "empty.jsonl").write_text("")
-    fails(script("prepare", "--out", "d", *argv), *words)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "empty.jsonl", "few.jsonl"]
 
 
 @pytest.mark.parametrize("name", ["train", "mix"])
@@ -286,20 +197,6 @@ def test_a_run_does_not_overwrite_the_model_that_it_starts_from(
         assert (model / "model.safetensors").exists()
 
 
-def test_prepare_replaces_nothing(script, tmp_path):
-    source = write_jsonl(tmp_path / "a.jsonl", made_documents("sums", 80))
-    for out in (tmp_path, ".", source):
-        fails(
-            script("prepare", "--out", out, f"a={source}", "--tokenizer", "train:300"),
-            "exists",
-            "--add",
-        )
-    fails(
-        script("prepare", "--out", tmp_path / "none", f"a={source}", "--add"), "not there to add to"
-    )
-    assert source.exists()
-
-
 @pytest.mark.parametrize("name", ["train", "mix"])
 def test_an_out_that_cannot_be_written(script, data, small, tmp_path, name):
     (tmp_path / "file").write_text("")
@@ -315,17 +212,6 @@ def test_an_out_that_cannot_be_written(script, data, small, tmp_path, name):
             "--sequences",
             8,
             *SMALL,
-        ),
-        tmp_path / "file",
-    )
-    fails(
-        script(
-            "prepare",
-            "--out",
-            tmp_path / "file" / "d",
-            f"a={write_jsonl(tmp_path / 'a.jsonl', made_documents('sums', 60))}",
-            "--tokenizer",
-            "train:300",
         ),
         tmp_path / "file",
     )
@@ -375,125 +261,6 @@ def test_a_real_process_says_it_the_same_way(tmp_path):
     fails(done, "not a data set")
     help_text = command("mix.py", "--help").stdout
     assert "--rule" in help_text and "python mix.py" in help_text
-
-
-def test_a_line_of_200_megabytes_in_a_small_gz(tmp_path):
-    """It ends in one line, soon, and in little memory; where a bad line is allowed, the others are read."""
-    good = "".join(json.dumps({"text": t}) + "\n" for t in made_documents("sums", 80)).encode()
-    packer = zlib.compressobj(9, wbits=31)
-    parts = [packer.compress(good), packer.compress(b'{"text": "')]
-    parts += [packer.compress(b"a" * 10**6) for _ in range(200)]
-    parts += [packer.compress(b'"}\n' + good.replace(b"sums", b"more")), packer.flush()]
-    (tmp_path / "a.jsonl.gz").write_bytes(b"".join(parts))
-    assert (tmp_path / "a.jsonl.gz").stat().st_size < 300_000
-    argv = [
-        "prepare.py",
-        "--out",
-        tmp_path / "d",
-        f"a={tmp_path / 'a.jsonl.gz'}",
-        "--tokenizer",
-        "train:300",
-    ]
-    fails(command(*argv, memory=800e6), "a.jsonl.gz:81", "longer than")
-    done = command(
-        *argv, "--max-bad", 1, "--val-fraction", 0.2, "--test-fraction", 0.2, memory=800e6
-    )
-    assert done.returncode == 0, done.stderr
-    assert (
-        sum(
-            Data(tmp_path / "d").size("a", split)["documents"] for split in ("train", "val", "test")
-        )
-        == 160
-    )
-
-
-@pytest.mark.parametrize(
-    "name", ["cut.jsonl.gz", "cut.jsonl.zst", "wrong.jsonl.gz", "wrong.jsonl.zst", "wrong.parquet"]
-)
-def test_files_that_are_cut_or_something_else(script, tmp_path, name):
-    good = (GOOD + "\n").encode() * 5000
-    packed = (
-        gzip.compress(good) if name.endswith("gz") else zstandard.ZstdCompressor().compress(good)
-    )
-    (tmp_path / name).write_bytes(
-        packed[:-9] if name.startswith("cut") else b"\0 no such format" * 10
-    )
-    argv = ["--out", tmp_path / "d", f"a={tmp_path / name}", "--tokenizer", "train:300"]
-    fails(script("prepare", *argv), tmp_path / name, "cannot be read to its end")
-    assert not (tmp_path / "d").exists()
-
-
-def test_a_small_zst_that_unpacks_to_more_than_the_memory_there_is(tmp_path):
-    packer = zstandard.ZstdCompressor().compressobj()
-    with open(tmp_path / "a.jsonl.zst", "wb") as f:
-        for _ in range(600):
-            f.write(packer.compress(b"a" * 10**6))
-        f.write(packer.flush())
-    assert (tmp_path / "a.jsonl.zst").stat().st_size < 500_000
-    argv = [
-        "prepare.py",
-        "--out",
-        tmp_path / "d",
-        f"a={tmp_path / 'a.jsonl.zst'}",
-        "--tokenizer",
-        "train:300",
-    ]
-    fails(command(*argv, memory=500e6), "a.jsonl.zst:1", "longer than")
-
-
-def test_byte_order_marks_and_nul_bytes(script, tmp_path):
-    texts = made_documents("sums", 80) + ["nul \0 byte"]
-    lines = "".join(json.dumps({"text": t}) + "\r\n" for t in texts)
-    (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
-    (tmp_path / "nul.jsonl").write_bytes(lines.encode() + b"\0" * 100)
-    base = [
-        "--tokenizer",
-        "train:300",
-        "--val-fraction",
-        0.2,
-        "--test-fraction",
-        0.2,
-        "--workers",
-        1,
-    ]
-    assert script("prepare", "--out", tmp_path / "d", f"a={tmp_path / 'bom.jsonl'}", *base)[0] == 0
-    assert (
-        sum(
-            Data(tmp_path / "d").size("a", split)["documents"] for split in ("train", "val", "test")
-        )
-        == 81
-    )
-    fails(
-        script("prepare", "--out", tmp_path / "e", f"a={tmp_path / 'nul.jsonl'}", *base),
-        "nul.jsonl:82",
-    )
-
-
-@pytest.mark.parametrize(
-    "name", ["../x", "..", "/etc/passwd", "a/../../b", "mean", "", "x" * 5000, "\0", "日本"]
-)
-def test_names_of_domains_from_records_stay_in_the_folder(script, tmp_path, name):
-    records = [{"text": t, "set": name} for t in made_documents("sums", 60)]
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    argv = [
-        "--out",
-        tmp_path / "out" / "d",
-        tmp_path / "in" / "a.jsonl",
-        "--domain-key",
-        "set",
-        "--workers",
-        1,
-    ]
-    status, _, err = script(
-        "prepare", *argv, "--tokenizer", "train:300", "--val-fraction", 0.2, "--test-fraction", 0.2
-    )
-    assert status in (0, 2) and err.count("\n") == (status == 2), err
-    assert {path.name for path in tmp_path.iterdir()} <= {"in", "out"}
-    for path in (tmp_path / "out").rglob("*"):
-        assert path.name == "d" or (path.parent.name == "d" and path.suffix in (".bin", ".json")), (
-            path
-        )
 
 
 @pytest.mark.parametrize(
