@@ -1,24 +1,30 @@
-"""What the tests share: text made on the spot, a small model, and two ways of running a script."""
+"""What the tests share: text made on the spot, a small model, and ways of running a script."""
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a network; the hub's serve one on loopback
+torch.set_num_threads(1)  # the models are so small that threads only wait for each other
 # macOS gives a process so many open files. What needs more of them as data grows fails here.
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 
@@ -33,10 +39,16 @@ def pytest_configure(config):
     config.option.reportchars += "s"  # the summary says what was skipped, and why
 
 
+# ---- data and models ----
+
+
+WORDS = "the a small large red old river stone house bird walks sees finds under over near and then"
+
+
 def made_documents(domain: str, n: int, seed: int = 0) -> list[str]:
     """Documents of a kind that a small model can learn: sentences, sums, or code, by domain."""
     rng = random.Random(f"{domain}{seed}")
-    words = "the a small large red old river stone house bird walks sees finds under over near and then".split()
+    words = WORDS.split()
     made = []
     for i in range(n):
         lines = []
@@ -44,84 +56,100 @@ def made_documents(domain: str, n: int, seed: int = 0) -> list[str]:
             if domain == "prose":
                 lines.append(" ".join(rng.choices(words, k=rng.randint(5, 12))).capitalize() + ".")
             elif domain == "sums":
-                a, b = rng.randint(0, 999), rng.randint(0, 999)
+                a = rng.randint(0, 999)
+                b = rng.randint(0, 999)
                 lines.append(f"{a} + {b} = {a + b}")
             else:
-                lines.append(
-                    f"def {rng.choice(words)}_{rng.randint(0, 99)}(x):\n    return x * {rng.randint(0, 999)}\n"
-                )
+                name = f"{rng.choice(words)}_{rng.randint(0, 99)}"
+                lines.append(f"def {name}(x):\n    return x * {rng.randint(0, 999)}\n")
         made.append(f"{domain} {i}\n" + "\n".join(lines) + "\n")
     return made
 
 
 def write_jsonl(path: Path, documents: list[str]) -> Path:
-    path.write_text(
-        "".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8"
-    )
+    lines = [json.dumps({"text": text}) + "\n" for text in documents]
+    path.write_text("".join(lines), encoding="utf-8")
     return path
 
 
-@pytest.fixture(scope="session")
-def data(tmp_path_factory) -> Data:
-    """Three made domains, split 60/20/20, with a tokenizer of 400."""
-    folder = tmp_path_factory.mktemp("made")
-    sources = {
-        d: [write_jsonl(folder / f"{d}.jsonl", made_documents(d, 120))]
-        for d in ("code", "prose", "sums")
-    }
+def made_data(folder: Path) -> Data:
+    """Three made domains in folder/data, split 60/20/20, with a tokenizer of 400."""
+    sources = {}
+    for d in ("code", "prose", "sums"):
+        sources[d] = [write_jsonl(folder / f"{d}.jsonl", made_documents(d, 120))]
     return prepare(folder / "data", sources, "train:400", val_fraction=0.2, test_fraction=0.2)
 
 
 @pytest.fixture(scope="session")
-def small(tmp_path_factory, data) -> Path:
-    """A folder with a small random model that has the vocabulary of `data` and a context of 32."""
+def data(tmp_path_factory) -> Data:
+    return made_data(tmp_path_factory.mktemp("made"))
+
+
+def small_model(folder: Path, data: Data, **changes) -> Path:
+    """A small random model with the vocabulary of `made_data` and a context of 32."""
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("small")
-    save(GPTNeoX(Config(512, 32, 2, 4, 64, 32)), folder, data.folder / "tokenizer.json")
+    save(GPTNeoX(Config(512, 32, 2, 4, 64, 32, **changes)), folder, data.folder / "tokenizer.json")
     return folder
 
 
+@pytest.fixture(scope="session")
+def small(tmp_path_factory, data) -> Path:
+    return small_model(tmp_path_factory.mktemp("small"), data)
+
+
 def bins(folder: Path, lengths: dict[str, int]) -> Data:
-    """Counted-up tokens, written without prepare.py: train splits of these lengths, val and test of 100."""
+    """Counted-up tokens, written without prepare.py: train splits of these lengths, val and test
+    of 100."""
     folder.mkdir()
     files = {}
     for domain, length in lengths.items():
         for split in ("train", "val", "test"):
             tokens = (np.arange(length if split == "train" else 100) % 50_000).astype("<u2")
             tokens.tofile(folder / f"{domain}.{split}.bin")
-            files[f"{domain}.{split}"] = {
-                "documents": 1,
-                "tokens": len(tokens),
-                "bytes": len(tokens),
-                "sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
-            }
+            sha256 = hashlib.sha256(tokens.tobytes()).hexdigest()
+            size = {"documents": 1, "tokens": len(tokens), "bytes": len(tokens)}
+            files[f"{domain}.{split}"] = size | {"sha256": sha256}
     tokenizer = {"sha256": "", "vocab_size": 50_000, "end_of_text": 0}
-    (folder / "meta.json").write_text(
-        json.dumps({"format": 1, "tokenizer": tokenizer, "files": files})
-    )
+    meta = {"format": 1, "tokenizer": tokenizer, "files": files}
+    (folder / "meta.json").write_text(json.dumps(meta))
     return Data(folder)
 
 
+# ---- running a script ----
+
+
 def options(**given) -> list[str]:
-    """Words of a command line: options(seq_len=32, resume=True) -> ["--seq-len", "32", "--resume"]."""
+    """Words of a command line: options(seq_len=32, resume=True) -> ["--seq-len", "32", "--resume"].
+
+    What is False is left out.
+    """
     words = []
     for name, value in given.items():
-        words.append("--" + name.replace("_", "-"))
-        if value is not True:
-            words.append(str(value))
+        if value is not False:
+            words.append("--" + name.replace("_", "-"))
+            if value is not True:
+                words.append(str(value))
     return words
+
+
+def train_options(data: Data, model: Path, out: Path, **changes) -> list[str]:
+    """Of train.py: six steps of eight sequences, the last of four, and what is changed of that."""
+    words = {"data": data.folder, "model": model, "out": out, "mix": "uniform", "sequences": 44}
+    words |= {"batch_size": 8, "lr": 1e-3, "eval_sequences": 8}
+    words |= {"device": "cpu", "dtype": "float32", "no_compile": True}
+    return options(**words | changes)
 
 
 @pytest.fixture
 def script(monkeypatch, capsys):
-    """Run a script in this process: script("train", "--out", …) -> (exit status, stdout, stderr)."""
+    """Runs a script in this process: script("train", …) -> (exit status, stdout, stderr)."""
 
     def run(name: str, *argv) -> tuple[int, str, str]:
         module = __import__(name)
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, argv)])
         capsys.readouterr()
         try:
-            cli(module.main)
+            cli(module.main, RESUME_HINT)
             status = 0
         except SystemExit as e:
             status = e.code
@@ -134,73 +162,76 @@ def script(monkeypatch, capsys):
 def command(
     *argv, ranks: int = 0, memory: float | None = None, **kwargs
 ) -> subprocess.CompletedProcess:
-    """Run a script as a user does: command("train.py", …), under torchrun with `ranks` processes if given; each of its
-    processes may have so many bytes of memory of its own."""
-    torchrun = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        if ranks
-        else []
-    )
-    env = {**os.environ, "OMP_NUM_THREADS": "1"} if ranks else None
+    """Run a script as a user does: command("train.py", …), under torchrun with `ranks` processes if
+    given; each of its processes may have so many bytes of memory of its own."""
+    words = [sys.executable]
+    if ranks:
+        words += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        kwargs["env"] = {**os.environ, "OMP_NUM_THREADS": "1"}
     if memory:
-        kwargs["preexec_fn"] = lambda: resource.setrlimit(
-            resource.RLIMIT_DATA, (int(memory), int(memory))
-        )
-    return subprocess.run(
-        [sys.executable, *torchrun, str(ROOT / argv[0]), *map(str, argv[1:])],
-        text=True,
-        timeout=600,
-        env=env,
-        capture_output=True,
-        **kwargs,
-    )
+        limits = (int(memory), int(memory))
+        kwargs["preexec_fn"] = lambda: resource.setrlimit(resource.RLIMIT_DATA, limits)
+    words += [str(ROOT / argv[0]), *map(str, argv[1:])]
+    return subprocess.run(words, text=True, timeout=600, capture_output=True, **kwargs)
 
 
-os.environ["PYTHONPATH"] = str(
-    ROOT
-)  # for a server that imports the scripts once: its children start at once
+# A server that has imported everything once: its children start at once.
+os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["mix"])
-DISK = (
-    "open",
-    "os.rename",
-    "os.remove",
-    "os.rmdir",
-    "os.mkdir",
-)  # what Python does to a disk, as its audit calls it
+processes.set_forkserver_preload(["conftest", "mix", "torch.distributed.fsdp"])
+# What Python does to a disk, as its audit calls it.
+DISK = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
 
 
-def child(name: str, argv: list[str], output: str, kill_at: int, largest: int, rank: dict) -> None:
-    """Runs a script as a user does, but for: SIGKILL just before its kill_at-th change of the disk; no file may become
-    larger than `largest` bytes."""
+def kill_before(moment: str | int) -> None:
+    """SIGKILL this process just before a change of the disk: the first, described by the audit's
+    word and the path, in which a pattern is found, or the n-th."""
+    changes = 0
+
+    def watch(event, args):
+        nonlocal changes
+        if event not in DISK or event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR):
+            return
+        changes += 1
+        path = args[1] if event == "os.rename" else args[0]
+        words = f"{event.removeprefix('os.')} {path}"
+        if changes == moment or isinstance(moment, str) and re.search(moment, words):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+
+
+def child(what, args: list, output: str, settings: dict) -> None:
     for stream in (1, 2):
         os.dup2(os.open(f"{output}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-    os.environ.update(rank)
-    sys.argv, changes = [f"{name}.py", *argv], 0
-    torch.set_num_threads(1)
-    if largest:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+    os.environ.update(settings["env"])
+    torch.set_num_threads(settings["threads"])
+    if settings["largest"]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (settings["largest"], settings["largest"]))
+    if settings["kill_at"]:
+        kill_before(settings["kill_at"])
+    if isinstance(what, str):
+        run_script(what, args)
+    else:
+        what(*args)
 
-    def count(event, args):
-        nonlocal changes
-        if event in DISK and not (event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR)):
-            changes += 1
-            if changes == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
 
-    if kill_at:
-        sys.addaudithook(count)
+def run_script(name: str, argv: list) -> None:
+    """As a user does, in this process."""
+    sys.argv = [f"{name}.py", *map(str, argv)]
     cli(__import__(name).main, RESUME_HINT)
 
 
 class Run:
-    """A script in a process of its own, which has started when this returns."""
+    """A script, or a function of a test's file, in a process that has started when this returns.
 
-    def __init__(self, tmp_path, name, *argv, kill_at=0, largest=0, rank=None):
+    kill_at: a moment for kill_before. largest: no file may become larger, in bytes.
+    """
+
+    def __init__(self, tmp_path, what, *args, kill_at=0, largest=0, threads=1, env=None):
         self.output = str(tmp_path / f"output-{random.randrange(10**9)}")
-        arguments = (name, [str(a) for a in argv], self.output, kill_at, largest, rank or {})
-        self.process = processes.Process(target=child, args=arguments)
+        settings = {"kill_at": kill_at, "largest": largest, "threads": threads, "env": env or {}}
+        self.process = processes.Process(target=child, args=(what, args, self.output, settings))
         self.process.start()
 
     def end(self, seconds: float = 120) -> tuple[int, str, str]:
@@ -216,3 +247,77 @@ class Run:
 
     def send(self, number: int) -> None:
         os.kill(self.process.pid, number)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
+def ranks(tmp_path: Path, number: int, what, *args, **settings) -> list[Run]:
+    """So many ranks as torchrun starts them, but without it."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    group = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "1"}
+    group |= {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number)}
+    runs = []
+    for rank in map(str, range(number)):
+        env = group | {"RANK": rank, "LOCAL_RANK": rank}
+        runs.append(Run(tmp_path, what, *args, env=env, **settings))
+    return runs
+
+
+@contextlib.contextmanager
+def as_rank(rank: int, world_size: int):
+    """In this block the process passes for one of several ranks, though there are no others."""
+    group = {"is_initialized": True, "get_rank": rank, "get_world_size": world_size}
+    answers = {name: lambda value=value: value for name, value in group.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("model.dist", SimpleNamespace(**answers))
+        yield
+
+
+# ---- what came of it ----
+
+
+def ends_well(*runs: Run) -> list[str]:
+    """Waits for processes, none of which may fail or complain; what they printed."""
+    ended = [run.end() for run in runs]
+    assert all(status == 0 and not err for status, _, err in ended), ended
+    return [out for _, out, _ in ended]
+
+
+def fails(result, *words) -> None:
+    """The end is as bad input's must be: status 2, and one line on stderr that has these words."""
+    if isinstance(result, subprocess.CompletedProcess):
+        result = (result.returncode, result.stdout, result.stderr)
+    status, _, err = result
+    assert status == 2, err
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    for word in words:
+        assert str(word) in err, err
+
+
+def log_of(folder: Path) -> list[dict]:
+    """The lines of a run's log, but for how fast it was."""
+    path = folder / "log.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [{**line, "tokens_per_second": 0} for line in lines]
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    mine = load_file(a / "model.safetensors")
+    theirs = load_file(b / "model.safetensors")
+    equal = all(torch.equal(mine[name], theirs[name]) for name in mine)
+    return mine.keys() == theirs.keys() and equal
+
+
+def assert_same_training(found: dict, expected: dict, atol: float) -> None:
+    """Weights agree, but for key biases: their gradient is zero, and Adam makes whole steps of its
+    rounding."""
+    assert found.keys() == expected.keys()
+    for name, weight in found.items():
+        difference = (weight - expected[name]).detach()
+        if name.endswith("query_key_value.bias"):
+            difference.view(4, 3, 8)[:, 1] = 0  # heads, (query, key, value), head dimension
+        assert difference.abs().max() <= atol, name
