@@ -1,4 +1,4 @@
-"""The order of the pass, against what DESIGN promises of it, checked by brute force."""
+"""The order of the pass: what is promised of it, checked by brute force."""
 
 import hashlib
 from collections import Counter
@@ -6,14 +6,14 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from conftest import bins
+from conftest import as_rank, bins
 
-import train
 from prepare import InputError
-from train import Mixture, micro_batches, parse_mixture, rescale, times_seen
+from train import Mixture, micro_batches, parse_mixture, rescale, sequences_of_step, times_seen
 
 T = 10
-LENGTHS = {"a": 1001, "b": 301, "c": 2500, "d": 75, "e": 4001}  # windows: 100, 30, 249, 7, 400
+LENGTHS = {"a": 1001, "b": 301, "c": 2500, "d": 75, "e": 4001}
+WINDOWS = {"a": 100, "b": 30, "c": 249, "d": 7, "e": 400}
 COUNTS = [
     {"a": 30, "b": 20, "c": 50},
     {"a": 1, "b": 1, "c": 1, "d": 1, "e": 1},
@@ -32,13 +32,11 @@ def counted(tmp_path_factory):
 def drawn(mixture) -> list[tuple[str, int]]:
     """The pass as (domain, window), read off the tokens: window c begins with token 10 c."""
     out = []
-    for i in range(len(mixture)):
-        d, inputs, targets = mixture[i]
+    for domain, inputs, targets in mixture:
         assert inputs.dtype == targets.dtype == np.uint16
-        assert np.array_equal(inputs, inputs[0] + np.arange(T)) and np.array_equal(
-            targets, inputs + 1
-        )
-        out.append((d, int(inputs[0]) // T))
+        assert np.array_equal(inputs, inputs[0] + np.arange(T))
+        assert np.array_equal(targets, inputs + 1)
+        out.append((domain, int(inputs[0]) // T))
     return out
 
 
@@ -47,22 +45,24 @@ def test_counts_are_exact_and_no_window_repeats_within_an_epoch(counted, counts)
     order = drawn(Mixture(counted, counts, T, seed=3))
     assert Counter(d for d, _ in order) == {d: n for d, n in counts.items() if n}
     for d in counts:
-        windows, n = [w for name, w in order if name == d], (LENGTHS[d] - 1) // T
-        for epoch in range(0, len(windows), n):
-            part = windows[epoch : epoch + n]
-            assert len(set(part)) == len(part) and set(part) <= set(range(n))
+        windows = [window for name, window in order if name == d]
+        for start in range(0, len(windows), WINDOWS[d]):
+            epoch = windows[start : start + WINDOWS[d]]
+            assert len(set(epoch)) == len(epoch)
+            assert set(epoch) <= set(range(WINDOWS[d]))
 
 
 @pytest.mark.parametrize("counts", COUNTS)
 def test_every_prefix_holds_each_domain_near_its_share(counted, counts):
-    order, counts = (
-        [d for d, _ in drawn(Mixture(counted, counts, T))],
-        {d: n for d, n in counts.items() if n},
-    )
-    bound, total = max(Fraction(1, 2), Fraction(len(counts) - 1, 2)), sum(counts.values())
-    for length in range(1, len(order) + 1):
-        so_far = Counter(order[:length])
-        assert all(abs(so_far[d] - Fraction(length * n, total)) <= bound for d, n in counts.items())
+    """No further from it than half a sequence, or half of one for each other domain."""
+    order = [d for d, _ in drawn(Mixture(counted, counts, T))]
+    counts = {d: n for d, n in counts.items() if n}
+    bound = max(Fraction(1, 2), Fraction(len(counts) - 1, 2))
+    so_far = Counter()
+    for length, domain in enumerate(order, 1):
+        so_far[domain] += 1
+        shares = {d: Fraction(length * n, len(order)) for d, n in counts.items()}
+        assert all(abs(so_far[d] - share) <= bound for d, share in shares.items())
 
 
 @pytest.mark.parametrize("counts", COUNTS)
@@ -72,23 +72,21 @@ def test_domains_interleave_by_the_middle_of_their_draws_ties_by_name(counted, c
 
 
 def test_a_larger_mixture_holds_the_draws_of_a_smaller_one(counted):
-    small, large = (
-        Mixture(counted, {"a": 60, "d": 9}, T, 1),
-        Mixture(counted, {"a": 180, "b": 5, "d": 30}, T, 1),
-    )
-    assert Counter(drawn(small)) <= Counter(drawn(large))
+    smaller = Mixture(counted, {"a": 60, "d": 9}, T, 1)
+    larger = Mixture(counted, {"a": 180, "b": 5, "d": 30}, T, 1)
+    assert Counter(drawn(smaller)) <= Counter(drawn(larger))
 
 
-def test_seed_decides_the_windows_but_not_the_places(counted):
+def test_the_seed_decides_the_windows_but_not_the_places(counted):
     first, again, other = (drawn(Mixture(counted, COUNTS[0], T, seed)) for seed in (1, 1, 2))
-    assert first == again != other and [d for d, _ in first] == [d for d, _ in other]
+    assert first == again != other
+    assert [d for d, _ in first] == [d for d, _ in other]
 
 
 def test_the_order_never_changes(counted):
     """The digest pins the order for good: a checkpoint holds nothing but the step."""
-    digest = hashlib.sha256(
-        repr([drawn(Mixture(counted, counts, T, seed=5)) for counts in COUNTS]).encode()
-    ).hexdigest()
+    orders = [drawn(Mixture(counted, counts, T, seed=5)) for counts in COUNTS]
+    digest = hashlib.sha256(repr(orders).encode()).hexdigest()
     assert digest == "5079cc84edd8cc6053adcef8f50e3fe38958866be5c5011ff88e7478d3690be0"
 
 
@@ -100,41 +98,38 @@ def test_windows_that_earlier_passes_saw_come_last(counted):
     ]
     seen = times_seen(counted, T, passes)
     assert {d: int(n.sum()) for d, n in seen.items()} == {"a": 70, "b": 0, "c": 0, "d": 9, "e": 0}
-    assert (
-        seen["a"].max() == 1 and sorted(seen["d"]) == [1] * 5 + [2] * 2
-    )  # the second pass avoided what the first had seen
-    order = [w for _, w in drawn(Mixture(counted, {"a": 100}, T, 4, seen))]
-    assert not seen["a"][order[:30]].any() and seen["a"][order[30:]].all()
-    fresh = [w for _, w in drawn(Mixture(counted, {"a": 100}, T, 4))]
-    assert [w for w in fresh if not seen["a"][w]] == order[:30]
+    assert seen["a"].max() == 1  # the second pass avoided what the first had seen
+    assert sorted(seen["d"]) == [1] * 5 + [2] * 2
+    order = [window for _, window in drawn(Mixture(counted, {"a": 100}, T, 4, seen))]
+    assert not seen["a"][order[:30]].any()
+    assert seen["a"][order[30:]].all()
+    unaware = [window for _, window in drawn(Mixture(counted, {"a": 100}, T, 4))]
+    assert [window for window in unaware if not seen["a"][window]] == order[:30]
 
 
 @pytest.mark.parametrize(
     "world, batch_size, micro",
     [(1, 16, 16), (1, 16, 5), (2, 16, 4), (3, 16, 2), (4, 10, 3), (8, 6, 1)],
 )
-def test_ranks_and_micro_batches_only_slice_the_batch(
-    counted, monkeypatch, world, batch_size, micro
-):
+def test_ranks_and_micro_batches_only_slice_the_batch(counted, world, batch_size, micro):
     mixture = Mixture(counted, COUNTS[0], T)
+    order = []
     for step in range(-(-len(mixture) // batch_size)):
-        rows, sizes = [], set()
+        batch = sequences_of_step(step, batch_size, len(mixture))
+        found = []
+        shapes = set()
         for rank in range(world):
-            monkeypatch.setattr(train, "rank_and_world", lambda: (rank, world))
-            parts = list(micro_batches(mixture, step, batch_size, micro))
-            sizes.add((len(parts), *{tokens.shape for tokens, _, _ in parts}))
-            rows += [
-                tuple(row)
-                for tokens, weights, _ in parts
-                for row, w in zip(tokens.tolist(), weights[:, 0])
-                if w
-            ]
-        expected = [
-            tuple(mixture.row(i)[1])
-            for i in range(step * batch_size, min((step + 1) * batch_size, len(mixture)))
-        ]
-        assert sorted(rows) == sorted(expected)
-        assert len(sizes) == 1  # every rank runs as many micro-batches, all of one shape
+            with as_rank(rank, world):
+                parts = list(micro_batches(mixture, batch, micro))
+            shapes.add((len(parts), *{tokens.shape for tokens, _, _ in parts}))
+            for tokens, weights, rows in parts:
+                found += [row for row, w in zip(rows, weights[:, 0], strict=True) if w]
+                for row, sequence in zip(rows, tokens, strict=True):
+                    assert np.array_equal(sequence, mixture.row(row))
+        assert len(shapes) == 1  # every rank runs as many micro-batches, all of one shape
+        assert {shape[1] for shape in shapes} == {(micro, T + 1)}
+        order += sorted(found)
+    assert order == list(range(len(mixture)))
 
 
 @pytest.mark.parametrize(
@@ -155,37 +150,27 @@ def test_what_is_no_mixture_is_refused(counted, counts, message):
         Mixture(counted, counts, T)
 
 
-def test_rescale_uses_the_largest_remainders_ties_by_name():
+def test_rescale_rounds_up_the_largest_remainders_ties_by_name():
     assert rescale({"a": 1, "b": 1, "c": 1}, 8) == {"a": 3, "b": 3, "c": 2}
     assert rescale({"a": 0.5, "b": 0.3, "c": 0.2}, 9) == {"a": 4, "b": 3, "c": 2}  # 4.5, 2.7, 1.8
-    assert (
-        rescale({"arxiv": 608, "github": 226, "books": 613, "wikipedia": 1438, "web": 8516}, 11401)[
-            "web"
-        ]
-        == 8516
-    )
 
 
 def test_mixtures_by_name_file_and_string(counted, tmp_path):
     assert parse_mixture("uniform", counted, 10, T) == dict.fromkeys("abcde", 2)
-    assert parse_mixture("natural", counted, 787, T) == {
-        "a": 100,
-        "b": 30,
-        "c": 250,
-        "d": 7,
-        "e": 400,
-    }  # of 7,878 tokens
+    natural = {"a": 100, "b": 30, "c": 250, "d": 7, "e": 400}  # of 7,878 tokens
+    assert parse_mixture("natural", counted, 787, T) == natural
     assert parse_mixture("a=3, c=4", counted, None, T) == {"a": 3, "c": 4}
-    (tmp_path / "mix.json").write_text('{"counts": {"a": 30, "b": 10}, "seq_len": 20}')
-    assert parse_mixture(str(tmp_path / "mix.json"), counted, 8, T) == {"a": 6, "b": 2}
+    path = tmp_path / "mix.json"
+    path.write_text('{"counts": {"a": 30, "b": 10}, "seq_len": 20}')
+    assert parse_mixture(str(path), counted, 8, T) == {"a": 6, "b": 2}
     with pytest.raises(InputError, match="--sequences"):
-        parse_mixture(str(tmp_path / "mix.json"), counted, None, T)
+        parse_mixture(str(path), counted, None, T)
 
 
 def test_the_published_mixture_is_taken_where_the_domains_have_its_names(tmp_path):
     published = {"arxiv": 608, "github": 226, "books": 613, "wikipedia": 1438, "web": 8516}
     data = bins(tmp_path / "d", dict.fromkeys(published, 20_000))
     assert parse_mixture("horizon", data, None, 16) == published
-    mixture = Mixture(data, published, 16)
-    assert len(mixture) == sum(published.values()) == 11401
+    assert rescale(published, 11401) == published
+    assert len(Mixture(data, published, 16)) == 11401
     assert sum(parse_mixture("horizon", data, 100, 16).values()) == 100
