@@ -102,9 +102,7 @@ def evaluate(
     B = min(fits, math.ceil(len(windows) / world_size()))
     first = rank() * B
     batches = range(first, len(windows) + first, world_size() * B)
-    bar = tqdm(
-        batches, f"evaluate {split}", unit="batch", disable=True if rank() else None, leave=False
-    )
+    bar = tqdm(batches, f"evaluate {split}", unit="batch", disable=rank() > 0 or None, leave=False)
     what = f"evaluating {B} sequences of {seq_len} tokens"
     with autocast(device, dtype), enough_memory(what, "try a shorter --seq-len or a smaller model"):
         for i in bar:
@@ -115,7 +113,8 @@ def evaluate(
             tokens = torch.from_numpy(batch).to(device)
             means = model(tokens[:, :-1], tokens[:, 1:]).mean(1)
             losses[i : i + len(rows)] = means[: len(rows)].cpu()
-    losses = add_up(losses.to(device)) if world_size() > 1 else losses
+    if world_size() > 1:
+        losses = add_up(losses.to(device))
 
     ends = np.cumsum([len(numbers[d]) for d in data.domains])
     by_domain = np.split(losses.cpu().numpy(), ends[:-1])
@@ -287,12 +286,16 @@ def main():
     add(
         "models", nargs="+", metavar="MODEL", help="folders or names on the hub, the baseline first"
     )
-    add("--data", default=SAMPLE, help="a folder that prepare.py wrote (default: %(default)s)")
-    add("--split", default="test", choices=SPLITS, help="(default: %(default)s)")
+    add("--data", default=SAMPLE, help="a folder that prepare.py wrote")
+    add("--split", default="test", choices=SPLITS, help="which documents")
     add("--seq-len", type=int, metavar="T", help="tokens a sequence (default: the first's context)")
     add("--json", metavar="FILE", help="write the numbers there too")
-    add("--device", help="(default: cuda where there is one, else cpu)")
-    add("--dtype", choices=("float32", "bfloat16"), help="(default: bfloat16 where it is fast)")
+    add("--device", help="default: cuda where there is one, else cpu")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of autocast; default: bfloat16 where it is fast",
+    )
     add("--no-compile", action="store_true", help="do without torch.compile")
     add("--check-data", action="store_true", help="compare the data with its hashes first")
     args = parser.parse_args()

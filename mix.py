@@ -303,39 +303,20 @@ class Method(NamedTuple):
     needs_every_domain: bool = False  # in --start
 
 
+growing = "train on the growing quantities, not on --sequences in their proportions"
+rates = ", ".join(f"{rule} {rate:g}" for rule, (_, rate) in RULES.items())
+REWEIGHT_OPTIONS = {
+    "--rule": {"choices": RULES, "default": "multiplicative", "help": "reading of the formula"},
+    "--rate": {"type": float, "metavar": "R", "help": f"r; default: {rates}"},
+    "--signal": {"choices": ("loss", "excess"), "default": "loss", "help": "what the rule sees"},
+    "--rounds": {"type": int, "metavar": "N", "default": 4, "help": "at most"},
+    "--grow": {"action": "store_true", "help": growing},
+}
+
 METHODS = {
     "uniform": Method(fixed),
     "natural": Method(fixed),
-    "reweight": Method(
-        reweight,
-        {
-            "--rule": {
-                "default": "multiplicative",
-                "choices": RULES,
-                "help": "reading of the formula (default: %(default)s)",
-            },
-            "--rate": {
-                "type": float,
-                "metavar": "R",
-                "help": f"r (default: {', '.join(f'{k} {r:g}' for k, (_, r) in RULES.items())})",
-            },
-            "--signal": {
-                "default": "loss",
-                "choices": ("loss", "excess"),
-                "help": "what the rule sees (default: %(default)s)",
-            },
-            "--rounds": {
-                "type": int,
-                "default": 4,
-                "metavar": "N",
-                "help": "at most (default: %(default)s)",
-            },
-            "--grow": {
-                "action": "store_true",
-                "help": "train on the growing quantities, not on --sequences in their proportions",
-            },
-        },
-    ),
+    "reweight": Method(reweight, REWEIGHT_OPTIONS),
     "doremi": Method(doremi),
     "returns": Method(returns, is_path=False, needs_every_domain=True),
 }
@@ -344,53 +325,53 @@ METHODS = {
 # ---- what a method works with ----
 
 
-def train_once(
-    model: GPTNeoX,
-    base: str | Path | None,
-    data: Data,
-    counts: dict[str, int],
-    hyper: Hyperparameters,
-    folder: Path,
-    settings: dict,
-    passes: list[dict],
-    save_every: int,
-    title: str,
-) -> None:
-    """Make the model, in place, the base (None: itself) trained on a mixture, and keep it.
+class Run(NamedTuple):
+    """A run of `train` that is kept, in a folder that all that determines it gives its name."""
 
-    settings: all that determines it. A model that was kept in the folder before is loaded if the
-    settings there are these (else InputError) and its sha256 is right. passes: the base's.
+    folder: Path
+    settings: dict  # all that determines it
+    counts: dict[str, int]
+    hyper: Hyperparameters
+    passes: list[dict]  # that the model had before
+
+
+def train_once(
+    model: GPTNeoX, base: str | Path | None, data: Data, run: Run, save_every: int, title: str
+) -> None:
+    """Make the model, in place, the base (None: itself) trained on a run's mixture, and keep it.
+
+    What was kept before is loaded, if it is of this very run (else InputError) and undamaged.
     """
-    weights = folder / "model.safetensors"
-    record = folder / "run.json"
+    weights = run.folder / "model.safetensors"
+    record = run.folder / "run.json"
     if rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+        run.folder.mkdir(parents=True, exist_ok=True)
         if not record.is_file():
-            all_passes = [*passes, this_pass(data, hyper, counts)]
-            write_json(record, {"settings": settings, "passes": all_passes})
-        known = load_json(record)
-        check_settings(folder, settings)
-        if weights.is_file() and known.get("sha256") not in (None, sha256_of(weights)):
+            passes = [*run.passes, this_pass(data, run.hyper, run.counts)]
+            write_json(record, {"settings": run.settings, "passes": passes})
+        check_run(run)
+        known = load_json(record).get("sha256")
+        if weights.is_file() and known not in (None, sha256_of(weights)):
             say(f"{weights} is damaged, and made anew")
             weights.unlink()
     barrier()
     if weights.is_file():
-        fill(model, folder)
+        fill(model, run.folder)
     else:
         if base is not None:
             fill(model, base)
-        seen = times_seen(data, hyper.seq_len, passes)
-        train(model, data, counts, hyper, seen=seen, out=folder, save_every=save_every, title=title)
-        keep(model, data, folder)
+        seen = times_seen(data, run.hyper.seq_len, run.passes)
+        more = {"out": run.folder, "save_every": save_every, "title": title}
+        train(model, data, run.counts, run.hyper, seen=seen, **more)
+        keep(model, data, run.folder)
     if rank() == 0 and "sha256" not in load_json(record):
         write_json(record, load_json(record) | {"sha256": sha256_of(weights)})
 
 
-def check_settings(folder: Path, settings: dict) -> None:
-    """Raise InputError if the run in a folder is not the one that these settings determine."""
-    record = load_json(folder / "run.json")
-    if record.get("settings") != settings:
-        raise InputError(f"{folder}: its run.json is of another run; remove the folder")
+def check_run(run: Run) -> None:
+    """Raise InputError if what is in a run's folder is of another run."""
+    if load_json(run.folder / "run.json").get("settings") != run.settings:
+        raise InputError(f"{run.folder}: its run.json is of another run; remove the folder")
 
 
 class Runs:
@@ -440,31 +421,21 @@ class Runs:
     def shares(self, counts: dict[str, int]) -> np.ndarray:
         return np.array([counts.get(d, 0) for d in self.domains]) / sum(counts.values())
 
-    def settings(self, counts: dict[str, int]) -> dict:
-        return {
+    def run(self, counts: dict[str, int]) -> Run:
+        """The run on a mixture, whether it took place or not."""
+        settings = {
             "base": self.base_name,
             "data": self.data.identity,
             "counts": {d: n for d, n in sorted(counts.items()) if n},
             **self.hyper.record(),
         }
-
-    def folder_of(self, counts: dict[str, int]) -> Path:
-        return self.folder / name_of(self.settings(counts))
+        folder = self.folder / name_of(settings)
+        return Run(folder, settings, counts, self.hyper, self.passes)
 
     def train(self, counts: dict[str, int], title: str = "train") -> None:
         """Make the model the base trained on the mixture."""
-        train_once(
-            self.model,
-            self.base,
-            self.data,
-            counts,
-            self.hyper,
-            self.folder_of(counts),
-            self.settings(counts),
-            self.passes,
-            self.save_every,
-            title,
-        )
+        run = self.run(counts)
+        train_once(self.model, self.base, self.data, run, self.save_every, title)
         self.tokens["trained"] += sum(counts.values()) * self.hyper.seq_len
 
     def train_further(self, counts, seen, title: str, weigh, **changes) -> None:
@@ -475,21 +446,19 @@ class Runs:
 
     def evaluate(self) -> Losses:
         """The model's losses on the validation split."""
-        hyper = self.hyper
-        losses = evaluate(
-            self.model, self.data, "val", hyper.seq_len, hyper.dtype, self.eval_sequences
-        )
-        self.tokens["evaluated"] += sum(map(len, losses.values())) * hyper.seq_len
+        T, dtype = self.hyper.seq_len, self.hyper.dtype
+        losses = evaluate(self.model, self.data, "val", T, dtype, self.eval_sequences)
+        self.tokens["evaluated"] += sum(map(len, losses.values())) * T
         return losses
 
-    def known_losses(self, counts: dict[str, int]) -> np.ndarray | None:
+    def known_losses(self, run: Run) -> np.ndarray | None:
         """The losses (K,) that were measured before, if they were, and in the same way."""
-        folder = self.folder_of(counts)
-        if not (folder / "val.json").is_file():
+        path = run.folder / "val.json"
+        if not path.is_file():
             return None
-        check_settings(folder, self.settings(counts))
+        check_run(run)
         with contextlib.suppress(InputError, KeyError, TypeError, ValueError):
-            found = load_json(folder / "val.json")
+            found = load_json(path)
             losses = np.array([found["losses"][d] for d in self.domains], dtype=np.float64)
             if found["eval_sequences"] == self.eval_sequences and np.isfinite(losses).all():
                 return losses
@@ -497,31 +466,29 @@ class Runs:
 
     def measure(self, counts: dict[str, int], keep: bool = False) -> np.ndarray:
         """The mixture's losses (K,). keep: its weights, too."""
-        losses = self.known_losses(counts)
-        folder = self.folder_of(counts)
+        run = self.run(counts)
+        losses = self.known_losses(run)
         barrier()  # before the first rank may write
         if losses is not None:
-            windows = [
-                min(self.eval_sequences, self.data.windows(d, "val", self.hyper.seq_len))
-                for d in self.domains
-            ]
-            self.tokens["trained"] += sum(counts.values()) * self.hyper.seq_len
-            self.tokens["evaluated"] += sum(windows) * self.hyper.seq_len
+            T = self.hyper.seq_len
+            windows = [self.data.windows(d, "val", T) for d in self.domains]
+            self.tokens["trained"] += sum(counts.values()) * T
+            self.tokens["evaluated"] += sum(min(n, self.eval_sequences) for n in windows) * T
             return losses
-        self.train(counts, f"run {folder.name}")
+        self.train(counts, f"run {run.folder.name}")
         losses = domain_means(self.evaluate())
         if rank() == 0:
             by_domain = dict(zip(self.domains, losses.tolist(), strict=True))
             measured = {"eval_sequences": self.eval_sequences, "losses": by_domain}
-            write_json(folder / "val.json", measured)
+            write_json(run.folder / "val.json", measured)
             if not keep:
-                (folder / "model.safetensors").unlink(missing_ok=True)
+                (run.folder / "model.safetensors").unlink(missing_ok=True)
         barrier()
         return losses
 
     def keep_only(self, *mixtures: dict[str, int]) -> None:
         """Remove the weights of all other mixtures; their losses stay."""
-        kept = {self.folder_of(counts) for counts in mixtures}
+        kept = [self.run(counts).folder for counts in mixtures]
         if rank() == 0:
             for weights in self.folder.glob("*/model.safetensors"):
                 if weights.parent not in kept:
@@ -630,18 +597,8 @@ def pretrain(model: GPTNeoX, data: Data, hyper: Hyperparameters, args) -> Path:
         if rank() == 0 and not (folder / "model.safetensors").is_file():
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(folder / ".lock", folder))  # other searches may want it, too
-        train_once(
-            model,
-            None,
-            data,
-            counts,
-            hyper,
-            folder,
-            settings,
-            [],
-            args.save_every,
-            "pretrain",
-        )
+        run = Run(folder, settings, counts, hyper, passes=[])
+        train_once(model, None, data, run, args.save_every, "pretrain")
     return folder
 
 
@@ -786,23 +743,13 @@ def parse_args():
     parser = ArgumentParser(__doc__)
     add_options(parser, "out/mix")
     add = parser.add_argument
-    add("--method", default="reweight", choices=METHODS, help="(default: %(default)s)")
-    add(
-        "--objective",
-        default="mean",
-        choices=("mean", "worst"),
-        help="what the search lowers: the mean loss of all domains, or the largest change of any "
-        "from the untouched model (default: %(default)s)",
-    )
-    add("--start", default="uniform", help="the first mixture, like train.py's --mix (uniform)")
-    add(
-        "--base-sequences",
-        type=int,
-        default=6400,
-        metavar="N",
-        help="to pretrain scratch on (default: %(default)s)",
-    )
-    add("--base-lr", type=float, help="peak learning rate of that (default: the model's)")
+    add("--method", choices=METHODS, default="reweight", help="how to find the mixture")
+    lowers = "what the search lowers: the mean loss of all domains, or the largest change of any"
+    add("--objective", choices=("mean", "worst"), default="mean", help=lowers)
+    add("--start", default="uniform", help="the first mixture, like train.py's --mix")
+    pretraining = "to pretrain scratch:SIZE on"
+    add("--base-sequences", type=int, metavar="N", default=6400, help=pretraining)
+    add("--base-lr", type=float, help="peak learning rate of that; default: the model's")
     for name, method in METHODS.items():
         if method.options:
             group = parser.add_argument_group(f"of --method {name}")
@@ -846,17 +793,9 @@ def main():
             base_name = base.name
         clock["base"] = time.perf_counter()
         if not (out / "model.safetensors").is_file():
-            runs = Runs(
-                model,
-                base,
-                base_name,
-                data,
-                hyper,
-                out / "runs",
-                sequences=args.sequences,
-                eval_sequences=args.eval_sequences,
-                save_every=args.save_every,
-            )
+            measured = {"sequences": args.sequences, "eval_sequences": args.eval_sequences}
+            place = (base, base_name, data, hyper, out / "runs")
+            runs = Runs(model, *place, **measured, save_every=args.save_every)
             history, counts = find_mixture(runs, first, args)
             cost = dict(runs.tokens)
             if history.round_of(counts) is None:

@@ -1,10 +1,9 @@
-"""Text in, token bins out: one raw uint16 file per domain and split, and the classes that read them
-back.
+"""Text in, token bins out: a raw uint16 file per domain and split, and what reads them back.
 
-python prepare.py                                      # data/sample, from text that pip already
-installed; seconds python prepare.py --out data/mine arxiv=papers/ web='crawl/*.jsonl.gz'
---tokenizer train:4096 python prepare.py --out data/pile pile/val.jsonl.zst --domain-key
-meta.pile_set_name --tokenizer pythia-70m
+    python prepare.py             # data/sample, from text that pip has just installed, in seconds
+    python prepare.py --out data/mine arxiv=papers/ web='crawl/*.jsonl.gz' --tokenizer train:4096
+    python prepare.py --out data/pile val.jsonl.zst --domain-key meta.pile_set_name \
+                      --tokenizer pythia-70m
 """
 
 import argparse
@@ -51,11 +50,20 @@ class InputError(Exception):
     """What was given cannot be used; the message is one line: what is wrong, where, what to do."""
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Adds to every option's help its default, if it has one."""
+
+    def _get_help_string(self, action):
+        if not action.option_strings or action.default in (None, False, argparse.SUPPRESS):
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's, with a script's docstring as its help, and with errors of one line."""
 
     def __init__(self, doc: str):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(description=doc, formatter_class=HelpFormatter)
 
     def error(self, message: str):
         raise InputError(f"{message} (python {self.prog} --help lists the options)")
@@ -64,8 +72,7 @@ class ArgumentParser(argparse.ArgumentParser):
 def cli(main, way_on: str = "") -> None:
     """Run a script's main function; bad input ends in one line on stderr and exit status 2.
 
-    way_on: what an interruption, or a fault of the system, is answered with; "" if there is nothing
-    to say.
+    way_on: what is said after an interruption, or a fault of the system.
     """
     try:
         main()
@@ -76,9 +83,8 @@ def cli(main, way_on: str = "") -> None:
         message = str(e)
         if isinstance(e, OSError):
             message = f"{e.filename}: {e.strerror}" if e.filename else f"{e}{way_on}"
-        print(
-            "error:", " ".join(message.split()), file=sys.stderr
-        )  # one line, whatever a library said
+        one_line = " ".join(message.split())  # whatever a library said
+        print("error:", one_line, file=sys.stderr)
         sys.exit(2)
 
 
@@ -94,10 +100,10 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file, or folder, to write that becomes `path` when the block ends well, and is then on the
-    disk.
+    """A file or folder to write, which becomes `path` when the block ends well.
 
-    What was there stays until then, whatever happens. Raises InputError where it cannot be written.
+    It is then on the disk; what was there stays until then, whatever happens. Raises InputError
+    where it cannot be written.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -140,12 +146,10 @@ def sha256_of(path: Path) -> str:
 
 @contextlib.contextmanager
 def locked(path: Path, folder: Path, wait: bool = False) -> Iterator[None]:
-    """While the block runs, or until this process ends, however it does, no other one works in
-    `folder`.
+    """Keep other processes out of `folder` while the block runs, or until this one ends, somehow.
 
     path: the file that is locked, which is made. wait: for another process to let go, rather than
-    raise InputError. Where there are no locks (Windows, some network file systems) nothing keeps
-    another process out, and a line says so.
+    raise InputError. Where there are no locks (Windows, some network file systems) a line says so.
     """
     with open(path, "a") as file:
         try:
@@ -165,17 +169,15 @@ def locked(path: Path, folder: Path, wait: bool = False) -> Iterator[None]:
 
 
 def hub_folder(name: str, patterns: list[str], kind: str = "model") -> Path:
-    """The folder of the hub's cache, named by the commit, with what matches of `pythia-70m` or
-    `ORG/NAME@REVISION`.
+    """The folder of the hub's cache, named by the commit, with the files that match.
 
-    kind: "model" or "dataset". Raises InputError, for an unknown size of Pythia without asking a
-    network.
+    name: `pythia-70m` or `ORG/NAME@REVISION`. kind: "model" or "dataset". Raises InputError, for an
+    unknown size of Pythia without asking a network.
     """
     repo, _, revision = name.partition("@")
     if "/" not in repo:
-        if not re.fullmatch(
-            r"pythia-(14m|31m|70m|160m|410m|1b|1\.4b|2\.8b|6\.9b|12b)(-deduped)?", repo
-        ):
+        sizes = r"14m|31m|70m|160m|410m|1b|1\.4b|2\.8b|6\.9b|12b"
+        if not re.fullmatch(rf"pythia-({sizes})(-deduped)?", repo):
             raise InputError(f"{name}: no such folder or model; on the hub: ORG/NAME or pythia-70m")
         repo = f"EleutherAI/{repo}"
     from huggingface_hub import logging, snapshot_download
@@ -184,9 +186,7 @@ def hub_folder(name: str, patterns: list[str], kind: str = "model") -> Path:
     try:
         found = {"repo_type": kind, "revision": revision or None, "allow_patterns": patterns}
         return Path(snapshot_download(repo, **found))
-    except (
-        Exception
-    ) as e:  # of several libraries: a connection cut, a name that is none, a disk that is full
+    except Exception as e:  # of several libraries
         message = f"{name}: no such folder, and not to be had from the hub ({str(e)[:200]})"
         raise InputError(message) from None
 
@@ -195,8 +195,7 @@ def hub_folder(name: str, patterns: list[str], kind: str = "model") -> Path:
 
 
 class Tokenizer:
-    """A tokenizer.json (a file, in a model's folder, or of a model on the hub): text to uint16 ids
-    and back.
+    """A tokenizer.json (a file, a model's folder, or a model on the hub): text to ids and back.
 
     Special tokens that occur in a text are plain text. Raises InputError, and OSError where there
     is no such file.
@@ -232,11 +231,11 @@ class Tokenizer:
 
     @functools.cached_property
     def _fast(self):
-        """tiktoken's encoder where it gives the same ids; made when needed, which takes a moment."""
+        """tiktoken's encoder, where it gives the same ids; it takes a moment to make."""
         return rank_encoding(json.loads(self.json), self._tokenizer)
 
     def encode(self, text: str) -> np.ndarray:
-        """(n,) uint16, without an end-of-text id. Raises UnicodeEncodeError for a lone surrogate."""
+        """(n,) uint16, less an end-of-text id. Raises UnicodeEncodeError for a lone surrogate."""
         text.encode()
         # tiktoken panics on a run of about 10^6 white-space characters.
         endless_space = len(text) > 10**5 and re.search(r"\s{100000}", text)
@@ -247,18 +246,17 @@ class Tokenizer:
             text = self._tokenizer.normalizer.normalize_str(text)
         if len(text) < 10**6:
             return np.array(self._fast.encode_ordinary(text), dtype=np.uint16)
-        return np.array(
-            self._fast.encode_to_numpy(text), dtype=np.uint16
-        )  # slower, but in less memory
+        # Slower, but in less memory.
+        return np.array(self._fast.encode_to_numpy(text), dtype=np.uint16)
 
     def decode(self, ids) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
 
 def rank_encoding(spec: dict, tokenizer):
-    """The tiktoken encoder with the same ids as a byte-level BPE, of the tokenizer.json `spec`;
-    None for all others.
+    """The tiktoken encoder with the ids of a byte-level BPE; None if it is something else.
 
+    spec: its tokenizer.json; tokenizer: what the library made of it.
     tiktoken joins the neighbours that make the token of lowest id; `tokenizers` those whose merge
     comes first. It is the same if ids are in the order of merges, each making a new token of older
     ones, and every token encodes to itself: two neighbours that could make it are then those of its
@@ -268,27 +266,22 @@ def rank_encoding(spec: dict, tokenizer):
 
     try:
         vocab = spec["model"].pop("vocab")
-        merges = [
-            merge.split(" ") if isinstance(merge, str) else merge
-            for merge in spec["model"].pop("merges")
-        ]
+        merges = [m.split(" ") if isinstance(m, str) else m for m in spec["model"].pop("merges")]
         special = {token["content"] for token in spec["added_tokens"] if token["special"]}
         added = [token for token in spec["added_tokens"] if not token["special"]]
-        runs = [
-            token["content"] for token in added if token["normalized"]
-        ]  # of spaces, as Pythia's has
-        if len(runs) < len(added) or not is_plain_byte_level_bpe(spec, runs):
+        # Of spaces: Pythia's tokenizer has them.
+        runs = [token["content"] for token in added if token["normalized"]]
+        known = (
+            len(runs) == len(added)
+            and is_plain_byte_level_bpe(spec, runs)
+            and merges_are_ranks(vocab, merges)
+            and tokens_encode_to_themselves(vocab, special, tokenizer)
+        )
+        if not known:
             return None
-        if not merges_are_ranks(vocab, merges) or not tokens_encode_to_themselves(
-            vocab, special, tokenizer
-        ):
-            return None
-        byte_of = alphabet()
-        ranks = {
-            bytes(byte_of[c] for c in token): i
-            for token, i in vocab.items()
-            if token not in special
-        }
+        byte_of = byte_alphabet()
+        plain = [(token, i) for token, i in vocab.items() if token not in special]
+        ranks = {bytes(byte_of[c] for c in token): i for token, i in plain}
         ranks |= {run.encode(): tokenizer.token_to_id(run) for run in runs}
     except (KeyError, TypeError, ValueError, AttributeError):  # not of the shape that is looked for
         return None
@@ -297,7 +290,8 @@ def rank_encoding(spec: dict, tokenizer):
         return None
     # GPT-2's pattern. Where runs of spaces are tokens of their own they are cut out first, and what
     # is white space thereafter holds no two spaces in a row.
-    first, space = "", r"\s"
+    first = ""
+    space = r"\s"
     if runs:
         first = rf" {{2,{len(runs) + 1}}}|"
         space = r"(?:[^\S ]| (?! ))"
@@ -338,12 +332,11 @@ def tokens_encode_to_themselves(vocab: dict[str, int], special: set[str], tokeni
     return True
 
 
-def alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """The byte that each character of a byte-level vocabulary stands for."""
     from tokenizers.pre_tokenizers import ByteLevel
 
-    # Printable bytes stand for themselves; the others, in order, are written as the characters from
-    # U+0100 on.
+    # Printable bytes stand for themselves, the others are the characters from U+0100 on.
     characters = sorted(ByteLevel.alphabet())
     printable = [ord(c) for c in characters if ord(c) < 256]
     others = sorted(set(range(256)) - set(printable))
@@ -353,18 +346,17 @@ def alphabet() -> dict[str, int]:
 # ---- data ----
 
 
-DOMAIN = re.compile(
-    r"(?!(?:mean|improved|worst)$)[A-Za-z0-9][A-Za-z0-9_-]{0,99}"
-)  # rows of tables have these names
-OPEN_MAPS = 64  # files that a Data keeps open at a time, of a process's 256 or 1024
+# A domain's name is part of a file's; other rows of tables have the names that are left out.
+DOMAIN = re.compile(r"(?!(?:mean|improved|worst)$)[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
+OPEN_MAPS = 64  # files that a Data keeps open, of the 256 or 1024 that a process may have
 
 
 class Data:
-    """A folder that prepare.py wrote, and the one place that knows how its bins are cut into
-    windows.
+    """A folder that prepare.py wrote, and the one place that knows how a bin is cut into windows.
 
-    Window c of a split, for sequences of T tokens, is tokens [c T, c T + T + 1): T inputs and, one further, T targets.
-    Raises InputError if it is not such a folder, or a bin is missing or has another length.
+    Window c of a split, for sequences of T tokens, is tokens [c T, c T + T + 1): T inputs and, one
+    further, T targets. Raises InputError if it is not such a folder, or a bin is missing or has
+    another length.
     """
 
     def __init__(self, folder: str | Path):
@@ -384,16 +376,15 @@ class Data:
         self.domains: list[str] = sorted({name.rpartition(".")[0] for name in self.meta["files"]})
         self.vocab_size: int = self.meta["tokenizer"]["vocab_size"]
         hashes = [(name, file["sha256"]) for name, file in sorted(self.meta["files"].items())]
-        self.identity = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[
-            :16
-        ]  # of all tokens
+        digest = hashlib.sha256(json.dumps(hashes).encode())
+        self.identity = digest.hexdigest()[:16]  # changes when any token does
         self._map = functools.lru_cache(OPEN_MAPS)(self._open)
 
     def _open(self, domain: str, split: str) -> np.memmap:
         return np.memmap(self.folder / f"{domain}.{split}.bin", dtype="<u2", mode="r")
 
     def tokens(self, domain: str, split: str) -> np.memmap:
-        """The domain's documents in a row, each ended by the end-of-text id: (n,) uint16, read-only."""
+        """The documents in a row, each ended by the end-of-text id: (n,) uint16, read-only."""
         return self._map(domain, split)
 
     def size(self, domain: str, split: str) -> dict:
@@ -433,36 +424,37 @@ class Data:
                 raise InputError(f"{path}: damaged, not what meta.json says; prepare it again")
 
 
-def is_meta(meta: dict) -> bool:
-    """Whether a meta.json has what is used of it, of the right types, for every domain and split."""
-
-    def has(record, **types) -> bool:
-        return isinstance(record, dict) and all(
-            type(record.get(key)) is t for key, t in types.items()
-        )
-
-    if not has(meta, format=int, files=dict, tokenizer=dict) or meta["format"] != FORMAT:
+def has_types(record, **types: type) -> bool:
+    """Whether a value from JSON is an object, and what it has under these keys of these types."""
+    if not isinstance(record, dict):
         return False
-    if not has(meta["tokenizer"], sha256=str, vocab_size=int, end_of_text=int):
+    return all(type(record.get(key)) is wanted for key, wanted in types.items())
+
+
+def is_meta(meta: dict) -> bool:
+    """Whether a meta.json has what is used of it, for every domain and split."""
+    if not has_types(meta, format=int, files=dict, tokenizer=dict) or meta["format"] != FORMAT:
+        return False
+    if not has_types(meta["tokenizer"], sha256=str, vocab_size=int, end_of_text=int):
         return False
     domains = {name.rpartition(".")[0] for name in meta["files"]}
-    if not domains or set(meta["files"]) != {f"{d}.{split}" for d in domains for split in SPLITS}:
+    expected = {f"{domain}.{split}" for domain in domains for split in SPLITS}
+    if not domains or set(meta["files"]) != expected or not all(map(DOMAIN.fullmatch, domains)):
         return False
-    files = meta["files"].values()
-    return all(DOMAIN.fullmatch(d) for d in domains) and all(
-        has(file, documents=int, tokens=int, bytes=int, sha256=str) and file["tokens"] > 0
-        for file in files
-    )
+    for file in meta["files"].values():
+        if not has_types(file, documents=int, tokens=int, bytes=int, sha256=str):
+            return False
+        if file["tokens"] < 1 or file["bytes"] < 1:
+            return False
+    return True
 
 
 # ---- sources to documents ----
 
 
-READABLE = re.compile(r"\.(txt|jsonl|ndjson|json)(\.gz|\.zst)?|\.parquet", re.IGNORECASE)
+READABLE = re.compile(r"\.(txt|jsonl|ndjson|json)(\.gz|\.zst)?$|\.parquet$")
 BLOCK = 2**20  # bytes of text, about, that are read or handed to a worker at a time
 LONGEST = 2**24  # bytes of the longest document
-
-
 Sources = dict[str | None, list[Path]]  # files by domain; None: their records name the domain
 
 
@@ -482,13 +474,15 @@ class BadLine(NamedTuple):
     why: str
 
 
-def ending(path: str | Path) -> str:
+def ending(path: Path) -> str:
     """A file's kind, by its name: ".jsonl.gz", ".txt", …; "" for what is not read."""
-    name = Path(path).name.lower()
-    match = re.search(r"\.[a-z]+(\.gz|\.zst)?$", name)
-    if match and READABLE.fullmatch(match[0]):
-        return match[0]
-    return ""
+    match = READABLE.search(path.name.lower())
+    return match[0] if match else ""
+
+
+def is_txt(path: Path) -> bool:
+    """Whether a file is one document."""
+    return ending(path).startswith(".txt")
 
 
 def source_files(source: str) -> list[Path]:
@@ -503,7 +497,8 @@ def source_files(source: str) -> list[Path]:
         pattern = glob.escape(source)
     else:
         pattern = source
-    files = sorted(Path(path) for path in glob.glob(pattern, recursive=True) if ending(path))
+    found = [Path(path) for path in glob.glob(pattern, recursive=True)]
+    files = sorted(path for path in found if ending(path))
     if not files:
         known = ".txt, .jsonl, .ndjson, .json (these also with .gz or .zst) or .parquet"
         raise InputError(f"{source}: no file there that ends in {known}")
@@ -534,11 +529,9 @@ def lines_of(stream) -> Iterator[bytes]:
 
 
 def records(path: Path, file, keys: list[str]) -> Iterator[bytes | dict]:
-    """The lines of an open file, of which a .txt has one, as bytes, and the rows of a .parquet as
-    dicts.
+    """The lines of an open file as bytes, of which a .txt has one; a .parquet's rows as dicts.
 
-    keys: the columns that are needed of a .parquet. Raises InputError where it cannot be read to
-    its end.
+    keys: the columns that are needed. Raises InputError where it cannot be read to its end.
     """
     try:
         if ending(path) == ".parquet":
@@ -546,58 +539,59 @@ def records(path: Path, file, keys: list[str]) -> Iterator[bytes | dict]:
 
             for batch in ParquetFile(file).iter_batches(16, columns=keys):
                 yield from batch.to_pylist()
-        elif ending(path).startswith(".txt"):
+        elif is_txt(path):
             yield unpacked(path, file).read(LONGEST + 1)
         else:
             yield from lines_of(unpacked(path, file))
     except Exception as e:  # of many libraries
         way_out = "get it again"
         if isinstance(e, ImportError):
-            way_out = f"pip install {e.name or 'backports.zstd'}"
-            if path.suffix.lower() == ".zst":
-                way_out = "pip install backports.zstd"
+            library = "pyarrow" if ending(path) == ".parquet" else "backports.zstd"
+            way_out = f"pip install {library}"
         raise InputError(f"{path}: cannot be read to its end: {str(e)[:200]}; {way_out}") from None
 
 
 def look_up(record: dict, key: str) -> str:
     """The string under a key, or under a path of keys joined by dots. Raises ValueError."""
     value = record
-    for part in [key] if isinstance(record, dict) and key in record else key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
+    if isinstance(record, dict) and key in record:
+        value = record[key]
+    else:
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
     if not isinstance(value, str):
         raise ValueError(f"no text under {key!r}")
     value.encode()  # raises UnicodeEncodeError, a ValueError, for a lone surrogate
     return value
 
 
-def parsed(line: bytes | dict, path: Path, number: int, keys: list[str]) -> list[str]:
-    """What a line or row has under `keys`; a .txt is its own text. Raises ValueError, RecursionError."""
+def strings_in(line: bytes | dict, path: Path, number: int, keys: list[str]) -> list[str]:
+    """What line `number` of a file, or a row, has under the keys; a .txt is its own text.
+
+    Raises ValueError and RecursionError.
+    """
     if isinstance(line, bytes):
         if len(line) > LONGEST:
             raise ValueError(f"longer than {LONGEST:,} bytes")
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        line = {keys[0]: text} if ending(path).startswith(".txt") else json.loads(text)
+        line = {keys[0]: text} if is_txt(path) else json.loads(text)
     return [look_up(line, key) for key in keys]
 
 
 def read(
-    sources: Sources,
-    text_key: str,
-    domain_key: str | None,
-    full: set[str] = frozenset(),
+    sources: Sources, text_key: str, domain_key: str | None, full: set[str] = frozenset()
 ) -> Iterator[Document | BadLine]:
-    """Every document of {domain: files}, or of {None: files} whose records name their domain under
-    domain_key.
+    """Every document of the sources, while a bar counts bytes.
 
-    A bar counts bytes. full: domains that are read no further, as soon as they are in it.
+    full: domains that are read no further, as soon as they are in it.
     """
     from tqdm import tqdm
 
     keys = [text_key, domain_key] if domain_key else [text_key]
     files = [(domain, path) for domain, paths in sources.items() for path in paths]
     total = sum(path.stat().st_size for _, path in files)
+    done = 0  # bytes, of the files before this one
     with tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar:
-        done = 0  # bytes, of the files before this one
         for domain, path in files:
             bar.set_description(domain or path.name)
             with open(path, "rb") as file:
@@ -605,18 +599,13 @@ def read(
                     if domain in full:
                         break
                     bar.update(done + file.tell() - bar.n)
-                    if (
-                        isinstance(line, bytes)
-                        and not line.strip()
-                        and not ending(path).startswith(".txt")
-                    ):
+                    if not is_txt(path) and isinstance(line, bytes) and not line.strip():
                         continue
                     try:
-                        text, *named = parsed(line, path, number, keys)
+                        text, *named = strings_in(line, path, number, keys)
+                        yield Document(named[0] if named else domain, text)
                     except (ValueError, RecursionError) as e:
                         yield BadLine(domain, path, number, f"{type(e).__name__}: {e}"[:300])
-                    else:
-                        yield Document(named[0] if named else domain, text)
             done += path.stat().st_size
 
 
@@ -624,7 +613,7 @@ def read(
 
 
 class Placed(NamedTuple):
-    """A document, the split that it goes into, and the hash that put it there."""
+    """A document and the split that it goes into."""
 
     domain: str
     split: str
@@ -649,7 +638,9 @@ def split_of(key: int, fractions: dict[str, float]) -> str:
     x = key / 2**64
     if x < fractions["test"]:
         return "test"
-    return "val" if x < fractions["test"] + fractions["val"] else "train"
+    if x < fractions["test"] + fractions["val"]:
+        return "val"
+    return "train"
 
 
 def domain_named(label: str, by_record: bool) -> str:
@@ -664,13 +655,14 @@ def domain_named(label: str, by_record: bool) -> str:
 def place(
     documents: Iterable[Document | BadLine], fractions: dict[str, float], by_record: bool = False
 ) -> Iterator[list[Placed | LeftOut]]:
-    """Documents in lists of about a BLOCK of text, each with its split; empty and duplicate ones
-    are left out.
+    """Documents with their splits, less empty and duplicate ones, in lists of some BLOCK of text.
 
     Duplicates are told within a domain, by a 64-bit hash of every document that is kept in memory.
-    Raises InputError for a name that cannot be a domain's, and for two that some disks do not tell apart.
+    Raises InputError for a name that cannot be a domain's, and for two that not every disk tells
+    apart.
     """
-    batch, size = [], 0
+    batch = []
+    size = 0
     labels: dict[str, str] = {}  # by name of the domain in lower case
     seen: dict[str, set[int]] = defaultdict(set)
     for document in documents:
@@ -697,7 +689,8 @@ def place(
         size += 100  # what holds no text takes memory too
         if size >= BLOCK:
             yield batch
-            batch, size = [], 0
+            batch = []
+            size = 0
     yield batch
 
 
@@ -721,8 +714,7 @@ def installed_files(packages: list[str], pattern: str) -> Iterator[Path]:
         folder = Path(find_spec(name).origin).parent / below
         for path in folder.rglob(pattern):
             relative = path.relative_to(folder).as_posix()
-            # Of the standard library's folder: not what pip installed there, nor the manual once
-            # more.
+            # Of the standard library, neither what pip put there nor the manual once more.
             if not re.match("site-packages|pydoc_data", relative):
                 found.append((number, hashlib.sha256(relative.encode()).digest(), path))
     for _, _, path in sorted(found):
@@ -767,16 +759,16 @@ def sample_texts(domain: str) -> Iterator[str]:
 def make_sample(
     fractions: dict[str, float], max_bytes: int = 4_000_000
 ) -> tuple[list[Document], dict[str, float]]:
-    """The sample's documents, less short ones and near-duplicates, and how much of it leaks between
-    splits.
+    """The sample's documents, and {domain: how much of it leaks between splits}.
 
-    A near-duplicate is a text of which more than half of the 13-grams of words stood in earlier
-    texts. The leak is, for each domain, the share of its test split's distinct 13-grams that its
+    Left out are short texts and near-duplicates, of which more than half of the 13-grams of words
+    stood in earlier texts. What leaks is the share of the test split's distinct 13-grams that the
     train split has too.
     """
     from tqdm import tqdm
 
-    documents, overlap = [], {}
+    documents = []
+    overlap = {}
     for domain in tqdm(SAMPLE_DOMAINS, "sample", disable=None, leave=False):
         seen = set()
         in_split = {split: set() for split in SPLITS}
@@ -918,26 +910,24 @@ def check_no_split_is_empty(files: dict[str, dict], domains: Iterable[str | None
 # ---- prepare ----
 
 
-def train_tokenizer(
-    documents: Iterable[Document | BadLine],
-    vocab_size: int,
-    fractions: dict[str, float],
-    every: int,
-    path: Path,
-) -> None:
-    """Train a byte-level BPE on every so many of the train split's documents, and write its file."""
+def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> None:
+    """Train a byte-level BPE, and write its tokenizer.json."""
     from tokenizers import ByteLevelBPETokenizer
 
-    def texts():
-        for document in documents:
-            if isinstance(document, Document):
-                key = hash_of(document.text)
-                if split_of(key, fractions) == "train" and key % every == 0:
-                    yield document.text
-
     tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(texts(), vocab_size, 0, sys.stderr.isatty(), [END_OF_TEXT])
+    tokenizer.train_from_iterator(texts, vocab_size, 0, sys.stderr.isatty(), [END_OF_TEXT])
     tokenizer.save(str(path))
+
+
+def train_texts(
+    documents: Iterable[Document | BadLine], fractions: dict[str, float], every: int
+) -> Iterator[str]:
+    """The train split's texts or, by their hash, one in so many."""
+    for document in documents:
+        if isinstance(document, Document):
+            key = hash_of(document.text)
+            if split_of(key, fractions) == "train" and key % every == 0:
+                yield document.text
 
 
 def vocabulary_to_train(tokenizer: str) -> int | None:
@@ -958,6 +948,47 @@ def fractions_of(val: float | None, test: float | None, default: float) -> dict[
     return fractions
 
 
+@contextlib.contextmanager
+def staged(out: Path, name: str) -> Iterator[Path]:
+    """A hidden folder beside `out`, for this process alone, which is gone when the block ends."""
+    stage = out.with_name(f".{out.name}-{name}.partial")
+    stage.mkdir(parents=True, exist_ok=True)
+    with locked(stage / "tokenizer.json", out):
+        for leftover in stage.glob("*.bin"):  # of one that was killed
+            leftover.unlink()
+        try:
+            yield stage
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+def publish(stage: Path, out: Path, meta: dict) -> None:
+    """Make the staged folder, which is then on the disk, the data set `out`."""
+    (stage / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+    if hasattr(os, "sync"):
+        os.sync()
+    os.rename(stage, out)
+
+
+def publish_into(stage: Path, out: Path, meta: dict) -> None:
+    """Add the staged domains to the data set `out`, as other processes may do, too."""
+    with locked(out / "tokenizer.json", out, wait=True):
+        old = Data(out).meta
+        twice = old["files"].keys() & meta["files"].keys()
+        if twice:
+            raise InputError(f"{out} has {min(twice)} already; --add is for other domains")
+        names = [f"{name}.bin" for name in meta["files"]]
+        files = dict(sorted((old["files"] | meta["files"]).items()))
+        sources = old.get("sources", {}) | meta["sources"]
+        left_out = Counter(old.get("left_out", {})) + Counter(meta["left_out"])
+        all_of_it = old | {"files": files, "sources": sources, "left_out": dict(left_out)}
+        (stage / "meta.json").write_text(json.dumps(all_of_it, indent=1) + "\n", encoding="utf-8")
+        if hasattr(os, "sync"):
+            os.sync()
+        for name in (*names, "meta.json"):
+            os.replace(stage / name, out / name)
+
+
 def prepare(
     out: str | Path,
     sources: Sources | None = None,
@@ -974,19 +1005,17 @@ def prepare(
 ) -> Data:
     """Write a data set to the folder `out`, or add domains to the one there. Raises InputError.
 
-    sources: {domain: files}, or {None: files} with a domain_key, under which each record names its
-    domain; None makes the sample. tokenizer: what Tokenizer takes, or train:N. The fractions are of
-    documents. The other arguments are the command line's. The folder appears whole, at the end, or
-    not at all.
+    sources: None makes the sample. tokenizer: what Tokenizer takes, or train:N. domain_key: where
+    a record names its domain. fractions: of the documents. The others are the command line's. The
+    folder appears whole, at the end, or not at all.
     """
     out = Path(out).resolve()
     if out.exists() and not add:
         raise InputError(f"{out} exists; choose another --out, or --add to it")
     if add and not out.exists():
         raise InputError(f"{out} is not there to add to")
-    fractions = fractions_of(
-        val_fraction, test_fraction, 0.05 if sources else 0.1
-    )  # the sample is small
+    default = 0.05 if sources else 0.1  # the sample is small
+    fractions = fractions_of(val_fraction, test_fraction, default)
     vocab_size = None
     if add:
         fractions = Data(out).meta.get("fractions", fractions)
@@ -996,18 +1025,13 @@ def prepare(
     sample, overlap = ([], {}) if sources else make_sample(fractions)
 
     name = hashlib.sha256(repr((sources, domain_key)).encode()).hexdigest()[:8]
-    stage = out.with_name(f".{out.name}-{name}.partial")
-    stage.mkdir(parents=True, exist_ok=True)
-    path = stage / "tokenizer.json"
-    with locked(path, out), contextlib.ExitStack() as stack:
-        stack.callback(shutil.rmtree, stage, ignore_errors=True)
-        for leftover in stage.glob("*.bin"):  # of one that was killed
-            leftover.unlink()
+    with staged(out, name) as stage:
+        path = stage / "tokenizer.json"
         if vocab_size:
             documents = read(sources, text_key, domain_key) if sources else sample
-            paths = itertools.chain.from_iterable((sources or {}).values())
-            every = 1 + sum(path.stat().st_size for path in paths) // 2**27  # of much text, a part
-            train_tokenizer(documents, vocab_size, fractions, every, path)
+            files = itertools.chain.from_iterable((sources or {}).values())
+            every = 1 + sum(file.stat().st_size for file in files) // 2**27  # of much text, a part
+            train_tokenizer(train_texts(documents, fractions, every), vocab_size, path)
             tokenizer = path
         loaded = Tokenizer(tokenizer)
         path.write_text(loaded.json, encoding="utf-8")
@@ -1015,41 +1039,19 @@ def prepare(
         full = set()
         documents = read(sources, text_key, domain_key, full) if sources else sample
         placed = place(documents, fractions, by_record=domain_key is not None)
-        files, left_out = write_bins(
-            stage, encode_all(placed, workers, path), limit_tokens, max_bad, full
-        )
+        encoded = encode_all(placed, workers, path)
+        files, left_out = write_bins(stage, encoded, limit_tokens, max_bad, full)
         check_no_split_is_empty(files, sources or [])
-        for name, file in files.items():
-            file["sha256"] = sha256_of(stage / f"{name}.bin")
-
-        meta = {
-            "format": FORMAT,
-            "tokenizer": loaded.meta,
-            "fractions": fractions,
-            "overlap": overlap,
-            "sources": {},
-            "left_out": {},
-            "files": {},
-        }
-        if add:  # another process may do that, too
-            stack.enter_context(locked(out / path.name, out, wait=True))
-            meta |= Data(out).meta
-        twice = meta["files"].keys() & files.keys()
-        if twice:
-            raise InputError(f"{out} has {min(twice)} already; --add is for other domains")
-        for domain, paths in (sources or {}).items():
-            meta["sources"][str(domain or domain_key)] = [str(path) for path in paths]
-        meta["left_out"] = dict(Counter(left_out) + Counter(meta["left_out"]))
-        meta["files"] = dict(sorted((meta["files"] | files).items()))
-        (stage / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-
-        if hasattr(os, "sync"):
-            os.sync()  # all that is written is on the disk before it has its name
+        for file_name, file in files.items():
+            file["sha256"] = sha256_of(stage / f"{file_name}.bin")
+        named = {d or domain_key: list(map(str, paths)) for d, paths in (sources or {}).items()}
+        meta = {"format": FORMAT, "tokenizer": loaded.meta, "fractions": fractions}
+        meta |= {"overlap": overlap, "sources": named, "left_out": left_out}
+        meta["files"] = dict(sorted(files.items()))
         if add:
-            for name in [*(f"{name}.bin" for name in files), "meta.json"]:
-                os.replace(stage / name, out / name)
+            publish_into(stage, out, meta)
         else:
-            os.rename(stage, out)
+            publish(stage, out, meta)
     return Data(out)
 
 
@@ -1074,46 +1076,20 @@ def main():
         cores = len(os.sched_getaffinity(0))
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
-    add(
-        "sources",
-        nargs="*",
-        metavar="name=source",
-        help="file, folder, glob or hf://datasets/…; none: the sample",
-    )
-    add("--out", default=SAMPLE, help="folder to write (default: %(default)s)")
-    add(
-        "--add",
-        action="store_true",
-        help="add domains to the data set in --out, with its tokenizer and fractions",
-    )
-    add(
-        "--tokenizer",
-        help="a model, a tokenizer.json, or train:N to train one (the sample: train:4096)",
-    )
-    add("--text-key", default="text", help="dotted key of a record's text (default: %(default)s)")
-    add(
-        "--domain-key",
-        help="dotted key of a record's domain; sources are then given without a name",
-    )
-    add(
-        "--val-fraction", type=float, help="share of the documents (default: 0.05; the sample: 0.1)"
-    )
+    what = "file, folder, glob or hf://datasets/…; none: the sample"
+    add("sources", nargs="*", metavar="name=source", help=what)
+    add("--out", default=SAMPLE, help="folder to write")
+    what = "add domains to the data set in --out, with its tokenizer and fractions"
+    add("--add", action="store_true", help=what)
+    what = "a model, a tokenizer.json, or train:N to train one (the sample: train:4096)"
+    add("--tokenizer", help=what)
+    add("--text-key", default="text", help="dotted key of a record's text")
+    add("--domain-key", help="dotted key of a record's domain; sources then have no name")
+    add("--val-fraction", type=float, help="of the documents (default: 0.05; the sample: 0.1)")
     add("--test-fraction", type=float, help="likewise")
     add("--limit-tokens", type=int, metavar="N", help="stop a domain after N tokens")
-    add(
-        "--max-bad",
-        type=int,
-        default=0,
-        metavar="N",
-        help="lines without a document to skip (default: %(default)s)",
-    )
-    add(
-        "--workers",
-        type=int,
-        default=cores,
-        metavar="N",
-        help="processes that tokenize (default: all cores)",
-    )
+    add("--max-bad", type=int, metavar="N", default=0, help="lines to skip that hold no document")
+    add("--workers", type=int, metavar="N", default=cores, help="processes that tokenize")
     args = parser.parse_args()
     if args.add and not args.sources or args.sources and args.add == bool(args.tokenizer):
         tokenizer = "--tokenizer (pythia-70m is Pythia's, train:4096 trains one)"
@@ -1138,10 +1114,8 @@ def main():
     left_out = ", ".join(f"{n:,} {reason}" for reason, n in data.meta["left_out"].items())
     print("left out:", left_out or "nothing")
     if data.meta["overlap"]:
-        shares = ", ".join(
-            f"{domain} {share:.0%}" for domain, share in data.meta["overlap"].items()
-        )
-        print(f"13-grams of the test split that the train split has too: {shares}")
+        shares = [f"{domain} {share:.0%}" for domain, share in data.meta["overlap"].items()]
+        print("13-grams of the test split that the train split has too:", ", ".join(shares))
 
 
 if __name__ == "__main__":
