@@ -747,10 +747,12 @@ def sequences_at_once(
     sequence = seq_len * model.bytes_per_token(training, dtype)
     fits = (memory * 9 // 10 - state) // sequence
     logits = min(2**30, memory // 40) // (seq_len * model.config.vocab_size)
-    least = torch.tensor(max(1, min(fits, logits)), device=device)
+    sequences = max(1, min(fits, logits))
     if dist.is_initialized():
+        least = torch.tensor(sequences, device=device)
         dist.all_reduce(least, dist.ReduceOp.MIN)
-    return least.item()
+        sequences = least.item()
+    return sequences
 
 
 @contextlib.contextmanager
