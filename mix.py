@@ -805,8 +805,8 @@ def main():
             if rank() == 0:
                 write_results(runs, history, counts, cost, result, args)
             clock["comparison"] = time.perf_counter()
-            # Last, for it makes the run a finished one.
-            keep(model, data, out, getattr(torch, args.save_dtype))
+        # Last, for it makes the run a finished one.
+        keep(model, data, out, getattr(torch, args.save_dtype))
     if rank() == 0:
         result = load_json(out / "result.json")
         say("", f"test split, {result['seq_len']} tokens a sequence", table(result))

@@ -589,12 +589,14 @@ def fill(model: GPTNeoX, name: str | Path, **scratch) -> None:
 
 
 def keep(model: GPTNeoX, data: Data, out: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Save the finished model with its tokenizer and remove its checkpoints; on every rank."""
-    weights = get_model_state_dict(model, options=GATHER)
-    weights = {name: weight.to(dtype) for name, weight in weights.items()}
-    check_finite(weights)
+    """Save the finished model, if that is not done, and remove its checkpoints; on every rank."""
+    if not (out / "model.safetensors").is_file():
+        weights = get_model_state_dict(model, options=GATHER)
+        weights = {name: weight.to(dtype) for name, weight in weights.items()}
+        check_finite(weights)
+        if rank() == 0:
+            save(model, out, data.folder / "tokenizer.json", dtype, weights)
     if rank() == 0:
-        save(model, out, data.folder / "tokenizer.json", dtype, weights)
         for folder in checkpoints(out):
             shutil.rmtree(folder)
     barrier()  # the others may read what the first rank wrote
@@ -1022,7 +1024,7 @@ def main():
                 write_json(out / "result.json", result)
                 card = model_card(out.name, args.model, data, counts, hyper, result)
                 write_text(out / "README.md", card)
-            keep(model, data, out, getattr(torch, args.save_dtype))
+        keep(model, data, out, getattr(torch, args.save_dtype))
     if rank() == 0:
         result = load_json(out / "result.json")
         say(f"validation losses, {T} tokens a sequence", table(result), f"model and log in {out}")
