@@ -1,12 +1,14 @@
-"""Text to bins with prepare.py, end to end, beside the tokenizers library, which only encodes text that lies in memory.
+"""Text to bins with prepare.py, end to end, beside the tokenizers library, which only encodes text
+that lies in memory.
 
     python tests/bench/prepare.py --tokenizer pythia-70m texts/*.jsonl
-    python tests/bench/prepare.py                                # the sample's tokenizer, on the standard library; seconds
+    python tests/bench/prepare.py         # the sample's tokenizer, on the standard library; seconds
 
 The sides take turns; the table shows the median of each. MB are 10^6 bytes of text in UTF-8.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -27,87 +29,84 @@ import json, sys, time
 import tokenizers
 tokenizer = tokenizers.Tokenizer.from_file(sys.argv[1])
 texts = [json.loads(line)["text"] for path in sys.argv[2:] for line in open(path, "rb")]
-start = time.perf_counter()
+began = time.perf_counter()
 for i in range(0, len(texts), 1000):
     tokenizer.encode_batch(texts[i:i + 1000], add_special_tokens=False)
-print(time.perf_counter() - start)
+print(time.perf_counter() - began)
 """
 
 
-def encode_batch(cores: set[int], tokenizer: Path, files: list[Path], folder: Path) -> float:
-    env = {**os.environ, "RAYON_NUM_THREADS": str(len(cores))}
-    argv = [sys.executable, "-c", ENCODE, tokenizer, *files]
-    pinned = lambda: os.sched_setaffinity(0, cores)  # noqa: E731
-    return float(
-        subprocess.run(
-            argv, check=True, capture_output=True, text=True, env=env, preexec_fn=pinned
-        ).stdout
-    )
+def encode_batch(tokenizer: Path, files: list[Path], folder: Path, cores: int) -> float:
+    env = {**os.environ, "RAYON_NUM_THREADS": str(cores)}
+    command = [sys.executable, "-c", ENCODE, tokenizer, *files]
+    return float(subprocess.check_output(command, env=env))
 
 
-def end_to_end(cores: set[int], tokenizer: Path, files: list[Path], folder: Path) -> float:
+def end_to_end(tokenizer: Path, files: list[Path], folder: Path, cores: int) -> float:
+    sources = [f"d{i}={path}" for i, path in enumerate(files)]
     with tempfile.TemporaryDirectory(dir=folder) as out:
-        argv = [sys.executable, ROOT / "prepare.py", "--out", f"{out}/d", "--tokenizer", tokenizer]
-        argv += ["--workers", str(len(cores)), *(f"d{i}={path}" for i, path in enumerate(files))]
-        start = time.perf_counter()
-        subprocess.run(
-            argv, check=True, capture_output=True, preexec_fn=lambda: os.sched_setaffinity(0, cores)
-        )
-        return time.perf_counter() - start
+        command = [sys.executable, ROOT / "prepare.py", *sources, "--out", f"{out}/data"]
+        command += ["--tokenizer", tokenizer, "--workers", str(cores)]
+        began = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        return time.perf_counter() - began
+
+
+LIBRARY = "tokenizers encode_batch"
+SIDES = {LIBRARY: encode_batch, "prepare.py end to end": end_to_end}
+
+
+def measure(side, tokenizer: Path, files: list[Path], folder: Path, cores: set[int]) -> float:
+    """Seconds of a side on these cores, which its processes inherit."""
+    every = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        return side(tokenizer, files, folder, len(cores))
+    finally:
+        os.sched_setaffinity(0, every)
+
+
+def standard_library(path: Path) -> Path:
+    """4000 files of Python's standard library and what is installed there, as records."""
+    with open(path, "w", encoding="utf-8") as file:
+        for source in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))[:4000]:
+            text = source.read_text(encoding="utf-8", errors="ignore")
+            file.write(json.dumps({"text": text}) + "\n")
+    return path
+
+
+def megabytes(files: list[Path]) -> float:
+    lines = itertools.chain.from_iterable(path.read_bytes().splitlines() for path in files)
+    return sum(len(json.loads(line)["text"].encode()) for line in lines) / 1e6
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("files", nargs="*", type=Path, help=".jsonl with a text in every record")
     parser.add_argument("--tokenizer", help="a tokenizer.json or a model")
     parser.add_argument("--turns", type=int, default=3)
     args = parser.parse_args()
+    every = os.sched_getaffinity(0)
+    cores = {1: {min(every)}, len(every): every}
+    seconds = {(n, name): [] for n in cores for name in SIDES}
     with tempfile.TemporaryDirectory() as folder:
-        folder, files, name = Path(folder), args.files, args.tokenizer
-        if not files:
-            sources = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
-            records = [
-                json.dumps({"text": p.read_text(encoding="utf-8", errors="ignore")})
-                for p in sources
-            ]
-            files = [folder / "code.jsonl"]
-            files[0].write_text("\n".join(records[:4000]) + "\n")
+        folder = Path(folder)
+        files = args.files or [standard_library(folder / "code.jsonl")]
         tokenizer = folder / "tokenizer.json"
-        tokenizer.write_text(
-            Tokenizer(name or prepare(folder / "sample").folder).json, encoding="utf-8"
-        )
-        size = (
-            sum(
-                len(json.loads(line)["text"].encode())
-                for path in files
-                for line in open(path, "rb")
-            )
-            / 1e6
-        )
-        every = os.sched_getaffinity(0)
-        sides = [
-            (what, cores, run)
-            for cores in ({min(every)}, every)
-            for what, run in (
-                ("tokenizers encode_batch", encode_batch),
-                ("prepare.py end to end", end_to_end),
-            )
-        ]
-        seconds = [[] for _ in sides]
+        loaded = Tokenizer(args.tokenizer or prepare(folder / "sample").folder)
+        tokenizer.write_text(loaded.json, encoding="utf-8")
         for _ in range(args.turns):
-            for taken, (_, cores, run) in zip(seconds, sides):
-                taken.append(run(cores, tokenizer, files, folder))
-    print(
-        f"{size:.1f} MB of text in {len(files)} files, {name or 'the tokenizer of the sample'}, "
-        f"medians of {args.turns} turns"
-    )
+            for (n, name), taken in seconds.items():
+                taken.append(measure(SIDES[name], tokenizer, files, folder, cores[n]))
+        size = megabytes(files)
+    which = args.tokenizer or "the tokenizer of the sample"
+    print(f"{size:.1f} MB of text in {len(files)} files, {which}, medians of {args.turns} turns")
     print(f"{'side':<26}{'cores':>6}{'seconds':>9}{'MB/s':>8}{'ratio':>7}")
-    medians = list(map(statistics.median, seconds))
-    for i, (what, cores, _) in enumerate(sides):
-        ratio = medians[i // 2 * 2] / medians[i]  # to the library on as many cores
-        print(f"{what:<26}{len(cores):>6}{medians[i]:>9.2f}{size / medians[i]:>8.1f}{ratio:>7.2f}")
+    for (n, name), taken in seconds.items():
+        median = statistics.median(taken)
+        ratio = statistics.median(seconds[n, LIBRARY]) / median
+        print(f"{name:<26}{n:>6}{median:>9.2f}{size / median:>8.1f}{ratio:>7.2f}")
 
 
 if __name__ == "__main__":
