@@ -459,10 +459,11 @@ Sources = dict[str | None, list[Path]]  # files by domain; None: their records n
 
 
 class Document(NamedTuple):
-    """A text and the domain that it belongs to."""
+    """A text, the domain that it belongs to and, once that is known, its split."""
 
     domain: str
     text: str
+    split: str = ""
 
 
 class BadLine(NamedTuple):
@@ -612,14 +613,6 @@ def read(
 # ---- splits ----
 
 
-class Placed(NamedTuple):
-    """A document and the split that it goes into."""
-
-    domain: str
-    split: str
-    text: str
-
-
 class LeftOut(NamedTuple):
     """What goes into no bin: it is "bad" (then with an error's message), "empty" or "duplicate"."""
 
@@ -654,7 +647,7 @@ def domain_named(label: str, by_record: bool) -> str:
 
 def place(
     documents: Iterable[Document | BadLine], fractions: dict[str, float], by_record: bool = False
-) -> Iterator[list[Placed | LeftOut]]:
+) -> Iterator[list[Document | LeftOut]]:
     """Documents with their splits, less empty and duplicate ones, in lists of some BLOCK of text.
 
     Duplicates are told within a domain, by a 64-bit hash of every document that is kept in memory.
@@ -671,7 +664,7 @@ def place(
             message = f"{where}: {document.why}; --max-bad N lets N such lines pass"
             batch.append(LeftOut(document.domain, "bad", message))
         else:
-            label, text = document
+            label, text, _ = document
             domain = domain_named(label, by_record)
             known = labels.setdefault(domain.lower(), label)
             if known != label:
@@ -683,7 +676,7 @@ def place(
             elif key in seen[domain]:
                 batch.append(LeftOut(domain, "duplicate"))
             else:
-                batch.append(Placed(domain, split_of(key, fractions), text))
+                batch.append(Document(domain, text, split_of(key, fractions)))
                 seen[domain].add(key)
                 size += len(text)
         size += 100  # what holds no text takes memory too
@@ -801,16 +794,15 @@ class Encoded(NamedTuple):
     size: int
 
 
-def encode(batch: list[Placed | LeftOut], tokenizer: Tokenizer) -> list[Encoded | LeftOut]:
+def encode(batch: list[Document | LeftOut], tokenizer: Tokenizer) -> list[Encoded | LeftOut]:
     """The tokens of each document, ended by the end-of-text id."""
     encoded = []
     for item in batch:
-        if isinstance(item, LeftOut):
-            encoded.append(item)
-            continue
-        ids = np.append(tokenizer.encode(item.text), np.uint16(tokenizer.end_of_text))
-        tokens = ids.astype("<u2").tobytes()
-        encoded.append(Encoded(item.domain, item.split, tokens, len(item.text.encode())))
+        if isinstance(item, Document):
+            ids = np.append(tokenizer.encode(item.text), np.uint16(tokenizer.end_of_text))
+            tokens = ids.astype("<u2").tobytes()
+            item = Encoded(item.domain, item.split, tokens, len(item.text.encode()))
+        encoded.append(item)
     return encoded
 
 
@@ -822,20 +814,20 @@ def start_worker(tokenizer: Path) -> None:
     _tokenizer = Tokenizer(tokenizer)
     # Ctrl-C is for the process that started this one. When that ends, this one does, too.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def encode_in_worker(batch: list[Placed | LeftOut]) -> list[Encoded | LeftOut]:
+def encode_in_worker(batch: list[Document | LeftOut]) -> list[Encoded | LeftOut]:
     return encode(batch, _tokenizer)
 
 
 def encode_all(
-    batches: Iterator[list[Placed | LeftOut]], workers: int, tokenizer: Path
+    batches: Iterator[list[Document | LeftOut]], workers: int, tokenizer: Path
 ) -> Iterator[list[Encoded | LeftOut]]:
     """`encode` for every batch, in order, by several processes; few batches wait at a time."""
     if workers <= 1:
@@ -930,24 +922,6 @@ def train_texts(
                 yield document.text
 
 
-def vocabulary_to_train(tokenizer: str) -> int | None:
-    """The N of `train:N`; None if the tokenizer is one that there is. Raises InputError."""
-    match = re.fullmatch(r"train:(\d{1,9})", tokenizer)
-    if match is None:
-        return None
-    if not 257 <= int(match[1]) <= 2**16:
-        raise InputError(f"--tokenizer {tokenizer}: the vocabulary must have 257 to 65,536 tokens")
-    return int(match[1])
-
-
-def fractions_of(val: float | None, test: float | None, default: float) -> dict[str, float]:
-    """The shares of documents for val and test. Raises InputError if a split is left without."""
-    fractions = {"val": default if val is None else val, "test": default if test is None else test}
-    if min(fractions.values()) <= 0 or sum(fractions.values()) >= 1:
-        raise InputError(f"--val-fraction {val} --test-fraction {test}: every split needs a share")
-    return fractions
-
-
 @contextlib.contextmanager
 def staged(out: Path, name: str) -> Iterator[Path]:
     """A hidden folder beside `out`, for this process alone, which is gone when the block ends."""
@@ -962,31 +936,16 @@ def staged(out: Path, name: str) -> Iterator[Path]:
             shutil.rmtree(stage, ignore_errors=True)
 
 
-def publish(stage: Path, out: Path, meta: dict) -> None:
-    """Make the staged folder, which is then on the disk, the data set `out`."""
-    (stage / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-    if hasattr(os, "sync"):
-        os.sync()
-    os.rename(stage, out)
-
-
-def publish_into(stage: Path, out: Path, meta: dict) -> None:
-    """Add the staged domains to the data set `out`, as other processes may do, too."""
-    with locked(out / "tokenizer.json", out, wait=True):
-        old = Data(out).meta
-        twice = old["files"].keys() & meta["files"].keys()
-        if twice:
-            raise InputError(f"{out} has {min(twice)} already; --add is for other domains")
-        names = [f"{name}.bin" for name in meta["files"]]
-        files = dict(sorted((old["files"] | meta["files"]).items()))
-        sources = old.get("sources", {}) | meta["sources"]
-        left_out = Counter(old.get("left_out", {})) + Counter(meta["left_out"])
-        all_of_it = old | {"files": files, "sources": sources, "left_out": dict(left_out)}
-        (stage / "meta.json").write_text(json.dumps(all_of_it, indent=1) + "\n", encoding="utf-8")
-        if hasattr(os, "sync"):
-            os.sync()
-        for name in (*names, "meta.json"):
-            os.replace(stage / name, out / name)
+def merged(old: dict, new: dict, out: Path) -> dict:
+    """The meta.json of a data set to which domains are added. Raises InputError for old ones."""
+    twice = old["files"].keys() & new["files"].keys()
+    if twice:
+        raise InputError(f"{out} has {min(twice)} already; --add is for other domains")
+    both = dict(old)
+    both["files"] = dict(sorted((old["files"] | new["files"]).items()))
+    both["sources"] = old.get("sources", {}) | new["sources"]
+    both["left_out"] = dict(Counter(old.get("left_out", {})) + Counter(new["left_out"]))
+    return both
 
 
 def prepare(
@@ -1015,13 +974,18 @@ def prepare(
     if add and not out.exists():
         raise InputError(f"{out} is not there to add to")
     default = 0.05 if sources else 0.1  # the sample is small
-    fractions = fractions_of(val_fraction, test_fraction, default)
-    vocab_size = None
+    given = {"val": val_fraction, "test": test_fraction}
+    fractions = {split: default if f is None else f for split, f in given.items()}
     if add:
         fractions = Data(out).meta.get("fractions", fractions)
         tokenizer = str(out)
-    else:
-        vocab_size = vocabulary_to_train(tokenizer)
+    if min(fractions.values()) <= 0 or sum(fractions.values()) >= 1:
+        raise InputError(f"--val-fraction, --test-fraction: {fractions}: every split needs a share")
+    vocab_size = 0
+    if re.fullmatch(r"train:\d{1,9}", tokenizer):
+        vocab_size = int(tokenizer.removeprefix("train:"))
+        if not 257 <= vocab_size <= 2**16:
+            raise InputError(f"--tokenizer {tokenizer}: a vocabulary has 257 to 65,536 tokens")
     sample, overlap = ([], {}) if sources else make_sample(fractions)
 
     name = hashlib.sha256(repr((sources, domain_key)).encode()).hexdigest()[:8]
@@ -1048,10 +1012,19 @@ def prepare(
         meta = {"format": FORMAT, "tokenizer": loaded.meta, "fractions": fractions}
         meta |= {"overlap": overlap, "sources": named, "left_out": left_out}
         meta["files"] = dict(sorted(files.items()))
-        if add:
-            publish_into(stage, out, meta)
-        else:
-            publish(stage, out, meta)
+        with contextlib.ExitStack() as stack:
+            if add:  # as another process may do, too
+                stack.enter_context(locked(out / "tokenizer.json", out, wait=True))
+                meta = merged(Data(out).meta, meta, out)
+            text = json.dumps(meta, indent=1) + "\n"
+            (stage / "meta.json").write_text(text, encoding="utf-8")
+            if hasattr(os, "sync"):
+                os.sync()  # all that is written is on the disk before it has its name
+            if add:
+                for file_name in [*(f"{name}.bin" for name in files), "meta.json"]:
+                    os.replace(stage / file_name, out / file_name)
+            else:
+                os.rename(stage, out)
     return Data(out)
 
 
