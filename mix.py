@@ -18,16 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from eval import (
-    FEW_DOCUMENTS,
-    Losses,
-    compare,
-    domain_means,
-    evaluate,
-    results,
-    signed,
-    table,
-)
+from eval import FEW_DOCUMENTS, Losses, compare, domain_means, evaluate, results, signed, table
 from model import GPTNeoX, add_up, barrier, finish, rank, say, start, world_size
 from prepare import (
     SAMPLE,
@@ -409,6 +400,7 @@ class Runs:
         self.save_every = save_every
         self.passes = passes_of(base)
         self.tokens = {"trained": 0, "evaluated": 0}
+        self.kept: list[Path] = []  # folders of runs whose weights were asked for
         windows = [data.windows(d, "train", hyper.seq_len) for d in data.domains]
         self.windows = np.array(windows)
         self.cap = 4 * self.windows / sequences  # shares (K,) of 4 repeats (2305.16264)
@@ -456,17 +448,19 @@ class Runs:
         path = run.folder / "val.json"
         if not path.is_file():
             return None
-        check_run(run)
         with contextlib.suppress(InputError, KeyError, TypeError, ValueError):
             found = load_json(path)
             losses = np.array([found["losses"][d] for d in self.domains], dtype=np.float64)
-            if found["eval_sequences"] == self.eval_sequences and np.isfinite(losses).all():
+            same = (found["run"], found["eval_sequences"]) == (run.folder.name, self.eval_sequences)
+            if same and np.isfinite(losses).all():
                 return losses
         return None
 
     def measure(self, counts: dict[str, int], keep: bool = False) -> np.ndarray:
         """The mixture's losses (K,). keep: its weights, too."""
         run = self.run(counts)
+        if keep:
+            self.kept.append(run.folder)
         losses = self.known_losses(run)
         barrier()  # before the first rank may write
         if losses is not None:
@@ -479,19 +473,19 @@ class Runs:
         losses = domain_means(self.evaluate())
         if rank() == 0:
             by_domain = dict(zip(self.domains, losses.tolist(), strict=True))
-            measured = {"eval_sequences": self.eval_sequences, "losses": by_domain}
-            write_json(run.folder / "val.json", measured)
-            if not keep:
+            measured = {"run": run.folder.name, "eval_sequences": self.eval_sequences}
+            write_json(run.folder / "val.json", measured | {"losses": by_domain})
+            if run.folder not in self.kept:
                 (run.folder / "model.safetensors").unlink(missing_ok=True)
         barrier()
         return losses
 
     def keep_only(self, *mixtures: dict[str, int]) -> None:
         """Remove the weights of all other mixtures; their losses stay."""
-        kept = [self.run(counts).folder for counts in mixtures]
+        self.kept = [self.run(counts).folder for counts in mixtures]
         if rank() == 0:
             for weights in self.folder.glob("*/model.safetensors"):
-                if weights.parent not in kept:
+                if weights.parent not in self.kept:
                     weights.unlink()
 
 
@@ -578,6 +572,11 @@ def lopsided(data: Data, sequences: int) -> dict[str, int]:
     sizes = {d: data.size(d, "train")["tokens"] for d in data.domains}
     ranked = sorted(sizes, key=lambda d: (-sizes[d], d))
     return rescale({d: sizes[d] / 2**i for i, d in enumerate(ranked)}, sequences)
+
+
+def name_of_base(model: str, files: list[str]) -> str:
+    """A folder by the hashes of what is in it; a model of the hub by its name, with its commit."""
+    return str(files) if files else model
 
 
 def pretrain(model: GPTNeoX, data: Data, hyper: Hyperparameters, args) -> Path:
@@ -726,17 +725,14 @@ def warn_of_few_documents(losses: Losses, data: Data, seq_len: int) -> None:
             say(f"warning: {words}; prepare more, or --eval-sequences")
 
 
-def find_mixture(runs: Runs, start: dict[str, int], args) -> tuple[History, dict[str, int]]:
-    """Search, by the method that was chosen; returns what was tried, and the counts found."""
+def begin_history(runs: Runs, path: Path, objective: str) -> History:
+    """A search's history, which begins with the untouched model; that is measured here."""
     fill(runs.model, runs.base)
     untouched = runs.evaluate()
     warn_of_few_documents(untouched, runs.data, runs.hyper.seq_len)
-    path = Path(args.out) / "history.jsonl"
-    means = domain_means(untouched)
-    history = History(path, runs.domains, runs.windows, means, args.objective)
+    history = History(path, runs.domains, runs.windows, domain_means(untouched), objective)
     history.begin()
-    counts = METHODS[args.method].find(runs, history, start, args)
-    return history, counts
+    return history
 
 
 def parse_args():
@@ -787,7 +783,8 @@ def main():
     model = load_to_train(args, data, hyper.dtype, device)
     own_files = (*OWN_FILES, "history.jsonl", "mix.json", "mix.png", "runs")
     with claim(out, args, settings, [], own_files), stoppable():
-        base, base_name = args.model, str(load_json(out / "run.json")["settings"]["model's files"])
+        base = args.model
+        base_name = name_of_base(base, load_json(out / "run.json")["settings"]["model's files"])
         if args.model.startswith("scratch:"):
             base = pretrain(model, data, hyper, args)
             base_name = base.name
@@ -796,7 +793,8 @@ def main():
             measured = {"sequences": args.sequences, "eval_sequences": args.eval_sequences}
             place = (base, base_name, data, hyper, out / "runs")
             runs = Runs(model, *place, **measured, save_every=args.save_every)
-            history, counts = find_mixture(runs, first, args)
+            history = begin_history(runs, out / "history.jsonl", args.objective)
+            counts = METHODS[args.method].find(runs, history, first, args)
             cost = dict(runs.tokens)
             if history.round_of(counts) is None:
                 history.add(counts, runs.measure(counts, keep=True))

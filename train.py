@@ -11,6 +11,7 @@ restarts only slice it.
 
 import ast
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -301,10 +302,7 @@ def make_optimizer(model: GPTNeoX, device: torch.device) -> torch.optim.Optimize
     """
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": 0.1},
-        {"params": others, "weight_decay": 0.0},
-    ]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     fused = device.type in ("cuda", "cpu")
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=fused)
 
@@ -725,6 +723,7 @@ def resume_command() -> str:
     return shlex.join([*start, sys.argv[0], *options, "--resume"])
 
 
+@functools.cache  # the code that runs is that which was read first
 def source_digest() -> str:
     """Of the code that determines a run, model.py and this file, less comments and layout."""
     digest = hashlib.sha256()
@@ -747,12 +746,7 @@ def passes_of(model: str | Path) -> list[dict]:
 
 
 def this_pass(data: Data, hyper: Hyperparameters, counts: dict[str, int]) -> dict:
-    return {
-        "data": data.identity,
-        "seq_len": hyper.seq_len,
-        "seed": hyper.seed,
-        "counts": counts,
-    }
+    return {"data": data.identity, "seq_len": hyper.seq_len, "seed": hyper.seed, "counts": counts}
 
 
 def settings_of(args, data: Data, hyper: Hyperparameters) -> dict:
