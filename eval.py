@@ -102,6 +102,7 @@ def evaluate(
     B = min(fits, math.ceil(len(windows) / world_size()))
     first = rank() * B
     batches = range(first, len(windows) + first, world_size() * B)
+    # Losses go to their places in one array; the ranks' arrays, zero elsewhere, are added up.
     bar = tqdm(batches, f"evaluate {split}", unit="batch", disable=rank() > 0 or None, leave=False)
     what = f"evaluating {B} sequences of {seq_len} tokens"
     with autocast(device, dtype), enough_memory(what, "try a shorter --seq-len or a smaller model"):
@@ -116,6 +117,7 @@ def evaluate(
     if world_size() > 1:
         losses = add_up(losses.to(device))
 
+    # Back to domains.
     ends = np.cumsum([len(numbers[d]) for d in data.domains])
     by_domain = np.split(losses.cpu().numpy(), ends[:-1])
     for domain, values in zip(data.domains, by_domain, strict=True):
@@ -164,6 +166,7 @@ def compare(base: Losses, other: Losses, data: Data, split: str, seq_len: int) -
     rows = {}
     resampled = []
     for k, domain in enumerate(base):
+        # Of the same window by both models, so that how hard a window is plays no part.
         difference = other[domain] - base[domain]
         numbers = evaluated_windows(data, domain, split, seq_len, len(difference))
         documents = data.documents_of(domain, split, seq_len, numbers)
@@ -171,6 +174,7 @@ def compare(base: Losses, other: Losses, data: Data, split: str, seq_len: int) -
         rows[domain] = {"change": float(difference.mean()), "interval": interval(means)}
         resampled.append(means)
     changes = [row["change"] for row in rows.values()]
+    # Domains are resampled independently; their mean has an interval of its own.
     mean_interval = interval(np.mean(resampled, axis=0))
     return {
         **rows,

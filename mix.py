@@ -93,6 +93,7 @@ def reweight(runs: "Runs", history: "History", start: dict[str, int], args) -> d
     Returns the counts of the best round.
     """
     A = np.array([start.get(d, 0) for d in runs.domains], dtype=np.float64)
+    # With --signal excess the rule sees what can still be learnt, in place of the loss itself.
     alone = losses_alone(runs) if args.signal == "excess" else None
     for number in range(1, args.rounds + 1):
         counts = runs.counts(A, round(A.sum()) if args.grow else args.sequences)
@@ -200,16 +201,21 @@ def doremi(runs: "Runs", history: "History", start: dict[str, int], args) -> dic
     domains = [runs.domains.index(mixture.domain(i)) for i in range(len(mixture))]
     reference = torch.zeros(len(mixture), runs.hyper.seq_len)
 
+    # The reference's loss of every token of the proxy's pass, from a pass without learning.
     def note(step, rows, losses, weights):
         reference[rows] = losses.float().cpu()
         return weights
 
     runs.train(uniform)
-    runs.train_further(uniform, seen, "reference", note, learning_rate=0.0)  # it only looks
+    runs.train_further(uniform, seen, "reference", note, learning_rate=0.0)
+
+    # The proxy: the base again, on the same sequences, with α moving after every step.
     proxy = Proxy(reference, np.array(domains), runs.shares(uniform))
     fill(runs.model, runs.base)
     runs.train_further(uniform, seen, "proxy", proxy.weigh)
     proxy.end_step(next(runs.model.parameters()).device)
+
+    # The mixture is the mean of α over the pass; ten lines show how that went.
     means = np.cumsum(proxy.path, axis=0) / np.arange(1, len(proxy.path) + 1)[:, None]
     for i in np.unique(np.linspace(0, len(means) - 1, 10).astype(int)):
         history.add(runs.counts(means[i]), step=int(i) + 1)
@@ -261,12 +267,14 @@ def returns(runs: "Runs", history: "History", start: dict[str, int], args) -> di
     mixtures = [start]
     logs, losses = [], []
     for _ in range(2):
+        # A quarter more of one domain, for each, around what is the best by now.
         mixtures += [runs.counts(3 * p + only) for only in np.eye(len(p))]
         for counts in mixtures[len(losses) :]:
             losses.append(runs.measure(counts, keep=counts is start))
             shares = runs.shares(counts).clip(0.5 / args.sequences)
             logs.append([1, *np.log(shares)])
             history.add(counts, losses[-1])
+        # One least-squares problem a domain, all with the same runs.
         fitted = np.linalg.lstsq(np.array(logs), np.array(losses), rcond=None)[0]
         a, B = fitted[0], -fitted[1:]
         slopes = returns_slopes(a - history.untouched, B, history.objective)
@@ -355,6 +363,7 @@ def train_once(
         more = {"out": run.folder, "save_every": save_every, "title": title}
         train(model, data, run.counts, run.hyper, seen=seen, **more)
         keep(model, data, run.folder)
+    # The hash comes last: weights without one were whole when they got their name.
     if rank() == 0 and "sha256" not in load_json(record):
         write_json(record, load_json(record) | {"sha256": sha256_of(weights)})
 
@@ -464,6 +473,7 @@ class Runs:
         losses = self.known_losses(run)
         barrier()  # before the first rank may write
         if losses is not None:
+            # What it cost, as if it had been done now.
             T = self.hyper.seq_len
             windows = [self.data.windows(d, "val", T) for d in self.domains]
             self.tokens["trained"] += sum(counts.values()) * T
@@ -651,6 +661,7 @@ def draw(history: History, found: int, is_path: bool, path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
+    # Not by pyplot, which keeps every figure that is not closed.
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     mixtures = history.lines[1:]
@@ -663,6 +674,7 @@ def draw(history: History, found: int, is_path: bool, path: Path) -> None:
         shares = [100 * m["counts"].get(d, 0) / sum(m["counts"].values()) for m in mixtures]
         left.plot([line["round"] for line in mixtures], shares, **style)
         right.plot(rounds, [change[k] for change in changes], **style)
+    # Their mean, the line at no change, and a bar behind the round that was taken.
     means = [change.mean() for change in changes]
     right.plot(rounds, means, "k--" if is_path else "k_", lw=2, label="mean")
     right.axhline(0, color="0.7", linewidth=1, zorder=0)
@@ -771,12 +783,16 @@ def main():
         prepare(args.data)
     barrier()
     clock["sample"] = time.perf_counter()
+
+    # All that can be checked, before anything is trained.
     data, hyper = set_up(args)
     first = parse_mixture(args.start, data, args.sequences, hyper.seq_len)
     every = all(first.get(d) for d in data.domains)
     if METHODS[args.method].needs_every_domain and not every:
         needs = f"--method {args.method} needs every domain in it"
         raise InputError(f"--start {args.start}: {needs}; try more --sequences")
+
+    # What a resumed search must have in common with the one that was begun.
     settings = settings_of(args, data, hyper) | {"start": first, **own_options(args)}
     for name in ("method", "objective", "sequences", "eval_sequences", "base_sequences", "base_lr"):
         settings[name] = vars(args)[name]

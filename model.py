@@ -117,6 +117,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     in_blocks = q.device.type == "cpu" and torch.compiler.is_compiling() and T == S
     if not in_blocks:
         return F.scaled_dot_product_attention(q, k, v, is_causal=T == S)
+    # A block of queries sees the keys up to its own end.
     size = max(128, T // 8)
     out = []
     for i in range(0, T, size):
@@ -144,6 +145,7 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache=None):
         B, T, C = x.shape
+        # (B, T, 3C), in which each head has its query, key and value side by side.
         qkv = self.query_key_value(x)
         qkv = qkv.view(B, T, self.heads, -1).transpose(1, 2)  # fused per head: (B, H, T, 3D)
         q, k, v = qkv.chunk(3, dim=-1)
@@ -242,6 +244,7 @@ class GPTNeoX(nn.Module):
         in.
         """
         T = tokens.size(1)
+        # Positions begin at 0, or after the tokens that are in the cache.
         first = 0 if cache is None else cache.size(4) - T
         x = self.gpt_neox.embed_in(tokens)
         cos = self.cos[first : first + T].to(x.dtype)
@@ -356,6 +359,7 @@ def read_config(path: Path) -> Config:
             expected = f"a sensible {field.type.__name__}"
             raise InputError(f"{path}: {name} is {value!r}, expected {expected}")
         settings[name] = value
+    # Each is sensible by itself; now together.
     config = Config(**settings)
     R = config.rotary_dims
     if config.num_hidden_layers > 1024 or R * config.max_position_embeddings > 2**27:
@@ -496,6 +500,7 @@ def load(
     Pythia's. On device "meta" it has its shape alone, and the weights stay unread. Raises
     InputError where there is no such model, or a tensor is unknown, missing or of another shape.
     """
+    # Random weights of a known shape.
     if str(name).startswith("scratch:"):
         size = str(name).removeprefix("scratch:")
         if size not in SHAPES:
@@ -507,6 +512,7 @@ def load(
         with torch.random.fork_rng(devices=[]), torch.device(drawn_on):
             torch.manual_seed(seed)
             return GPTNeoX(config).to(device=device, dtype=dtype)
+    # A folder, or the hub's: its shape first, which takes no memory, then its weights.
     config = model_folder(str(name)) / "config.json"
     if not config.is_file():
         expected = "expected a Hugging Face folder or a name on the hub"

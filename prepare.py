@@ -655,7 +655,7 @@ def place(
     apart.
     """
     batch = []
-    size = 0
+    size = 0  # of its text, about
     labels: dict[str, str] = {}  # by name of the domain in lower case
     seen: dict[str, set[int]] = defaultdict(set)
     for document in documents:
@@ -836,6 +836,7 @@ def encode_all(
             yield encode(batch, own)
         return
     context = multiprocessing.get_context("spawn")
+    # A few batches wait for every worker, so that memory stays bounded and none is idle.
     with ProcessPoolExecutor(workers, context, start_worker, (tokenizer,)) as pool:
         waiting = deque()
         for batch in batches:
@@ -862,6 +863,7 @@ def write_bins(
     files: dict[str, Counter] = {}
     left_out = Counter()
     for batch in batches:
+        # What each file gets of this batch, so that none need stay open.
         contents = defaultdict(bytearray)
         for item in batch:
             if item.domain in full:
@@ -988,6 +990,7 @@ def prepare(
             raise InputError(f"--tokenizer {tokenizer}: a vocabulary has 257 to 65,536 tokens")
     sample, overlap = ([], {}) if sources else make_sample(fractions)
 
+    # The same command, after it was killed, finds its own leftovers; another one does not.
     name = hashlib.sha256(repr((sources, domain_key)).encode()).hexdigest()[:8]
     with staged(out, name) as stage:
         path = stage / "tokenizer.json"
@@ -1000,6 +1003,7 @@ def prepare(
         loaded = Tokenizer(tokenizer)
         path.write_text(loaded.json, encoding="utf-8")
 
+        # From text to bins, as a stream: nothing is read before there is room for it.
         full = set()
         documents = read(sources, text_key, domain_key, full) if sources else sample
         placed = place(documents, fractions, by_record=domain_key is not None)
@@ -1008,6 +1012,7 @@ def prepare(
         check_no_split_is_empty(files, sources or [])
         for file_name, file in files.items():
             file["sha256"] = sha256_of(stage / f"{file_name}.bin")
+        # What is said of it all in meta.json, without which a folder is no data set.
         named = {d or domain_key: list(map(str, paths)) for d, paths in (sources or {}).items()}
         meta = {"format": FORMAT, "tokenizer": loaded.meta, "fractions": fractions}
         meta |= {"overlap": overlap, "sources": named, "left_out": left_out}

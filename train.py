@@ -159,6 +159,7 @@ class Mixture:
         n = self.windows[domain]
         epoch = k // n
         if (domain, epoch) not in self._epochs:
+            # A permutation by sorting hashes: numpy's own generators may change between versions.
             key = hashlib.sha256(f"{self.seed}/{domain}/{epoch}".encode()).digest()[:8]
             first = np.uint64(int.from_bytes(key, "little"))
             hashes = splitmix64(
@@ -193,6 +194,7 @@ def times_seen(data: Data, seq_len: int, passes: list[dict]) -> dict[str, np.nda
     """How often earlier passes over this data trained on each window: {domain: (n,) int64}."""
     seen = {d: np.zeros(data.windows(d, "train", seq_len), dtype=np.int64) for d in data.domains}
     for one in passes:
+        # Windows of other data or of another length have other numbers.
         if (one["data"], one["seq_len"]) != (data.identity, seq_len):
             continue
         mixture = Mixture(data, one["counts"], seq_len, one["seed"], dict(seen))
@@ -319,6 +321,7 @@ def micro_batches(
 
     Every rank gets as many micro-batches, each of M rows; rows that only fill one up have weight 0.
     """
+    # Sequences go round the ranks, so that the domains of a batch are spread evenly over them.
     mine = batch[rank() :: world_size()]
     for i in range(0, math.ceil(len(batch) / world_size()), micro_batch_size):
         part = list(mine[i : i + micro_batch_size])
@@ -347,6 +350,7 @@ def add_gradients(
     """
     device = next(network.parameters()).device
     total = torch.zeros(2, device=device)
+    # All that the step reads is read before it begins to compute.
     parts = [(tokens.to(device), weights.to(device), rows) for tokens, weights, rows in parts]
     for i, (tokens, weights, rows) in enumerate(parts):
         # DDP adds gradients up over the ranks once a step. Its forward pass reads this already.
@@ -355,6 +359,7 @@ def add_gradients(
             losses = network(tokens[:, :-1], tokens[:, 1:])  # (M, T)
         if weigh:
             weights = weigh(step, rows, losses.detach(), weights)
+        # Of the batch on all ranks, for micro-batches and ranks are not equally full.
         loss = (losses * weights).sum() / (sequences * hyper.seq_len)
         (loss * world_size()).backward()  # DDP and FSDP divide by the number of ranks
         total[0] += loss.detach()
@@ -428,12 +433,14 @@ def train(
     device = next(model.parameters()).device
     mixture = Mixture(data, counts, hyper.seq_len, hyper.seed, seen)
     steps = math.ceil(len(mixture) / hyper.batch_size)
+    # What is said where memory runs out.
     M = micro_batch_size(model, hyper, device)
     fewer = f"--micro-batch-size {M // 2}"
     if M == 1:
         fewer = "--activation-checkpointing, a shorter --seq-len or --fsdp"
     memory = (f"training on {M} sequences of {hyper.seq_len} tokens at a time", f"try {fewer}")
 
+    # State is set before DDP makes the parameters' gradients views of its buckets.
     optimizer = make_optimizer(model, device)
     network = model
     with enough_memory(*memory):
@@ -460,6 +467,8 @@ def train(
         rate = learning_rate_at(step, steps, hyper.learning_rate, hyper.warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate
+
+        # The step. All ranks learn the same loss, norm and signals, and so decide the same.
         with enough_memory(*memory):
             parts = list(micro_batches(mixture, batch, M))
             total = add_gradients(network, parts, step, len(batch), hyper, weigh)
@@ -469,9 +478,11 @@ def train(
             if finite:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=network is model)  # DDP's gradients live in its buckets
+
         progress.step = step + 1
         progress.skipped = 0 if finite else progress.skipped + 1
 
+        # Its line in the log, and in the bar.
         tokens_per_second = round(len(batch) * hyper.seq_len / (time.perf_counter() - began))
         line = {"step": step, "loss": loss, "lr": rate, "grad_norm": grad_norm}
         line |= {"sequences": len(batch), "tokens_per_second": tokens_per_second}
@@ -490,6 +501,8 @@ def train(
             line["val"] = losses
         if logging:
             append_line(out / "log.jsonl", line)
+
+        # The end, if it is bad or asked for; else perhaps a checkpoint.
         if progress.skipped == 3:
             where = f"in steps {step - 2} to {step}, sequences "
             where += f"{(step - 2) * hyper.batch_size} to {batch[-1]}"
@@ -621,6 +634,7 @@ def save_checkpoint(
     final = out / f"checkpoint-{progress.step:08d}"
     with replacing(final) as folder:
         folder.mkdir()
+        # Each of these is on the disk before the manifest, and that before the folder's name.
         write_safetensors(folder / "model.safetensors", weights)
         write_safetensors(folder / "optimizer.safetensors", moments)
         write_json(folder / "state.json", asdict(progress))
@@ -660,6 +674,7 @@ def newest_checkpoint(out: Path) -> Path | None:
 
 def load_checkpoint(out: Path, model: GPTNeoX, optimizer: torch.optim.Optimizer) -> Progress:
     """Restore the newest sound checkpoint in `out`, if there is one; how far it had come."""
+    # The first rank looks, for the others may see the folder later than it does.
     newest = newest_checkpoint(out) if rank() == 0 else None
     step = int(newest.name[-8:]) if newest else 0
     step = from_first_rank(step, next(model.parameters()).device)
@@ -726,6 +741,7 @@ def resume_command() -> str:
 @functools.cache  # the code that runs is that which was read first
 def source_digest() -> str:
     """Of the code that determines a run, model.py and this file, less comments and layout."""
+    # An edit of either may change the weights that come out; of what it changes, nothing is kept.
     digest = hashlib.sha256()
     for name in ("model.py", "train.py"):
         source = Path(__file__).with_name(name).read_text(encoding="utf-8")
@@ -813,6 +829,7 @@ def claim(
             resuming = args.resume and is_run(out)
             if resuming:
                 check_same(out, load_json(record).get("settings", {}), settings)
+            # From here on the folder changes.
             out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(out / ".lock", out))
             if not resuming:
@@ -908,6 +925,7 @@ def set_up(args) -> tuple[Data, Hyperparameters]:
         check_range(name, vars(args)[name], 0, 2**31)
     for name in ("lr", "warmup"):
         check_range(name, vars(args)[name], 0, 1)
+    # Options by themselves, then the folder, the data, the model's shape, and how they fit.
     if args.fsdp and not dist.is_torchelastic_launched():
         start_it = "torchrun --nproc_per_node=GPUS train.py --fsdp …"
         raise InputError(f"--fsdp needs torchrun: {start_it}")
@@ -915,6 +933,7 @@ def set_up(args) -> tuple[Data, Hyperparameters]:
     data = Data(args.data)
     args.model = pinned(args.model)
     shape = load(args.model, "meta", vocab_size=data.vocab_size)
+    # What was not given is the model's own.
     own = defaults(shape.config)
     hyper = Hyperparameters(
         seq_len=args.seq_len or own["seq_len"],
@@ -946,6 +965,7 @@ def load_to_train(args, data: Data, dtype: torch.dtype, device: torch.device) ->
         else:
             model = load(args.model, device, **scratch)
     model.activation_checkpointing = args.activation_checkpointing
+
     compiles, how = can_compile(device)
     if args.no_compile:
         compiles, how = False, "eager (--no-compile)"
@@ -953,6 +973,8 @@ def load_to_train(args, data: Data, dtype: torch.dtype, device: torch.device) ->
         compiles, how = False, "eager (torch.compile fails on a CPU with bfloat16 parameters)"
     if compiles:
         model.compile_parts()
+
+    # What will run, and why so.
     precision = str(dtype).removeprefix("torch.")
     reason = "no fast bfloat16 here"
     if args.dtype:
