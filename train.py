@@ -401,6 +401,15 @@ def cut_log(path: Path, first: int) -> None:
     write_text(path, "".join(f"{line}\n" for line in lines[:first]))
 
 
+def check_skipped(progress: Progress, title: str, batch: range, hyper: Hyperparameters) -> None:
+    """Raise InputError if three steps in a row, the last one with this batch, made no update."""
+    if progress.skipped == 3:
+        first = progress.step - 3
+        where = f"steps {first} to {first + 2}, sequences {first * hyper.batch_size} to {batch[-1]}"
+        way_out = f"look at these, or lower --lr, now {hyper.learning_rate:g}"
+        raise InputError(f"{title}: loss or gradient not finite in {where}; {way_out}")
+
+
 def append_line(path: Path, line: dict) -> None:
     with open(path, "a") as file:
         file.write(json.dumps(line) + "\n")
@@ -451,14 +460,8 @@ def train(
     logging = out is not None and rank() == 0
     if logging:
         cut_log(out / "log.jsonl", progress.step)
-    bar = tqdm(
-        total=steps,
-        initial=progress.step,
-        desc=title,
-        unit="step",
-        disable=rank() > 0 or None,
-        leave=False,
-    )
+    shown = {"initial": progress.step, "total": steps, "disable": rank() > 0 or None}
+    bar = tqdm(desc=title, unit="step", leave=False, **shown)
     peak = peak_flops(device, hyper.dtype)
 
     for step in range(progress.step, steps):
@@ -503,11 +506,7 @@ def train(
             append_line(out / "log.jsonl", line)
 
         # The end, if it is bad or asked for; else perhaps a checkpoint.
-        if progress.skipped == 3:
-            where = f"in steps {step - 2} to {step}, sequences "
-            where += f"{(step - 2) * hyper.batch_size} to {batch[-1]}"
-            way_out = f"look at these, or lower --lr, now {hyper.learning_rate:g}"
-            raise InputError(f"{title}: loss or gradient not finite {where}; {way_out}")
+        check_skipped(progress, title, batch, hyper)
         due = save_every and progress.step % save_every == 0 and progress.step < steps
         if out and (stop or due):
             save_checkpoint(out, model, optimizer, progress)
