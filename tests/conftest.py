@@ -8,6 +8,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -95,6 +96,12 @@ def small_model(folder: Path, data: Data, **changes) -> Path:
 @pytest.fixture(scope="session")
 def small(tmp_path_factory, data) -> Path:
     return small_model(tmp_path_factory.mktemp("small"), data)
+
+
+@pytest.fixture
+def copy_of_small(tmp_path, small) -> Path:
+    """One to damage."""
+    return Path(shutil.copytree(small, tmp_path / "copy"))
 
 
 def bins(folder: Path, lengths: dict[str, int]) -> Data:
