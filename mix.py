@@ -18,45 +18,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+import prepare
+import train
 from eval import FEW_DOCUMENTS, Losses, compare, domain_means, evaluate, results, signed, table
 from model import GPTNeoX, add_up, barrier, finish, rank, say, start, world_size
-from prepare import (
-    SAMPLE,
-    ArgumentParser,
-    Data,
-    InputError,
-    cli,
-    load_json,
-    locked,
-    prepare,
-    replacing,
-    sha256_of,
-    write_json,
-    write_text,
-)
-from train import (
-    OWN_FILES,
-    RESUME_HINT,
-    Hyperparameters,
-    Mixture,
-    add_options,
-    claim,
-    defaults,
-    fill,
-    keep,
-    load_to_train,
-    model_card,
-    name_of,
-    parse_mixture,
-    passes_of,
-    rescale,
-    set_up,
-    settings_of,
-    stoppable,
-    this_pass,
-    times_seen,
-    train,
-)
+from prepare import Data, InputError
+from train import Hyperparameters, Mixture, rescale
 
 # ---- the method ----
 
@@ -128,7 +95,7 @@ def excess(losses: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
 def fixed(runs: "Runs", history: "History", start: dict[str, int], args) -> dict[str, int]:
     """`uniform`, p = 1/K, and `natural`, p ∝ the tokens that there are: no search."""
-    return parse_mixture(args.method, runs.data, args.sequences, runs.hyper.seq_len)
+    return train.parse_mixture(args.method, runs.data, args.sequences, runs.hyper.seq_len)
 
 
 def doremi_step(
@@ -195,8 +162,8 @@ def doremi(runs: "Runs", history: "History", start: dict[str, int], args) -> dic
     where a domain has as many.
     """
     uniform = runs.counts(np.ones(len(runs.domains)))
-    passes = [*runs.passes, this_pass(runs.data, runs.hyper, uniform)]
-    seen = times_seen(runs.data, runs.hyper.seq_len, passes)
+    passes = [*runs.passes, train.this_pass(runs.data, runs.hyper, uniform)]
+    seen = train.times_seen(runs.data, runs.hyper.seq_len, passes)
     mixture = Mixture(runs.data, uniform, runs.hyper.seq_len, runs.hyper.seed, seen)
     domains = [runs.domains.index(mixture.domain(i)) for i in range(len(mixture))]
     reference = torch.zeros(len(mixture), runs.hyper.seq_len)
@@ -211,7 +178,7 @@ def doremi(runs: "Runs", history: "History", start: dict[str, int], args) -> dic
 
     # The proxy: the base again, on the same sequences, with α moving after every step.
     proxy = Proxy(reference, np.array(domains), runs.shares(uniform))
-    fill(runs.model, runs.base)
+    train.fill(runs.model, runs.base)
     runs.train_further(uniform, seen, "proxy", proxy.weigh)
     proxy.end_step(next(runs.model.parameters()).device)
 
@@ -346,31 +313,32 @@ def train_once(
     if rank() == 0:
         run.folder.mkdir(parents=True, exist_ok=True)
         if not record.is_file():
-            passes = [*run.passes, this_pass(data, run.hyper, run.counts)]
-            write_json(record, {"settings": run.settings, "passes": passes})
+            passes = [*run.passes, train.this_pass(data, run.hyper, run.counts)]
+            prepare.write_json(record, {"settings": run.settings, "passes": passes})
         check_run(run)
-        known = load_json(record).get("sha256")
-        if weights.is_file() and known not in (None, sha256_of(weights)):
+        known = prepare.load_json(record).get("sha256")
+        if weights.is_file() and known not in (None, prepare.sha256_of(weights)):
             say(f"{weights} is damaged, and made anew")
             weights.unlink()
     barrier()
     if weights.is_file():
-        fill(model, run.folder)
+        train.fill(model, run.folder)
     else:
         if base is not None:
-            fill(model, base)
-        seen = times_seen(data, run.hyper.seq_len, run.passes)
+            train.fill(model, base)
+        seen = train.times_seen(data, run.hyper.seq_len, run.passes)
         more = {"out": run.folder, "save_every": save_every, "title": title}
-        train(model, data, run.counts, run.hyper, seen=seen, **more)
-        keep(model, data, run.folder)
+        train.train(model, data, run.counts, run.hyper, seen=seen, **more)
+        train.keep(model, data, run.folder)
     # The hash comes last: weights without one were whole when they got their name.
-    if rank() == 0 and "sha256" not in load_json(record):
-        write_json(record, load_json(record) | {"sha256": sha256_of(weights)})
+    if rank() == 0 and "sha256" not in prepare.load_json(record):
+        known = prepare.load_json(record) | {"sha256": prepare.sha256_of(weights)}
+        prepare.write_json(record, known)
 
 
 def check_run(run: Run) -> None:
     """Raise InputError if what is in a run's folder is of another run."""
-    if load_json(run.folder / "run.json").get("settings") != run.settings:
+    if prepare.load_json(run.folder / "run.json").get("settings") != run.settings:
         raise InputError(f"{run.folder}: its run.json is of another run; remove the folder")
 
 
@@ -407,7 +375,7 @@ class Runs:
         self.sequences = sequences
         self.eval_sequences = eval_sequences
         self.save_every = save_every
-        self.passes = passes_of(base)
+        self.passes = train.passes_of(base)
         self.tokens = {"trained": 0, "evaluated": 0}
         self.kept: list[Path] = []  # folders of runs whose weights were asked for
         windows = [data.windows(d, "train", hyper.seq_len) for d in data.domains]
@@ -430,7 +398,7 @@ class Runs:
             "counts": {d: n for d, n in sorted(counts.items()) if n},
             **self.hyper.record(),
         }
-        folder = self.folder / name_of(settings)
+        folder = self.folder / train.name_of(settings)
         return Run(folder, settings, counts, self.hyper, self.passes)
 
     def train(self, counts: dict[str, int], title: str = "train") -> None:
@@ -442,7 +410,7 @@ class Runs:
     def train_further(self, counts, seen, title: str, weigh, **changes) -> None:
         """Train the model as it is; nothing is kept. changes: of hyperparameters."""
         hyper = Hyperparameters(**{**vars(self.hyper), **changes})
-        train(self.model, self.data, counts, hyper, seen=seen, title=title, weigh=weigh)
+        train.train(self.model, self.data, counts, hyper, seen=seen, title=title, weigh=weigh)
         self.tokens["trained"] += sum(counts.values()) * hyper.seq_len
 
     def evaluate(self) -> Losses:
@@ -458,7 +426,7 @@ class Runs:
         if not path.is_file():
             return None
         with contextlib.suppress(InputError, KeyError, TypeError, ValueError):
-            found = load_json(path)
+            found = prepare.load_json(path)
             losses = np.array([found["losses"][d] for d in self.domains], dtype=np.float64)
             same = (found["run"], found["eval_sequences"]) == (run.folder.name, self.eval_sequences)
             if same and np.isfinite(losses).all():
@@ -484,7 +452,7 @@ class Runs:
         if rank() == 0:
             by_domain = dict(zip(self.domains, losses.tolist(), strict=True))
             measured = {"run": run.folder.name, "eval_sequences": self.eval_sequences}
-            write_json(run.folder / "val.json", measured | {"losses": by_domain})
+            prepare.write_json(run.folder / "val.json", measured | {"losses": by_domain})
             if run.folder not in self.kept:
                 (run.folder / "model.safetensors").unlink(missing_ok=True)
         barrier()
@@ -538,7 +506,7 @@ class History:
             line["losses"] = dict(zip(self.domains, losses.tolist(), strict=True))
         self.lines.append(line | more)
         if rank() == 0:
-            write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
+            prepare.write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
         say(self.words(line))
 
     def words(self, line: dict) -> str:
@@ -594,18 +562,19 @@ def pretrain(model: GPTNeoX, data: Data, hyper: Hyperparameters, args) -> Path:
 
     It is named by a hash of all that determines it, and used again where that is the same.
     """
-    peak = args.base_lr or defaults(model.config)["base_learning_rate"]
+    peak = args.base_lr or train.defaults(model.config)["base_learning_rate"]
     hyper = Hyperparameters(**{**vars(hyper), "learning_rate": peak, "warmup": 0.1})
     counts = lopsided(data, args.base_sequences)
     settings = {"model": args.model, "data": data.identity, "counts": counts, **hyper.record()}
     size = args.model.removeprefix("scratch:")
-    folder = Path(args.out).parent / f"base-{size}-{name_of(settings)}"
+    folder = Path(args.out).parent / f"base-{size}-{train.name_of(settings)}"
     shown = ", ".join(f"{d} {n:,}" for d, n in counts.items())
     say(f"base    {folder}, lr {peak:g}, sequences: {shown}")
     with contextlib.ExitStack() as stack:
         if rank() == 0 and not (folder / "model.safetensors").is_file():
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(folder / ".lock", folder))  # other searches may want it, too
+            # Other searches may want it, too.
+            stack.enter_context(prepare.locked(folder / ".lock", folder))
         run = Run(folder, settings, counts, hyper, passes=[])
         train_once(model, None, data, run, args.save_every, "pretrain")
     return folder
@@ -624,12 +593,12 @@ def comparison(runs: Runs, counts: dict[str, int], method: str) -> dict:
     Uniform has as many sequences. `difference` is the mixture found less uniform.
     """
     T = runs.hyper.seq_len
-    uniform = parse_mixture("uniform", runs.data, sum(counts.values()), T)
+    uniform = train.parse_mixture("uniform", runs.data, sum(counts.values()), T)
     title = title_of(method)
     losses = {}
     for name, mixture in {"untouched": None, "uniform": uniform, title: counts}.items():
         if mixture is None:
-            fill(runs.model, runs.base)
+            train.fill(runs.model, runs.base)
         else:
             runs.train(mixture, name)
         losses[name] = evaluate(runs.model, runs.data, "test", T, runs.hyper.dtype)
@@ -688,7 +657,7 @@ def draw(history: History, found: int, is_path: bool, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = right.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=7, frameon=False)
-    with replacing(path) as partial:
+    with prepare.replacing(path) as partial:
         figure.savefig(partial, dpi=120, format="png")
 
 
@@ -711,13 +680,13 @@ def write_results(
         "data": args.data,
         "model": args.model,
     }
-    write_json(out / "mix.json", mixture | own_options(args))
-    write_json(out / "result.json", result)
+    prepare.write_json(out / "mix.json", mixture | own_options(args))
+    prepare.write_json(out / "result.json", result)
     draw(history, found, METHODS[args.method].is_path, out / "mix.png")
-    passes = [*runs.passes, this_pass(runs.data, runs.hyper, counts)]
-    write_json(out / "run.json", load_json(out / "run.json") | {"passes": passes})
-    card = model_card(out.name, args.model, runs.data, counts, runs.hyper, result)
-    write_text(out / "README.md", card)
+    passes = [*runs.passes, train.this_pass(runs.data, runs.hyper, counts)]
+    prepare.write_json(out / "run.json", prepare.load_json(out / "run.json") | {"passes": passes})
+    card = train.model_card(out.name, args.model, runs.data, counts, runs.hyper, result)
+    prepare.write_text(out / "README.md", card)
 
 
 # ---- main ----
@@ -739,7 +708,7 @@ def warn_of_few_documents(losses: Losses, data: Data, seq_len: int) -> None:
 
 def begin_history(runs: Runs, path: Path, objective: str) -> History:
     """A search's history, which begins with the untouched model; that is measured here."""
-    fill(runs.model, runs.base)
+    train.fill(runs.model, runs.base)
     untouched = runs.evaluate()
     warn_of_few_documents(untouched, runs.data, runs.hyper.seq_len)
     history = History(path, runs.domains, runs.windows, domain_means(untouched), objective)
@@ -748,8 +717,8 @@ def begin_history(runs: Runs, path: Path, objective: str) -> History:
 
 
 def parse_args():
-    parser = ArgumentParser(__doc__)
-    add_options(parser, "out/mix")
+    parser = prepare.ArgumentParser(__doc__)
+    train.add_options(parser, "out/mix")
     add = parser.add_argument
     add("--method", choices=METHODS, default="reweight", help="how to find the mixture")
     lowers = "what the search lowers: the mean loss of all domains, or the largest change of any"
@@ -779,28 +748,30 @@ def main():
     out = Path(args.out)
     clock = {"began": time.perf_counter()}
     device = start(args.device)
-    if args.data == SAMPLE and not Path(args.data).exists() and rank() == 0:
-        prepare(args.data)
+    if args.data == prepare.SAMPLE and not Path(args.data).exists() and rank() == 0:
+        prepare.prepare(args.data)
     barrier()
     clock["sample"] = time.perf_counter()
 
     # All that can be checked, before anything is trained.
-    data, hyper = set_up(args)
-    first = parse_mixture(args.start, data, args.sequences, hyper.seq_len)
+    data, hyper = train.set_up(args)
+    first = train.parse_mixture(args.start, data, args.sequences, hyper.seq_len)
     every = all(first.get(d) for d in data.domains)
     if METHODS[args.method].needs_every_domain and not every:
         needs = f"--method {args.method} needs every domain in it"
         raise InputError(f"--start {args.start}: {needs}; try more --sequences")
 
     # What a resumed search must have in common with the one that was begun.
-    settings = settings_of(args, data, hyper) | {"start": first, **own_options(args)}
+    settings = train.settings_of(args, data, hyper) | {"start": first, **own_options(args)}
     for name in ("method", "objective", "sequences", "eval_sequences", "base_sequences", "base_lr"):
         settings[name] = vars(args)[name]
-    model = load_to_train(args, data, hyper.dtype, device)
-    own_files = (*OWN_FILES, "history.jsonl", "mix.json", "mix.png", "runs")
-    with claim(out, args, settings, [], own_files), stoppable():
+    model = train.load_to_train(args, data, hyper.dtype, device)
+    own_files = (*train.OWN_FILES, "history.jsonl", "mix.json", "mix.png", "runs")
+    with train.claim(out, args, settings, [], own_files), train.stoppable():
         base = args.model
-        base_name = name_of_base(base, load_json(out / "run.json")["settings"]["model's files"])
+        base_name = name_of_base(
+            base, prepare.load_json(out / "run.json")["settings"]["model's files"]
+        )
         if args.model.startswith("scratch:"):
             base = pretrain(model, data, hyper, args)
             base_name = base.name
@@ -820,9 +791,9 @@ def main():
                 write_results(runs, history, counts, cost, result, args)
             clock["comparison"] = time.perf_counter()
         # Last, for it makes the run a finished one.
-        keep(model, data, out, getattr(torch, args.save_dtype))
+        train.keep(model, data, out, getattr(torch, args.save_dtype))
     if rank() == 0:
-        result = load_json(out / "result.json")
+        result = prepare.load_json(out / "result.json")
         say("", f"test split, {result['seq_len']} tokens a sequence", table(result))
         say(verdict(result), "")
         say(f"{out} holds the mixture (mix.json), the picture (mix.png) and the model")
@@ -839,4 +810,4 @@ def wall_time(clock: dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    cli(main, RESUME_HINT)
+    prepare.cli(main, train.RESUME_HINT)
