@@ -107,7 +107,8 @@ def work(side: str, folder: str, rows: int) -> None:
     shape = (rows, model.config.max_position_embeddings + 1)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.vocab_size, shape, generator=generator).to(device)
-    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    inputs = tokens[:, :-1].contiguous()
+    targets = tokens[:, 1:].contiguous()
 
     def train():
         with autocast(device, dtype):
@@ -136,7 +137,8 @@ def work(side: str, folder: str, rows: int) -> None:
             synchronize(device)
             seconds = time.perf_counter() - began
         except torch.OutOfMemoryError:
-            value = seconds = math.nan
+            value = math.nan
+            seconds = math.nan
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if device.type == "cuda":
             memory = torch.cuda.max_memory_allocated()
