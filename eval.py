@@ -10,6 +10,7 @@ documents, not windows.
 import gc
 import hashlib
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from model import (
     autocast,
     autocast_dtype,
     can_compile,
+    compile_for,
     enough_memory,
     finish,
     load,
@@ -32,7 +34,7 @@ from model import (
     start,
     world_size,
 )
-from prepare import SAMPLE, SPLITS, ArgumentParser, Data, InputError, cli, write_json
+from prepare import SAMPLE, SPLITS, ArgumentParser, Bar, Data, InputError, cli, write_json
 
 FEW_DOCUMENTS = 10  # an interval from fewer says little; such a domain is marked
 Losses = dict[str, np.ndarray]  # by domain: the mean loss of every sequence (n,), nats per token
@@ -81,15 +83,14 @@ def evaluate(
     seq_len: int,
     dtype: torch.dtype = torch.float32,
     limit: int | None = None,
+    after_batch: Callable[[], None] | None = None,
 ) -> Losses:
     """Mean loss of every sequence of every domain's split: {domain: (n,) float64}, nats per token.
 
-    limit: of each domain at most so many sequences, evenly spaced. Under torchrun the ranks share
-    the work and return the same. Touches no random state. Raises InputError where a split is
-    shorter than one sequence, or a loss is not finite.
+    limit: of each domain at most so many sequences, evenly spaced. after_batch: may raise, to stop
+    it. Under torchrun the ranks share the work and return the same. Touches no random state.
+    Raises InputError where a split is shorter than one sequence, or a loss is not finite.
     """
-    from tqdm import tqdm
-
     check_fit(model, data, seq_len)
     device = next(model.parameters()).device
     numbers = {d: evaluated_windows(data, d, split, seq_len, limit) for d in data.domains}
@@ -103,17 +104,22 @@ def evaluate(
     first = rank() * B
     batches = range(first, len(windows) + first, world_size() * B)
     # Losses go to their places in one array; the ranks' arrays, zero elsewhere, are added up.
-    bar = tqdm(batches, f"evaluate {split}", unit="batch", disable=rank() > 0 or None, leave=False)
     what = f"evaluating {B} sequences of {seq_len} tokens"
-    with autocast(device, dtype), enough_memory(what, "try a shorter --seq-len or a smaller model"):
-        for i in bar:
+    bar = Bar(f"evaluate {split}", len(batches), "batch", shown=rank() == 0)
+    with enough_memory(what, "try a shorter --seq-len or a smaller model"), bar:
+        compile_for(model, B, seq_len, dtype, training=False)
+        for done, i in enumerate(batches, 1):
             rows = windows[i : i + B]
             batch = np.zeros((B, seq_len + 1), dtype=np.int64)
             for row, (domain, number) in zip(batch, rows, strict=False):
                 row[:] = data.window(domain, split, seq_len, number)
             tokens = torch.from_numpy(batch).to(device)
-            means = model(tokens[:, :-1], tokens[:, 1:]).mean(1)
+            with autocast(device, dtype):
+                means = model(tokens[:, :-1], tokens[:, 1:]).mean(1)
             losses[i : i + len(rows)] = means[: len(rows)].cpu()
+            if after_batch:
+                after_batch()
+            bar.to(done)
     if world_size() > 1:
         losses = add_up(losses.to(device))
 

@@ -413,10 +413,14 @@ class Runs:
         train.train(self.model, self.data, counts, hyper, seen=seen, title=title, weigh=weigh)
         self.tokens["trained"] += sum(counts.values()) * hyper.seq_len
 
+    def stop_if_asked(self) -> None:
+        train.stop_if_asked(next(self.model.parameters()).device)
+
     def evaluate(self) -> Losses:
         """The model's losses on the validation split."""
         T, dtype = self.hyper.seq_len, self.hyper.dtype
-        losses = evaluate(self.model, self.data, "val", T, dtype, self.eval_sequences)
+        limit = self.eval_sequences
+        losses = evaluate(self.model, self.data, "val", T, dtype, limit, self.stop_if_asked)
         self.tokens["evaluated"] += sum(map(len, losses.values())) * T
         return losses
 
@@ -601,7 +605,8 @@ def comparison(runs: Runs, counts: dict[str, int], method: str) -> dict:
             train.fill(runs.model, runs.base)
         else:
             runs.train(mixture, name)
-        losses[name] = evaluate(runs.model, runs.data, "test", T, runs.hyper.dtype)
+        dtype, stop = runs.hyper.dtype, runs.stop_if_asked
+        losses[name] = evaluate(runs.model, runs.data, "test", T, dtype, after_batch=stop)
     difference = compare(losses["uniform"], losses[title], runs.data, "test", T)
     return results(losses, runs.data, "test", T) | {"difference": difference}
 

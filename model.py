@@ -39,6 +39,7 @@ from prepare import (
     cli,
     hub_folder,
     load_json,
+    notice,
     replacing,
     write_json,
     write_text,
@@ -192,9 +193,9 @@ class GPTNeoX(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.activation_checkpointing = (
-            False  # keep only what enters a layer, compute the rest anew
-        )
+        self.compiled = False
+        # Of activations: keep only what enters a layer, compute the rest anew for the gradient.
+        self.activation_checkpointing = False
         self.gpt_neox = nn.ModuleDict(
             {
                 "embed_in": nn.Embedding(config.vocab_size, config.hidden_size),
@@ -273,6 +274,15 @@ class GPTNeoX(nn.Module):
         for layer in self.gpt_neox.layers:
             layer.compile(dynamic=False)
         self.token_losses = torch.compile(self.token_losses, dynamic=False)
+        self.compiled = True
+        self.compiled_for = set()  # shapes of batches; see compile_for
+
+    def run_eagerly(self) -> None:
+        """Take compile_parts back."""
+        for layer in self.gpt_neox.layers:
+            layer._compiled_call_impl = None
+        del self.token_losses
+        self.compiled = False
 
     @torch.compiler.set_stance("force_eager")  # every token makes another shape
     @torch.no_grad()
@@ -724,6 +734,44 @@ def can_compile(device: torch.device) -> tuple[bool, str]:
     return True, "torch.compile (triton found; --no-compile for eager)"
 
 
+def compile_for(
+    model: GPTNeoX, rows: int, seq_len: int, dtype: torch.dtype, training: bool
+) -> None:
+    """Compile what batches of this shape need, now and once, by a batch of zeros.
+
+    Whatever that raises, the model goes on: a process that was killed while it compiled leaves
+    files cut short in the cache, which are removed and made anew; else it goes on eagerly.
+    """
+    shape = (rows, seq_len, training)
+    if not model.compiled or shape in model.compiled_for:
+        return
+    device = next(model.parameters()).device
+    tokens = torch.zeros(rows, seq_len, dtype=torch.int64, device=device)
+    removed = set()
+    with notice("compiling (once)", shown=rank() == 0):
+        while model.compiled and shape not in model.compiled_for:
+            try:
+                with autocast(device, dtype), torch.set_grad_enabled(training):
+                    losses = model(tokens, tokens)
+                if training:
+                    (losses * torch.ones(rows, 1, device=device)).sum().backward()
+                model.compiled_for.add(shape)
+            except Exception as e:  # of a compiler, its cache, the linker, …
+                if is_out_of_memory(e):
+                    raise
+                library = re.search(r"(/[^\s:]+\.(so|dylib|pyd))\b", str(e))
+                if library and library[1] not in removed and Path(library[1]).is_file():
+                    removed.add(library[1])
+                    Path(library[1]).unlink()
+                    torch._dynamo.reset()
+                    model.compile_parts()
+                else:
+                    reason = " ".join(str(e).split())[:120]
+                    say(f"warning: torch.compile failed, going on without it: {reason}")
+                    model.run_eagerly()
+    model.zero_grad(set_to_none=True)
+
+
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """The GPU's dense bf16 FLOP/s by its maker's data sheet; None where it is not known."""
     if device.type == "cuda" and dtype == torch.bfloat16:
@@ -761,14 +809,18 @@ def sequences_at_once(
     return sequences
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    words = "out of memory|allocate memory|bad_alloc|ALLOC_FAILED|MemoryError"
+    return bool(re.search(words, repr(error)))
+
+
 @contextlib.contextmanager
 def enough_memory(what: str, way_out: str):
     """Make an InputError, with what to try, of running out of memory."""
     try:
         yield
     except (RuntimeError, MemoryError) as e:
-        words = "out of memory|allocate memory|bad_alloc|ALLOC_FAILED|MemoryError"
-        if not re.search(words, repr(e)):
+        if not is_out_of_memory(e):
             raise
         asked = re.search(r"allocate ([\d.]+ \w+)", str(e))
         more = f" (it asked for {asked[1]} more)" if asked else ""

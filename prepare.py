@@ -22,6 +22,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import unicodedata
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator
@@ -86,6 +87,65 @@ def cli(main, way_on: str = "") -> None:
         one_line = " ".join(message.split())  # whatever a library said
         print("error:", one_line, file=sys.stderr)
         sys.exit(2)
+
+
+SECONDS_BETWEEN_LINES = 30
+
+
+class Bar:
+    """How far a stage has come: a bar on a terminal, elsewhere a line every 30 seconds.
+
+    total and done are in units; a unit "B" is bytes. shown: False on ranks that do not speak.
+    """
+
+    def __init__(self, title: str, total: int, unit: str, done: int = 0, shown: bool = True):
+        from tqdm import tqdm
+
+        self.title, self.total, self.unit = title, total, unit
+        self.first = self.done = done
+        self.began = self.spoke = time.monotonic()
+        on_terminal = sys.stderr.isatty()
+        self.speaks = shown and not on_terminal
+        look = {"unit": unit, "unit_scale": unit == "B", "leave": False}
+        hidden = not (shown and on_terminal)
+        self.bar = tqdm(desc=title, total=total, initial=done, disable=hidden, **look)
+
+    def to(self, done: int, words: str = "") -> None:
+        """The stage has come to `done`; words: what else there is to say."""
+        self.bar.set_postfix_str(words, refresh=False)
+        self.bar.update(done - self.done)
+        self.done = done
+        now = time.monotonic()
+        if self.speaks and now - self.spoke > SECONDS_BETWEEN_LINES and done > self.first:
+            self.spoke = now
+            left = (now - self.began) / (done - self.first) * (self.total - done)
+            far = f"{self.unit} {done:,} of {self.total:,}"
+            if self.unit == "B":
+                far = f"{done / self.total:.0%}"
+            said = [far, words, f"{left / 60:.1f} min left"]
+            print(f"{self.title}: {', '.join(filter(None, said))}", flush=True)
+
+    def close(self) -> None:
+        self.bar.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+
+@contextlib.contextmanager
+def notice(words: str, shown: bool = True) -> Iterator[None]:
+    """Words that stand on the terminal while the block runs, or for good where there is none."""
+    on_terminal = sys.stderr.isatty()
+    if shown and on_terminal:
+        print(words, end="", file=sys.stderr, flush=True)
+    elif shown:
+        print(words, flush=True)
+    yield
+    if shown and on_terminal:
+        print("\r" + " " * len(words) + "\r", end="", file=sys.stderr, flush=True)
 
 
 # ---- files ----
@@ -414,14 +474,14 @@ class Data:
 
     def check(self) -> None:
         """Compare every file with its hash in meta.json. Raises InputError where they differ."""
-        from tqdm import tqdm
-
         known = {f"{name}.bin": file["sha256"] for name, file in self.meta["files"].items()}
         known["tokenizer.json"] = self.meta["tokenizer"]["sha256"]
-        for name, sha256 in tqdm(known.items(), "check data", disable=None, leave=False):
-            if sha256_of(self.folder / name) != sha256:
+        with Bar("check data", len(known), "file") as bar:
+            for name, sha256 in known.items():
                 path = self.folder / name
-                raise InputError(f"{path}: damaged, not what meta.json says; prepare it again")
+                if sha256_of(path) != sha256:
+                    raise InputError(f"{path}: damaged, not what meta.json says; prepare it again")
+                bar.to(bar.done + 1)
 
 
 def has_types(record, **types: type) -> bool:
@@ -586,20 +646,17 @@ def read(
 
     full: domains that are read no further, as soon as they are in it.
     """
-    from tqdm import tqdm
-
     keys = [text_key, domain_key] if domain_key else [text_key]
     files = [(domain, path) for domain, paths in sources.items() for path in paths]
     total = sum(path.stat().st_size for _, path in files)
     done = 0  # bytes, of the files before this one
-    with tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+    with Bar("read", total, "B") as bar:
         for domain, path in files:
-            bar.set_description(domain or path.name)
             with open(path, "rb") as file:
                 for number, line in enumerate(records(path, file, keys), 1):
                     if domain in full:
                         break
-                    bar.update(done + file.tell() - bar.n)
+                    bar.to(done + file.tell(), domain or path.name)
                     if not is_txt(path) and isinstance(line, bytes) and not line.strip():
                         continue
                     try:
@@ -758,11 +815,9 @@ def make_sample(
     stood in earlier texts. What leaks is the share of the test split's distinct 13-grams that the
     train split has too.
     """
-    from tqdm import tqdm
-
     documents = []
     overlap = {}
-    for domain in tqdm(SAMPLE_DOMAINS, "sample", disable=None, leave=False):
+    for domain in SAMPLE_DOMAINS:
         seen = set()
         in_split = {split: set() for split in SPLITS}
         size = 0

@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,15 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from eval import check_fit, domain_means, evaluate, results, table, warn_of_another_tokenizer
+from eval import (
+    Losses,
+    check_fit,
+    domain_means,
+    evaluate,
+    results,
+    table,
+    warn_of_another_tokenizer,
+)
 from model import (
     SHAPES,
     Config,
@@ -49,6 +58,7 @@ from model import (
     autocast_dtype,
     barrier,
     can_compile,
+    compile_for,
     enough_memory,
     find_device,
     finish,
@@ -68,6 +78,7 @@ from prepare import (
     SAMPLE,
     SPLITS,
     ArgumentParser,
+    Bar,
     Data,
     InputError,
     cli,
@@ -436,8 +447,6 @@ def train(
     leaves the model as it is. Raises InputError for bad counts and after three such steps in a
     row, Stopped after a signal.
     """
-    from tqdm import tqdm
-
     check_fit(model, data, hyper.seq_len)
     device = next(model.parameters()).device
     mixture = Mixture(data, counts, hyper.seq_len, hyper.seed, seen)
@@ -453,6 +462,8 @@ def train(
     optimizer = make_optimizer(model, device)
     network = model
     with enough_memory(*memory):
+        stop_if_asked(device)
+        compile_for(model, M, hyper.seq_len, hyper.dtype, training=True)
         progress = load_checkpoint(out, model, optimizer) if out else Progress()
         if world_size() > 1 and not is_sharded(model):
             network = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -460,9 +471,8 @@ def train(
     logging = out is not None and rank() == 0
     if logging:
         cut_log(out / "log.jsonl", progress.step)
-    shown = {"initial": progress.step, "total": steps, "disable": rank() > 0 or None}
-    bar = tqdm(desc=title, unit="step", leave=False, **shown)
     peak = peak_flops(device, hyper.dtype)
+    bar = Bar(title, steps, "step", progress.step, shown=rank() == 0)
 
     for step in range(progress.step, steps):
         began = time.perf_counter()
@@ -497,8 +507,7 @@ def train(
         if peak:
             used = tokens_per_second * model.flops_per_token(hyper.seq_len)
             words += f", MFU {used / (peak * world_size()):.0%}"
-        bar.set_postfix_str(words, refresh=False)
-        bar.update()
+        bar.to(progress.step, words)
         losses = validate(progress.step) if validate else None
         if losses is not None:
             line["val"] = losses
@@ -701,10 +710,17 @@ class Stopped(Exception):
 stop_signals: list[int] = []  # that came to this process
 
 
+def stop_if_asked(device: torch.device) -> None:
+    """Raise Stopped, on all ranks, if a signal came to any; every rank must ask."""
+    asked = torch.tensor(float(len(stop_signals)), device=device)
+    if add_up(asked) > 0:
+        raise Stopped("stopped")
+
+
 def note_signal(number: int, frame) -> None:
     """By os.write, for it may have interrupted a print."""
     if not stop_signals and rank() == 0:
-        os.write(2, b"\nstopping when this step, or evaluation, is done\n")
+        os.write(2, b"\nstopping when this step, or batch, is done\n")
     stop_signals.append(number)
 
 
@@ -1005,8 +1021,9 @@ def main():
     model = load_to_train(args, data, hyper.dtype, device)
     T = hyper.seq_len
 
-    def validation() -> dict:
-        return evaluate(model, data, "val", T, hyper.dtype, args.eval_sequences)
+    def validation() -> Losses:
+        stop = partial(stop_if_asked, device)
+        return evaluate(model, data, "val", T, hyper.dtype, args.eval_sequences, stop)
 
     def validate(steps_done: int) -> dict[str, float] | None:
         if not args.eval_every or steps_done % args.eval_every:
