@@ -1,45 +1,44 @@
-"""Models, tokenizers and data sets by name, from a hub that the tests serve on loopback; no other network is there."""
+"""Models, tokenizers and data sets by name, from a hub that is served on loopback."""
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SMALL, made_documents, write_jsonl
+from conftest import SMALL, Run, ends_well, fails, made_documents, options, write_jsonl
 from transformers import AutoModelForCausalLM
 
-from prepare import Data
+from prepare import SPLITS, Data
+
+MODEL = "models/EleutherAI/pythia-14m"
 
 
-def commit_of(repo: str, revision: str) -> str:
+def commit_of(repo: str, revision: str = "main") -> str:
     return hashlib.sha1(f"{repo}/{revision}".encode()).hexdigest()
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories as {"models/ORG/NAME": {revision: folder}}. Files of 10 kB or more are served as large files are: by
-    a redirect to another origin, named by their sha256; smaller ones are named by git's hash."""
+    """Serves repositories, {"models/ORG/NAME": {revision: folder}}, and notes what it is asked."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.repos, self.requests, self.resumed, self.damaged, self.cut = {}, [], [], set(), {}
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        self.repos = {}
+        self.requests = []
+        self.cut = {}  # {file: after how many bytes the connection breaks, once}
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     def find(self, repo: str, revision: str) -> tuple[str, Path | None]:
+        """The commit and the folder of a revision, which may be a commit itself."""
         for name, folder in self.repos[repo].items():
             if revision in (name, commit_of(repo, name)):
                 return commit_of(repo, name), folder
         return "", None
 
-
-def named_by(content: bytes) -> str:
-    if len(content) >= 10_000:
-        return hashlib.sha256(content).hexdigest()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    def downloads(self, file: str) -> list[str]:
+        return [r for r in self.requests if r.startswith("GET") and r.endswith(f"/{file}")]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -47,79 +46,49 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/api/agent-harnesses":  # a question of the client's own, once a day
             return self.reply(200, b"{}")
         self.server.requests.append(f"{self.command} {self.path}")
-        parts = self.path.partition("?")[0].strip("/").split("/")
-        if parts[0] == "api":  # /api/models/ORG/NAME/revision/REV and /api/models/ORG/NAME/tree/REV
-            kind, repo, what, revision = parts[1], "/".join(parts[2:4]), *(parts[4:] + ["", ""])[:2]
-        else:  # /ORG/NAME/resolve/REV/FILE and /datasets/ORG/NAME/resolve/REV/FILE
-            kind = "datasets" if parts[0] == "datasets" else "models"
-            parts = parts[kind == "datasets" :]
-            repo, what, revision = "/".join(parts[:2]), "/".join(parts[4:]), parts[3]
-        repo = f"{kind}/{repo}"
+        # /api/models/ORG/NAME/revision/REV, …/tree/REV, and /ORG/NAME/resolve/REV/FILE
+        _, *parts = self.path.partition("?")[0].split("/")
+        is_api = parts[0] == "api"
+        kind = "models"
+        if is_api:
+            kind, parts = parts[1], parts[2:]
+        elif parts[0] == "datasets":
+            kind, parts = parts[0], parts[1:]
+        organization, name, what, revision, *file = parts
+        repo = f"{kind}/{organization}/{name}"
         if repo not in self.server.repos:
             return self.reply(404, code="RepoNotFound")
         commit, folder = self.server.find(repo, revision)
         if folder is None:
             return self.reply(404, code="RevisionNotFound")
-        if parts[0] == "api" and what == "revision":
-            return self.reply(200, json.dumps({"id": repo, "sha": commit, "siblings": []}).encode())
-        if parts[0] == "api":
-            return self.reply(
-                200,
-                json.dumps(
-                    [self.entry(folder, path) for path in sorted(folder.rglob("*.*"))]
-                ).encode(),
-            )
-        if not (folder / what).is_file():
+        if what == "revision":
+            return self.reply_json({"id": repo, "sha": commit, "siblings": []})
+        if what == "tree":
+            return self.reply_json([entry(folder, path) for path in sorted(folder.rglob("*.*"))])
+        path = folder.joinpath(*file)
+        if not path.is_file():
             return self.reply(404, code="EntryNotFound", commit=commit)
-        content = (folder / what).read_bytes()
-        if len(content) >= 10_000 and "localhost" not in self.headers["Host"]:
-            location = f"http://localhost:{self.server.server_port}{self.path}"
-            headers = {
-                "Location": location,
-                "X-Linked-ETag": named_by(content),
-                "X-Linked-Size": len(content),
-            }
-            return self.reply(302, commit=commit, **headers)
-        etag = named_by(content)
-        if what in self.server.damaged:
-            content = content[:-1] + bytes([content[-1] ^ 1])
-        cut = self.server.cut.pop(what, None) if self.command == "GET" else None
-        self.reply(200, content, commit=commit, etag=etag, cut=cut)
+        cut = self.server.cut.pop(path.name, None) if self.command == "GET" else None
+        self.reply(200, path.read_bytes(), commit=commit, cut=cut)
 
     do_HEAD = do_GET
 
-    def entry(self, folder: Path, path: Path) -> dict:
-        content = path.read_bytes()
-        lfs = (
-            {"lfs": {"oid": named_by(content), "size": len(content), "pointerSize": 130}}
-            if len(content) >= 10_000
-            else {}
-        )
-        return {
-            "type": "file",
-            "path": path.relative_to(folder).as_posix(),
-            "size": len(content),
-            "oid": hashlib.sha1(content).hexdigest(),
-            **lfs,
-        }
+    def reply_json(self, value) -> None:
+        self.reply(200, json.dumps(value).encode())
 
-    def reply(self, status, content=b"", code=None, commit=None, etag=None, cut=None, **headers):
+    def reply(self, status, content=b"", code=None, commit=None, cut=None) -> None:
+        headers = {"X-Error-Code": code, "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        headers["ETag"] = f'"{hashlib.sha1(content).hexdigest()}"'
         start = 0
-        if (wanted := self.headers.get("Range")) and content:
-            self.server.resumed.append(wanted)
+        wanted = self.headers.get("Range")
+        if wanted and content:
+            self.server.requests.append(wanted)
             start = int(wanted.removeprefix("bytes=").partition("-")[0])
-            status, headers["Content-Range"] = (
-                206,
-                f"bytes {start}-{len(content) - 1}/{len(content)}",
-            )
+            status = 206
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        headers["Content-Length"] = len(content) - start
         self.send_response(status)
-        headers |= {
-            "X-Error-Code": code,
-            "X-Repo-Commit": commit,
-            "ETag": etag and f'"{etag}"',
-            "Accept-Ranges": "bytes",
-        }
-        for name, value in {**headers, "Content-Length": len(content) - start}.items():
+        for name, value in headers.items():
             if value is not None:
                 self.send_header(name, str(value))
         self.end_headers()
@@ -133,109 +102,85 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+def entry(folder: Path, path: Path) -> dict:
+    """A file, as a listing of a repository has it."""
+    content = path.read_bytes()
+    named = {"path": path.relative_to(folder).as_posix(), "oid": hashlib.sha1(content).hexdigest()}
+    return {"type": "file", "size": len(content)} | named
+
+
 @pytest.fixture
 def hub(small, tmp_path):
-    """The small model as EleutherAI/pythia-14m, whose revision step143000 has only a .bin, and in shards as ORG/shards."""
+    """Has the small model as EleutherAI/pythia-14m, of which step143000 is only a .bin."""
     old = tmp_path / "old"
     old.mkdir()
     (old / "config.json").write_bytes((small / "config.json").read_bytes())
-    (old / "pytorch_model.bin").write_bytes(b"not to be read" * 1000)
-    AutoModelForCausalLM.from_pretrained(small).save_pretrained(
-        tmp_path / "shards", max_shard_size="60KB"
-    )
-    (tmp_path / "shards" / "tokenizer.json").write_bytes((small / "tokenizer.json").read_bytes())
+    (old / "pytorch_model.bin").write_bytes(b"not to be read")
     server = Hub()
-    server.repos["models/EleutherAI/pythia-14m"] = {"main": small, "step143000": old}
-    server.repos["models/ORG/shards"] = {"main": tmp_path / "shards"}
+    server.repos[MODEL] = {"main": small, "step143000": old}
     yield server
     server.shutdown()
 
 
 @pytest.fixture
 def run(hub, tmp_path):
-    """Run a script against the hub, with a cache of its own: run("eval.py", …, NAME=environment)."""
-
-    def run(script, *argv, **env):
-        environment = {
-            **os.environ,
-            "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
-            "HF_HOME": str(tmp_path / "cache"),
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "HF_HUB_DISABLE_XET": "1",
-            "OMP_NUM_THREADS": "1",
-            **env,
-        }
-        command = [sys.executable, ROOT / script, *map(str, argv)]
-        return subprocess.run(command, env=environment, text=True, capture_output=True, timeout=120)
-
-    return run
+    """Runs a script against the hub, with a cache of its own: run("eval", …, NAME=environment)."""
+    env = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+        "HF_HOME": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    return lambda script, *argv, **more: Run(tmp_path, script, *argv, env=env | more)
 
 
-def fails(done, *words):
-    assert (
-        done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    ), done.stderr
-    for word in words:
-        assert word in done.stderr, done.stderr
+@pytest.fixture
+def evaluate(run, data):
+    """Evaluates a model by its name: evaluate("pythia-14m", NAME=environment)."""
+    argv = options(data=data.folder, device="cpu", no_compile=True)
+    return lambda name, **env: run("eval", name, *argv, **env)
 
 
-def downloads(hub, file: str) -> list[str]:
-    return [
-        request
-        for request in hub.requests
-        if request.startswith("GET") and request.endswith(f"/{file}")
-    ]
-
-
-def test_a_size_is_fetched_once_and_then_works_offline(hub, run, data):
-    argv = ["eval.py", "pythia-14m", "--data", data.folder, "--device", "cpu", "--no-compile"]
-    first = run(*argv)
-    assert first.returncode == 0, first.stderr
-    assert len(downloads(hub, "model.safetensors")) == 1
+def test_a_size_is_fetched_once_and_then_works_offline(hub, evaluate):
+    [first] = ends_well(evaluate("pythia-14m"))
+    assert len(hub.downloads("model.safetensors")) == 1
     count = len(hub.requests)
-    again = run(*argv, HF_HUB_OFFLINE="1")
-    assert again.returncode == 0 and again.stdout == first.stdout and len(hub.requests) == count, (
-        again.stderr
-    )
+    assert ends_well(evaluate("pythia-14m", HF_HUB_OFFLINE="1")) == [first]
+    # A commit is what it is: when it is in the cache, the hub is not asked.
+    ends_well(evaluate(f"EleutherAI/pythia-14m@{commit_of(MODEL)}"))
+    assert hub.requests[count:] == []
 
 
-def test_a_cached_commit_needs_no_network(hub, run, data):
-    name = f"EleutherAI/pythia-14m@{commit_of('models/EleutherAI/pythia-14m', 'main')}"
-    argv = ["eval.py", name, "--data", data.folder, "--device", "cpu", "--no-compile"]
-    assert run(*argv).returncode == 0
-    count = len(hub.requests)
-    assert run(*argv).returncode == 0 and not hub.requests[count:], hub.requests[count:]
-
-
-def test_shards_work_and_work_offline(hub, run, data, small):
-    argv = ["eval.py", "ORG/shards", "--data", data.folder, "--device", "cpu", "--no-compile"]
-    first = run(*argv)
-    assert first.returncode == 0, first.stderr
+def test_shards_work_and_work_offline(hub, evaluate, small, tmp_path):
+    shards = tmp_path / "shards"
+    AutoModelForCausalLM.from_pretrained(small).save_pretrained(shards, max_shard_size="60KB")
+    (shards / "tokenizer.json").write_bytes((small / "tokenizer.json").read_bytes())
+    hub.repos["models/ORG/shards"] = {"main": shards}
+    [first] = ends_well(evaluate("ORG/shards"))
     assert len({request for request in hub.requests if "/model-0000" in request}) > 1
-    again = run(*argv, HF_HUB_OFFLINE="1")
-    assert again.returncode == 0 and again.stdout == first.stdout, again.stderr
-    whole = run("eval.py", small, "--data", data.folder, "--device", "cpu", "--no-compile")
-    assert whole.stdout.splitlines()[2:] == first.stdout.splitlines()[2:]
+    assert ends_well(evaluate("ORG/shards", HF_HUB_OFFLINE="1")) == [first]
+    [whole] = ends_well(evaluate(small))
+    rows = re.compile(r"^(?:code|prose|sums|mean) .*", re.MULTILINE)
+    assert rows.findall(whole) == rows.findall(first) and len(rows.findall(whole)) == 4
 
 
 def test_a_run_records_the_commit_and_goes_on_with_it(hub, run, data, small, tmp_path):
-    """The branch moves on while the run stands still; the folder says which commit it was, and the model is that one."""
-    out, revisions = tmp_path / "run", hub.repos["models/EleutherAI/pythia-14m"]
-    commit = commit_of("models/EleutherAI/pythia-14m", "main")
-    argv = ["--data", data.folder, "--out", out, "--mix", "sums=16", "--batch-size", 8, *SMALL]
-    done = run("train.py", "--model", "pythia-14m", *argv)
-    assert done.returncode == 0, done.stderr
+    """The branch moves on meanwhile; the folder says which commit it was, and that is trained."""
+    out = tmp_path / "run"
+    argv = [*options(data=data.folder, out=out, mix="sums=16", batch_size=8), *SMALL]
+    ends_well(run("train", "--model", "pythia-14m", *argv))
+    commit = commit_of(MODEL)
     name = f"EleutherAI/pythia-14m@{commit}"
     assert json.loads((out / "run.json").read_text())["settings"]["model"] == name
     card = (out / "README.md").read_text()
     assert "base_model: EleutherAI/pythia-14m\n" in card and commit in card
     assert (out / "tokenizer.json").read_bytes() == (small / "tokenizer.json").read_bytes()
-    revisions.clear()
+
     hub.find = lambda repo, revision: ("f" * 40, small)  # what main is now
-    fails(run("train.py", "--model", "pythia-14m", *argv, "--resume"), commit, "f" * 40)
-    again = run("train.py", "--model", name, *argv, "--resume")
-    assert again.returncode == 0, again.stderr
+    moved = run("train", "--model", "pythia-14m", *argv, "--resume")
+    fails(moved.end(), commit, "f" * 40)
+    ends_well(run("train", "--model", name, *argv, "--resume"))
 
 
 @pytest.mark.parametrize(
@@ -243,111 +188,74 @@ def test_a_run_records_the_commit_and_goes_on_with_it(hub, run, data, small, tmp
     [
         "EleutherAI/nothing",
         "EleutherAI/pythia-14m@step7",
-        "not a name/at all",
         "EleutherAI/pythia-14m@" + "0" * 40,
+        "not a name/at all",
     ],
 )
-def test_what_the_hub_does_not_have_is_one_line(run, data, name):
-    fails(run("eval.py", name, "--data", data.folder), name)
+def test_what_the_hub_does_not_have_is_one_line(evaluate, name):
+    fails(evaluate(name).end(), name)
 
 
-def test_an_unknown_size_asks_no_network(hub, run, data, tmp_path):
-    fails(run("eval.py", "pythia-99m", "--data", data.folder), "pythia-99m")
+def test_an_unknown_size_asks_no_network(hub, evaluate, run, tmp_path):
+    fails(evaluate("pythia-99m").end(), "pythia-99m")
     source = write_jsonl(tmp_path / "a.jsonl", made_documents("sums", 60))
-    fails(
-        run("prepare.py", "--out", tmp_path / "d", f"a={source}", "--tokenizer", "pythia-99m"),
-        "pythia-99m",
-    )
-    assert not hub.requests
+    argv = options(out=tmp_path / "d", tokenizer="pythia-99m")
+    fails(run("prepare", f"a={source}", *argv).end(), "pythia-99m")
+    assert hub.requests == []
 
 
-def test_a_revision_with_only_bin_files_names_one_that_has_safetensors(hub, run, data):
-    fails(
-        run("eval.py", "pythia-14m@step143000", "--data", data.folder),
-        "step143000",
-        "EleutherAI/pythia-14m@main",
-    )
-    assert not downloads(hub, "pytorch_model.bin")
+def test_a_revision_with_only_bin_files_is_refused_with_what_to_take(hub, evaluate):
+    fails(evaluate("pythia-14m@step143000").end(), "step143000", "no model.safetensors", "main")
+    assert hub.downloads("pytorch_model.bin") == []
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
-def test_a_file_damaged_on_its_way_is_found_out(hub, run, data, tmp_path, file):
-    """One bit is wrong and the size is right, which the client does not see."""
-    argv = ["eval.py", "pythia-14m", "--data", data.folder, "--device", "cpu", "--no-compile"]
-    hub.damaged.add(file)
-    done = run(*argv)
-    fails(done, file, "damaged", "remove")
-    hub.damaged.clear()
-    fails(run(*argv), "damaged")
-    os.remove(done.stderr.partition("remove ")[2].partition(",")[0])  # as it says
-    assert run(*argv).returncode == 0
+def test_a_hub_that_cannot_be_reached(evaluate):
+    fails(evaluate("pythia-14m", HF_ENDPOINT="http://127.0.0.1:9").end(), "pythia-14m")
+    fails(evaluate("pythia-14m", HF_HUB_OFFLINE="1").end(), "pythia-14m")
+
+
+FRACTIONS = options(val_fraction=0.2, test_fraction=0.2, workers=1)
 
 
 def test_a_connection_cut_in_mid_file_is_taken_up_where_it_was_cut(hub, run, tmp_path):
     """The client keeps what it has in pieces of 10 MB, and asks for the rest."""
-    (tmp_path / "shelf").mkdir()
-    texts = [f"{i} {text}" * 400 for i, text in enumerate(made_documents("sums", 250))]
-    source = write_jsonl(tmp_path / "shelf" / "a.jsonl", texts)
-    assert source.stat().st_size > 12_000_000
-    hub.repos["datasets/ORG/large"] = {"main": tmp_path / "shelf"}
-    hub.cut["a.jsonl"] = 11_000_000
-    tokenizer = [
-        "--tokenizer",
-        "train:300",
-        "--limit-tokens",
-        50_000_000,
-        "--val-fraction",
-        0.2,
-        "--test-fraction",
-        0.2,
-    ]
-    done = run(
-        "prepare.py", "--out", tmp_path / "d", "a=hf://datasets/ORG/large/a.jsonl", *tokenizer
-    )
-    assert done.returncode == 0 and not hub.cut, done.stderr
-    assert hub.resumed == [f"bytes={10 * 1024**2}-"]
-    local = run("prepare.py", "--out", tmp_path / "e", f"a={source}", *tokenizer)
-    assert local.returncode == 0 and Data(tmp_path / "d").identity == Data(tmp_path / "e").identity
-
-
-def test_a_hub_that_cannot_be_reached(run, data):
-    fails(
-        run("eval.py", "pythia-14m", "--data", data.folder, HF_ENDPOINT="http://127.0.0.1:9"),
-        "pythia-14m",
-    )
-    fails(run("eval.py", "pythia-14m", "--data", data.folder, HF_HUB_OFFLINE="1"), "pythia-14m")
+    shelf = tmp_path / "shelf"
+    shelf.mkdir()
+    blank_lines = (" " * 10**6 + "\n") * 11
+    source = write_jsonl(shelf / "a.jsonl", made_documents("sums", 60))
+    source.write_text(blank_lines + source.read_text())
+    hub.repos["datasets/ORG/large"] = {"main": shelf}
+    hub.cut["a.jsonl"] = 10_900_000
+    argv = options(tokenizer="train:300", out=tmp_path / "d")
+    ends_well(run("prepare", "a=hf://datasets/ORG/large/a.jsonl", *argv, *FRACTIONS))
+    assert hub.cut == {} and f"bytes={10 * 1024**2}-" in hub.requests
+    made = Data(tmp_path / "d")
+    assert sum(made.size("a", split)["documents"] for split in SPLITS) == 60
 
 
 def test_a_data_set_on_the_hub(hub, run, tmp_path):
-    """A glob picks the files; the commit is recorded; a second run needs no download; the tokenizer is a model's."""
+    """A glob picks the files; the commit is recorded; then it works offline."""
     shelf = tmp_path / "shelf"
     (shelf / "data").mkdir(parents=True)
     texts = made_documents("prose", 200)
-    write_jsonl(shelf / "data" / "a-0.jsonl", texts[:90])
-    write_jsonl(shelf / "data" / "a-1.jsonl", texts[90:])
-    write_jsonl(shelf / "data" / "other.jsonl", made_documents("sums", 50))
-    hub.repos["datasets/ORG/texts"] = {"main": shelf, "v1": tmp_path / "none"}
-    argv = [
-        "a=hf://datasets/ORG/texts/data/a-*.jsonl",
-        "--tokenizer",
-        "pythia-14m",
-        "--val-fraction",
-        0.2,
-    ]
-    done = run("prepare.py", "--out", tmp_path / "d", *argv, "--test-fraction", 0.2)
-    assert done.returncode == 0, done.stderr
+    for name, part in (("a-0", texts[:90]), ("a-1", texts[90:]), ("other", texts)):
+        write_jsonl(shelf / "data" / f"{name}.jsonl", part)
+    hub.repos["datasets/ORG/texts"] = {"main": shelf}
+
+    def prepare(out: str, glob: str, **env) -> Run:
+        argv = options(out=tmp_path / out, tokenizer="pythia-14m")
+        source = f"a=hf://datasets/ORG/texts/data/{glob}"
+        return run("prepare", source, *argv, *FRACTIONS, **env)
+
+    ends_well(prepare("d", "a-*.jsonl"))
     made = Data(tmp_path / "d")
-    assert sum(made.size("a", split)["documents"] for split in ("train", "val", "test")) == 200
+    assert sum(made.size("a", split)["documents"] for split in SPLITS) == 200
     paths = made.meta["sources"]["a"]
-    assert len(paths) == 2 and all(
-        commit_of("datasets/ORG/texts", "main") in path for path in paths
-    )
-    assert not downloads(hub, "data/other.jsonl")
-    again = run(
-        "prepare.py", "--out", tmp_path / "e", *argv, "--test-fraction", 0.2, HF_HUB_OFFLINE="1"
-    )
-    assert again.returncode == 0 and Data(tmp_path / "e").identity == made.identity, again.stderr
-    argv[0] = "a=hf://datasets/ORG/texts/data/b-*.jsonl"
-    fails(run("prepare.py", "--out", tmp_path / "f", *argv), "b-*.jsonl", "no file there")
-    argv[0] = "a=hf://datasets/ORG/texts/data/a-*.jsonl@v9"
-    fails(run("prepare.py", "--out", tmp_path / "f", *argv), "v9")
+    assert [path.partition("/data/")[2] for path in paths] == ["a-0.jsonl", "a-1.jsonl"]
+    assert all(commit_of("datasets/ORG/texts") in path for path in paths)
+    assert hub.downloads("data/other.jsonl") == []
+
+    ends_well(prepare("e", "a-*.jsonl", HF_HUB_OFFLINE="1"))
+    assert Data(tmp_path / "e").identity == made.identity
+    fails(prepare("f", "b-*.jsonl").end(), "b-*.jsonl", "no file there")
+    fails(prepare("f", "a-*.jsonl@v9").end(), "v9")
