@@ -1,25 +1,32 @@
-"""Losses against transformers, bits per byte by hand, and intervals against a bootstrap written as a plain loop."""
+"""Losses against transformers, bits per byte by hand, intervals against a bootstrap as a loop."""
 
 import json
 import math
 import random
-import shutil
+import re
 
 import numpy as np
 import pytest
 import torch
+from conftest import SMALL, bins, fails, options
 from transformers import AutoModelForCausalLM
 
-from eval import bootstrap, compare, documents_of, evaluate, results, table
-from model import load
-from prepare import Tokenizer
+from eval import bootstrap, compare, evaluate, evaluated_windows, results, table
+from model import Config, GPTNeoX, load
+from prepare import SPLITS, Tokenizer
 
 
-def test_every_window_is_scored_once_and_as_transformers_does(data, small):
-    losses, oracle = (
-        evaluate(load(small), data, "test", 32),
-        AutoModelForCausalLM.from_pretrained(small),
-    )
+@pytest.fixture(scope="module")
+def losses(data, small):
+    """Of the small model on the test split of `data`."""
+    return evaluate(load(small), data, "test", 32)
+
+
+# ---- evaluate ----
+
+
+def test_every_window_is_scored_once_and_as_transformers_does(data, small, losses):
+    oracle = AutoModelForCausalLM.from_pretrained(small)
     assert list(losses) == data.domains
     for d in data.domains:
         tokens = torch.from_numpy(data.tokens(d, "test").astype("int64"))
@@ -27,35 +34,75 @@ def test_every_window_is_scored_once_and_as_transformers_does(data, small):
         assert losses[d].shape == (n,)
         for c in (0, 1, n - 1):
             logits = oracle(tokens[None, c * 32 : c * 32 + 32]).logits[0]
-            expected = torch.nn.functional.cross_entropy(
-                logits, tokens[c * 32 + 1 : c * 32 + 33]
-            ).item()
-            assert losses[d][c] == pytest.approx(expected, abs=1e-5)
-    limited = evaluate(load(small), data, "test", 32, limit=3)
-    for d, n in ((d, len(losses[d])) for d in data.domains):
-        assert limited[d] == pytest.approx(losses[d][[0, n // 3, 2 * n // 3]], abs=1e-6)
+            expected = torch.nn.functional.cross_entropy(logits, tokens[c * 32 + 1 : c * 32 + 33])
+            assert losses[d][c] == pytest.approx(expected.item(), abs=1e-5)
 
 
-def test_evaluation_touches_no_random_state(data, small):
+def test_a_limit_takes_windows_evenly_and_no_random_state_is_touched(data, small, losses):
     model = load(small)
-    torch.manual_seed(7), random.seed(7), np.random.seed(7)
-    state = torch.get_rng_state().clone(), random.getstate(), np.random.get_state()[1].tolist()
-    evaluate(model, data, "val", 32)
-    assert torch.equal(torch.get_rng_state(), state[0]) and random.getstate() == state[1]
-    assert np.random.get_state()[1].tolist() == state[2]
+    torch.manual_seed(7)
+    random.seed(7)
+    np.random.seed(7)
+    before = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())
+    limited = evaluate(model, data, "test", 32, limit=3)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), repr(np.random.get_state())) == before[1:]
+    for d, values in losses.items():
+        n = len(values)
+        assert limited[d] == pytest.approx(values[[0, n // 3, 2 * n // 3]], abs=1e-6)
+
+
+def test_a_hundred_domains_and_windows_without_end_need_few_open_files(tmp_path):
+    """100,000 windows to train on, and 300 files, in a process that may have 256 open."""
+    data = bins(tmp_path / "data", {f"domain{k}": 1001 for k in range(100)})
+    data.vocab_size = 1001  # of the tokens that there are
+    model = GPTNeoX(Config(1001, 8, 1, 1, 8, 8, rotary_pct=1.0))
+    for split, windows in zip(SPLITS, (1000, 99, 99), strict=True):
+        losses = evaluate(model, data, split, 1)
+        assert [len(values) for values in losses.values()] == 100 * [windows]
+
+
+# ---- intervals ----
 
 
 def test_a_window_belongs_to_the_document_it_begins_in(data):
     tokens = data.tokens("prose", "test")
     n = (len(tokens) - 1) // 32
     expected = [sum(int(t) == 0 for t in tokens[: c * 32]) for c in range(n)]
-    assert documents_of(data, "prose", "test", 32, n).tolist() == expected
-    assert documents_of(data, "prose", "test", 32, 3).tolist() == [
-        expected[c] for c in (0, n // 3, 2 * n // 3)
-    ]
+    for limit, windows in ((None, range(n)), (3, [0, n // 3, 2 * n // 3])):
+        numbers = evaluated_windows(data, "prose", "test", 32, limit)
+        documents = data.documents_of("prose", "test", 32, numbers)
+        assert documents.tolist() == [expected[c] for c in windows]
 
 
-def test_bits_per_byte_count_the_bytes_of_the_text(data, small):
+def test_intervals_resample_documents():
+    """Of documents whose windows agree within themselves; windows would look far too sure."""
+    rng = np.random.default_rng(1)
+    documents = np.repeat(np.arange(20), rng.integers(1, 15, 20))
+    values = rng.normal(size=20)[documents] + 0.01 * rng.normal(size=len(documents))
+    by_document = [values[documents == k] for k in range(20)]
+    choose = random.Random(2).choices
+    loop = [np.concatenate(choose(by_document, k=20)).mean() for _ in range(4000)]
+    means = bootstrap(values, documents)
+    levels = [0.025, 0.5, 0.975]
+    assert np.quantile(means, levels) == pytest.approx(np.quantile(loop, levels), abs=0.04)
+    assert np.std(means) > 2 * values.std() / math.sqrt(len(values))
+
+
+def test_differences_are_paired_and_counted(data, losses):
+    other = {d: values + (0.25 if d == "sums" else -0.25) for d, values in losses.items()}
+    difference = compare(losses, other, data, "test", 32)
+    for name, change in {"code": -0.25, "sums": 0.25, "mean": -0.25 / 3}.items():
+        assert difference[name]["change"] == pytest.approx(change)
+        assert difference[name]["interval"] == pytest.approx([change, change])
+    assert difference["improved"] == 2
+    assert difference["worst"] == pytest.approx(0.25)
+
+
+# ---- the table ----
+
+
+def test_bits_per_byte_count_the_bytes_of_the_text(data):
     """A loss of ln 2 at every token is one bit a token."""
     losses = {d: np.full(3, math.log(2)) for d in data.domains}
     shown = results({"a": losses}, data, "test", 32)["models"]["a"]
@@ -66,80 +113,81 @@ def test_bits_per_byte_count_the_bytes_of_the_text(data, small):
     assert shown["nats"]["mean"] == pytest.approx(math.log(2))
 
 
-def test_intervals_resample_documents():
-    """Twenty documents whose windows agree within themselves: resampling windows would look far too sure."""
-    rng, loop = np.random.default_rng(1), random.Random(2)
-    documents = np.repeat(np.arange(20), rng.integers(1, 15, 20))
-    values = rng.normal(size=20)[documents] + 0.01 * rng.normal(size=len(documents))
-    by_document = [values[documents == k] for k in range(20)]
-    slow = [np.concatenate(loop.choices(by_document, k=20)).mean() for _ in range(4000)]
-    fast = bootstrap(values, documents)
-    assert np.quantile(fast, [0.025, 0.5, 0.975]) == pytest.approx(
-        np.quantile(slow, [0.025, 0.5, 0.975]), abs=0.04
-    )
-    assert np.std(fast) > 2 * values.std() / math.sqrt(len(values))
+def made_results(domains: list[str], models: list[str]) -> dict:
+    """As `results` gives them, with numbers that are as wide as such numbers are."""
+    nats = dict.fromkeys([*domains, "mean"], 10.8249)
+    change = {"change": -1.2345, "interval": [-9.8765, 1.2345]}
+    difference = dict.fromkeys(nats, change) | {"improved": len(domains), "worst": 1.2345}
+    base = {"nats": nats, "bits_per_byte": nats}
+    others = dict.fromkeys(models[1:], base | {"difference": difference})
+    sizes = [{"documents": 9 if k == 0 else 1_234_567} for k in range(len(domains))]
+    return {"domains": dict(zip(domains, sizes, strict=True)), "models": {models[0]: base} | others}
 
 
-def test_differences_are_paired_and_counted(data, small):
-    base = evaluate(load(small), data, "test", 32)
-    better = {d: values - 0.25 + (0.5 if d == "sums" else 0) for d, values in base.items()}
-    difference = compare(base, better, data, "test", 32)
-    assert difference["code"]["change"] == pytest.approx(-0.25) and difference["code"][
-        "interval"
-    ] == pytest.approx([-0.25, -0.25])
-    assert difference["mean"]["change"] == pytest.approx(-0.25 / 3) and difference["mean"][
-        "interval"
-    ] == pytest.approx([-0.25 / 3] * 2)
-    assert difference["improved"] == 2 and difference["worst"] == pytest.approx(0.25)
+ENCYCLOPEDIAS = [f"wikipedia_and_{k}_more_encyclopedias_by_language" for k in range(8)]
+RUNS = [f"out/{name}/of/the/first/week/horizon" for name in ("zero", "one", "two", "three")]
 
 
-def test_the_table_lines_up_and_marks_domains_with_few_documents(data, small):
-    base = evaluate(
-        load(small), data, "test", 32, limit=8
-    )  # eight windows begin in fewer than ten documents
-    text = table(
-        results({"base": base, "tuned": {d: v - 0.1 for d, v in base.items()}}, data, "test", 32)
-    )
-    rows = text.splitlines()
-    assert "code*" in text and "fewer than 10 documents" in text and "3 of 3, worst -0.1000" in text
-    columns = [row.index("-0.1000 [") for row in rows if "-0.1000 [" in row]
-    assert len(columns) == 4 and len(set(columns)) == 1
+@pytest.mark.parametrize("models", [["base", "tuned"], RUNS])
+@pytest.mark.parametrize("domains", [["code", "prose"], ENCYCLOPEDIAS])
+def test_tables_line_up_in_100_columns_with_a_label_for_every_name(domains, models):
+    text = table(made_results(domains, models))
+    assert max(map(len, text.splitlines())) <= 100
+    labels = {name: name for name in domains + models}
+    labels |= {name: label for label, name in re.findall(r"(?m)^(\S+) is (\S+)$", text)}
+    assert len(set(labels.values())) == len(labels)
+
+    # Blocks of the baseline and two others: a line of models, one of heads, and the domains'.
+    blocks = text.split("\n\n")
+    shown = [block.split("\n")[0].split() for block in blocks]
+    others = [labels[name] for name in models[1:]]
+    expected = [[labels[models[0]], *others[i : i + 2]] for i in range(0, len(others), 2)]
+    assert shown == expected
+    for block, names in zip(blocks, shown, strict=True):
+        above, head, *lines = block.split("\n")[: 3 + len(domains)]
+        assert head.split()[0] == "domain"
+        rows = [line.split()[0].rstrip("*") for line in lines]
+        assert rows == [labels[d] for d in domains] + ["mean"]
+        for line in lines:
+            assert line.index("10.8249") + 7 == above.index(names[0]) + len(names[0])
+            starts = [change.start() for change in re.finditer(r"-1\.2345 \[-9", line)]
+            assert starts == [above.index(name) for name in names[1:]]
+
+
+def test_domains_with_few_documents_are_marked(data, losses):
+    """Eight windows begin in fewer than ten documents."""
+    few = {d: values[:8] for d, values in losses.items()}
+    tuned = {d: values - 0.1 for d, values in few.items()}
+    text = table(results({"base": few, "tuned": tuned}, data, "test", 32))
+    assert "code*" in text
+    assert "fewer than 10 documents" in text
+    assert "3 of 3, worst -0.1000" in text
+
+
+# ---- the command ----
 
 
 def test_the_command_prints_the_table_and_writes_json(script, data, small, tmp_path):
-    status, out, err = script(
-        "eval",
-        small,
-        "--data",
-        data.folder,
-        "--device",
-        "cpu",
-        "--no-compile",
-        "--no-compile",
-        "--dtype",
-        "float32",
-        "--json",
-        tmp_path / "r.json",
-    )
+    words = options(data=data.folder, json=tmp_path / "r.json", check_data=True)
+    status, out, err = script("eval", small, *words, *SMALL)
     assert (status, err) == (0, "")
     result = json.loads((tmp_path / "r.json").read_text())
-    assert result["seq_len"] == 32 and f"{result['models'][str(small)]['nats']['mean']:.4f}" in out
+    assert result["seq_len"] == 32
+    assert f"{result['models'][str(small)]['nats']['mean']:.4f}" in out
 
 
-def test_a_model_with_another_tokenizer_brings_a_warning(script, data, small, tmp_path):
-    shutil.copytree(small, tmp_path / "other")
-    with open(tmp_path / "other" / "tokenizer.json", "a") as f:
-        f.write("\n")
-    for model, warned in ((small, False), (tmp_path / "other", True)):
-        status, out, _ = script(
-            "eval",
-            model,
-            "--data",
-            data.folder,
-            "--device",
-            "cpu",
-            "--no-compile",
-            "--dtype",
-            "float32",
-        )
-        assert status == 0 and ("warning" in out) == warned
+def test_a_model_with_another_tokenizer_brings_a_warning(script, data, small, copy_of_small):
+    with open(copy_of_small / "tokenizer.json", "a") as file:
+        file.write("\n")
+    words = options(data=data.folder, seq_len=32)
+    status, out, err = script("eval", small, copy_of_small, *words, *SMALL)
+    assert status == 0, err
+    assert f"warning: {copy_of_small / 'tokenizer.json'} is not the tokenizer" in out
+    assert out.count("warning") == 1
+
+
+def test_a_typo_in_the_second_name_is_found_before_the_first_is_read(script, data, copy_of_small):
+    (copy_of_small / "model.safetensors").write_bytes(b"no weights")
+    words = [*options(data=data.folder), *SMALL]
+    fails(script("eval", copy_of_small, "out/tpyo", *words), "out/tpyo")
+    fails(script("eval", copy_of_small, *words), "model.safetensors")
