@@ -260,18 +260,23 @@ class Run:
         self.process.join()
 
 
-def ranks(tmp_path: Path, number: int, what, *args, **settings) -> list[Run]:
-    """So many ranks as torchrun starts them, but without it."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    group = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "1"}
-    group |= {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number)}
-    runs = []
-    for rank in map(str, range(number)):
-        env = group | {"RANK": rank, "LOCAL_RANK": rank}
-        runs.append(Run(tmp_path, what, *args, env=env, **settings))
-    return runs
+        return free.getsockname()[1]
+
+
+def rank_environments(number: int) -> list[dict[str, str]]:
+    """What torchrun tells each of so many ranks."""
+    group = {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "TORCHELASTIC_RUN_ID": 1}
+    group |= {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "OMP_NUM_THREADS": 1}
+    ranks = [group | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(number)]
+    return [{name: str(value) for name, value in rank.items()} for rank in ranks]
+
+
+def ranks(tmp_path: Path, number: int, what, *args, **settings) -> list[Run]:
+    """So many ranks as torchrun starts them, but without it."""
+    return [Run(tmp_path, what, *args, env=env, **settings) for env in rank_environments(number)]
 
 
 @contextlib.contextmanager
