@@ -249,15 +249,15 @@ def table(result: dict) -> str:
     base, *others = result["models"]
     domains = result["domains"]
     few = [d for d, n in domains.items() if n["documents"] < FEW_DOCUMENTS]
-    rows = shortened([*domains, "mean"], 22)
-    columns = shortened([base, *others], 26)
+    rows = shortened([*domains, "mean"], 17)
+    columns = shortened([base, *others], 26) | shortened([base], 12)
     width = max(len("domains better"), *map(len, rows.values())) + 1  # with a mark
     lines = []
     for i in range(0, max(1, len(others)), 2):
         shown = others[i : i + 2]
         if lines:
             lines.append("")
-        above = f"{'':<{width}}{'':>10}  {columns[base][-12:]:>12}"
+        above = f"{'':<{width}}{'':>10}  {columns[base]:>12}"
         lines.append(above + "".join(f"   {columns[name]:<26}" for name in shown))
         head = f"{'domain':<{width}}{'documents':>10}  {'nats':>12}"
         lines.append(head + f"   {'change in nats [95%]':<26}" * len(shown))

@@ -687,11 +687,13 @@ def write_results(
     }
     prepare.write_json(out / "mix.json", mixture | own_options(args))
     prepare.write_json(out / "result.json", result)
-    draw(history, found, METHODS[args.method].is_path, out / "mix.png")
+    with train.decorating(out / "mix.png"):
+        draw(history, found, METHODS[args.method].is_path, out / "mix.png")
     passes = [*runs.passes, train.this_pass(runs.data, runs.hyper, counts)]
     prepare.write_json(out / "run.json", prepare.load_json(out / "run.json") | {"passes": passes})
-    card = train.model_card(out.name, args.model, runs.data, counts, runs.hyper, result)
-    prepare.write_text(out / "README.md", card)
+    with train.decorating(out / "README.md"):
+        card = train.model_card(out.name, args.model, runs.data, counts, runs.hyper, result)
+        prepare.write_text(out / "README.md", card)
 
 
 # ---- main ----
@@ -738,7 +740,7 @@ def parse_args():
             for option, settings in method.options.items():
                 group.add_argument(option, **settings)
     parser.set_defaults(sequences=1600)
-    args = parser.parse_args()
+    args = train.parse_args(parser)
     if args.rate is None:
         args.rate = RULES[args.rule][1]
     for name in ("rounds", "rate", "base_sequences", "base_lr"):

@@ -41,6 +41,7 @@ from prepare import (
     load_json,
     notice,
     replacing,
+    tell,
     write_json,
     write_text,
 )
@@ -689,7 +690,7 @@ def from_first_rank(number: int, device: torch.device) -> int:
 def say(*lines: str) -> None:
     """Print on the first rank."""
     if rank() == 0:
-        print(*lines, sep="\n", flush=True)
+        tell(*lines)
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -9,6 +9,7 @@
 import argparse
 import ast
 import contextlib
+import errno
 import functools
 import glob
 import gzip
@@ -75,6 +76,10 @@ def cli(main, way_on: str = "") -> None:
 
     way_on: what is said after an interruption, or a fault of the system.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # A name that is no UTF-8, or a terminal that is none, costs a character, not the run.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except KeyboardInterrupt:
@@ -87,6 +92,14 @@ def cli(main, way_on: str = "") -> None:
         one_line = " ".join(message.split())  # whatever a library said
         print("error:", one_line, file=sys.stderr)
         sys.exit(2)
+
+
+def tell(*lines: str) -> None:
+    """Print lines at once. Where nobody reads any more (`| head`), go on without a word."""
+    try:
+        print(*lines, sep="\n", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 SECONDS_BETWEEN_LINES = 30
@@ -123,7 +136,7 @@ class Bar:
             if self.unit == "B":
                 far = f"{done / self.total:.0%}"
             said = [far, words, f"{left / 60:.1f} min left"]
-            print(f"{self.title}: {', '.join(filter(None, said))}", flush=True)
+            tell(f"{self.title}: {', '.join(filter(None, said))}")
 
     def close(self) -> None:
         self.bar.close()
@@ -142,7 +155,7 @@ def notice(words: str, shown: bool = True) -> Iterator[None]:
     if shown and on_terminal:
         print(words, end="", file=sys.stderr, flush=True)
     elif shown:
-        print(words, flush=True)
+        tell(words)
     yield
     if shown and on_terminal:
         print("\r" + " " * len(words) + "\r", end="", file=sys.stderr, flush=True)
@@ -183,7 +196,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value) -> None:
@@ -197,6 +210,15 @@ def load_json(path: Path) -> dict:
         if isinstance(value, dict):
             return value
     raise InputError(f"{path}: not a JSON object; it is damaged, or not what it should be")
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give the faults of writing to an open file, a full disk for one, the file's name."""
+    try:
+        yield
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, str(path)) from None
 
 
 def sha256_of(path: Path) -> str:
@@ -241,14 +263,40 @@ def hub_folder(name: str, patterns: list[str], kind: str = "model") -> Path:
             raise InputError(f"{name}: no such folder or model; on the hub: ORG/NAME or pythia-70m")
         repo = f"EleutherAI/{repo}"
     from huggingface_hub import logging, snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
 
     logging.set_verbosity_error()
+    disable_progress_bars()  # it draws some for what is cached, too
     try:
         found = {"repo_type": kind, "revision": revision or None, "allow_patterns": patterns}
-        return Path(snapshot_download(repo, **found))
+        with notice(f"getting {name} from the hub"):
+            return Path(snapshot_download(repo, **found))
     except Exception as e:  # of several libraries
-        message = f"{name}: no such folder, and not to be had from the hub ({str(e)[:200]})"
-        raise InputError(message) from None
+        raise InputError(f"{name}: no such folder, and {hub_fault(e)}") from None
+
+
+def hub_fault(error: Exception) -> str:
+    """Why the hub did not give what was asked for, and what helps."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "no room for it in the hub's cache; HF_HOME puts that elsewhere"
+    log_in = "hf auth login, or HF_TOKEN in the environment"
+    faults = {
+        "GatedRepoError": f"the hub gives it to those who asked on its page; then {log_in}",
+        "RepositoryNotFoundError": f"the hub has none, or not for you; if you may see it, {log_in}",
+        "RevisionNotFoundError": "the hub has it, but not this revision; see its page",
+        "HFValidationError": "no name on the hub looks like that; it is ORG/NAME or ORG/NAME@REV",
+    }
+    for kind in type(error).__mro__:
+        if kind.__name__ in faults:
+            return faults[kind.__name__]
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
+        return "it is not in the hub's cache, and HF_HUB_OFFLINE is set; unset it"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        return f"the hub does not let you; {log_in}, or ask for access on its page"
+    if status is None:
+        return "the hub cannot be reached, nor is it in the cache; try the network, or HF_ENDPOINT"
+    return f"the hub answered {status}; try again later"
 
 
 # ---- tokenizer ----
@@ -271,6 +319,9 @@ class Tokenizer:
             path = path / "tokenizer.json"
         self.json = path.read_text(encoding="utf-8", errors="replace")
         try:
+            model = json.loads(self.json)["model"]
+            if model.get("continuing_subword_prefix") and model.get("merges"):
+                raise ValueError("merges with continuing_subword_prefix")  # the library would abort
             self._tokenizer = tokenizers.Tokenizer.from_str(self.json)
         except BaseException as e:  # a panic of the library's Rust is not an Exception
             raise InputError(f"{path}: not a tokenizer.json ({str(e)[:100]})") from None
@@ -561,6 +612,9 @@ def source_files(source: str) -> list[Path]:
     found = [Path(path) for path in glob.glob(pattern, recursive=True)]
     files = sorted(path for path in found if ending(path))
     if not files:
+        if Path(source).is_file():
+            kind = Path(source).suffix or "without an ending"
+            raise InputError(f"{source}: {kind} is not read; make it .jsonl, .txt or .parquet")
         known = ".txt, .jsonl, .ndjson, .json (these also with .gz or .zst) or .parquet"
         raise InputError(f"{source}: no file there that ends in {known}")
     return files
@@ -604,24 +658,40 @@ def records(path: Path, file, keys: list[str]) -> Iterator[bytes | dict]:
             yield unpacked(path, file).read(LONGEST + 1)
         else:
             yield from lines_of(unpacked(path, file))
+    except gzip.BadGzipFile as e:
+        if not file.tell() or file.tell() < 64:
+            raise InputError(f"{path}: cannot be read: {e}; {way_out_of(path, e)}") from None
+        # As gzip does: what comes after a sound member, and is none, is left out.
+        tell(f"warning: {path}: what follows its packed text is no gzip, and left out")
     except Exception as e:  # of many libraries
-        way_out = "get it again"
-        if isinstance(e, ImportError):
-            library = "pyarrow" if ending(path) == ".parquet" else "backports.zstd"
-            way_out = f"pip install {library}"
+        way_out = way_out_of(path, e)
         raise InputError(f"{path}: cannot be read to its end: {str(e)[:200]}; {way_out}") from None
+
+
+def way_out_of(path: Path, error: Exception) -> str:
+    """What helps against an error in reading a file."""
+    if isinstance(error, ImportError):
+        library = "pyarrow" if ending(path) == ".parquet" else "backports.zstd"
+        return f"pip install {library}"
+    with open(path, "rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs"):
+            return "it stands for a file that Git LFS keeps: git lfs pull"
+    return "get it again"
 
 
 def look_up(record: dict, key: str) -> str:
     """The string under a key, or under a path of keys joined by dots. Raises ValueError."""
+    if not isinstance(record, dict):
+        raise ValueError("no object; a line is one, as jq -c '.[]' writes them")
     value = record
-    if isinstance(record, dict) and key in record:
+    if key in record:
         value = record[key]
     else:
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
     if not isinstance(value, str):
-        raise ValueError(f"no text under {key!r}")
+        keys = ", ".join(map(repr, list(record)[:10]))
+        raise ValueError(f"no text under {key!r}; there are {keys or 'no keys'}")
     value.encode()  # raises UnicodeEncodeError, a ValueError, for a lone surrogate
     return value
 
@@ -635,6 +705,10 @@ def strings_in(line: bytes | dict, path: Path, number: int, keys: list[str]) -> 
         if len(line) > LONGEST:
             raise ValueError(f"longer than {LONGEST:,} bytes")
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        if not is_txt(path) and text.strip() in ("{", "["):
+            raise ValueError("JSON over many lines; a line is an object, as jq -c . writes them")
+        if text.startswith("version https://git-lfs"):
+            raise ValueError("it stands for a file that Git LFS keeps: git lfs pull")
         line = {keys[0]: text} if is_txt(path) else json.loads(text)
     return [look_up(line, key) for key in keys]
 
@@ -937,9 +1011,27 @@ def write_bins(
             if limit_tokens and sum(files[name]["tokens"] for name in names) >= limit_tokens:
                 full.add(item.domain)
         for name, content in contents.items():
-            with open(folder / f"{name}.bin", "ab") as file:
+            path = folder / f"{name}.bin"
+            with naming(path), open(path, "ab") as file:
                 file.write(content)
     return {name: dict(file) for name, file in files.items()}, dict(left_out)
+
+
+def documents_in(files: dict[str, dict], domain: str) -> int:
+    return sum(files.get(f"{domain}.{split}", {}).get("documents", 0) for split in SPLITS)
+
+
+def leave_out_small(files: dict[str, dict], min_documents: int, folder: Path) -> int:
+    """Take domains of fewer documents out of a data set; returns how many documents they had."""
+    left_out = 0
+    for domain in {name.rpartition(".")[0] for name in files}:
+        n = documents_in(files, domain)
+        if n < min_documents:
+            left_out += n
+            for split in SPLITS:
+                del files[f"{domain}.{split}"]
+                (folder / f"{domain}.{split}.bin").unlink(missing_ok=True)
+    return left_out
 
 
 def check_no_split_is_empty(files: dict[str, dict], domains: Iterable[str | None]) -> None:
@@ -949,10 +1041,9 @@ def check_no_split_is_empty(files: dict[str, dict], domains: Iterable[str | None
         raise InputError("every split is left empty, of 0 documents; the sources hold no text")
     for name in expected:
         if name not in files or not files[name]["documents"]:
-            domain = name.rpartition(".")[0]
-            splits = [f"{domain}.{split}" for split in SPLITS]
-            n = sum(files[split]["documents"] for split in splits if split in files)
-            way_out = "add some, or raise --val- and --test-fraction"
+            n = documents_in(files, name.rpartition(".")[0])
+            unit = "a document is in one split: cut long ones up (a paragraph each), add some"
+            way_out = f"{unit}, raise --val- and --test-fraction, or --min-documents {n + 1}"
             raise InputError(f"{name} is left empty, of {n} documents; {way_out}")
 
 
@@ -1016,6 +1107,7 @@ def prepare(
     test_fraction: float | None = None,
     limit_tokens: int | None = None,
     max_bad: int = 0,
+    min_documents: int = 0,
     workers: int = 1,
     add: bool = False,
 ) -> Data:
@@ -1064,7 +1156,10 @@ def prepare(
         placed = place(documents, fractions, by_record=domain_key is not None)
         encoded = encode_all(placed, workers, path)
         files, left_out = write_bins(stage, encoded, limit_tokens, max_bad, full)
-        check_no_split_is_empty(files, sources or [])
+        small = leave_out_small(files, min_documents, stage)
+        if small:
+            left_out["in a small domain"] = small
+        check_no_split_is_empty(files, [] if min_documents else sources or [])
         for file_name, file in files.items():
             file["sha256"] = sha256_of(stage / f"{file_name}.bin")
         # What is said of it all in meta.json, without which a folder is no data set.
@@ -1100,6 +1195,12 @@ def parse_sources(words: list[str], domain_key: str | None) -> Sources:
             expected = "name=path, or --domain-key for records that name their domain"
             raise InputError(f"{word}: expected {expected}")
         sources.setdefault(name, []).extend(source_files(path))
+        if Path(path).is_dir():
+            files = [file for file in Path(path).rglob("*") if file.is_file()]
+            unread = Counter(file.suffix or "no ending" for file in files if not ending(file))
+            if unread:
+                kinds = ", ".join(f"{n:,} {kind}" for kind, n in unread.items())
+                tell(f"{path}: not read: {kinds}")
     return sources
 
 
@@ -1121,9 +1222,14 @@ def main():
     add("--val-fraction", type=float, help="of the documents (default: 0.05; the sample: 0.1)")
     add("--test-fraction", type=float, help="likewise")
     add("--limit-tokens", type=int, metavar="N", help="stop a domain after N tokens")
+    add("--min-documents", type=int, metavar="N", default=0, help="leave out smaller domains")
     add("--max-bad", type=int, metavar="N", default=0, help="lines to skip that hold no document")
     add("--workers", type=int, metavar="N", default=cores, help="processes that tokenize")
     args = parser.parse_args()
+    for name, low in (("limit_tokens", 1), ("min_documents", 0), ("max_bad", 0), ("workers", 1)):
+        if vars(args)[name] is not None and vars(args)[name] < low:
+            option = name.replace("_", "-")
+            raise InputError(f"--{option} {vars(args)[name]}: expected at least {low}")
     if args.add and not args.sources or args.sources and args.add == bool(args.tokenizer):
         tokenizer = "--tokenizer (pythia-70m is Pythia's, train:4096 trains one)"
         raise InputError(f"name sources, and {tokenizer} or --add")
@@ -1137,6 +1243,7 @@ def main():
         test_fraction=args.test_fraction,
         limit_tokens=args.limit_tokens,
         max_bad=args.max_bad,
+        min_documents=args.min_documents,
         workers=args.workers,
         add=args.add,
     )

@@ -84,6 +84,7 @@ from prepare import (
     cli,
     load_json,
     locked,
+    naming,
     replacing,
     sha256_of,
     sync,
@@ -422,7 +423,7 @@ def check_skipped(progress: Progress, title: str, batch: range, hyper: Hyperpara
 
 
 def append_line(path: Path, line: dict) -> None:
-    with open(path, "a") as file:
+    with naming(path), open(path, "a") as file:
         file.write(json.dumps(line) + "\n")
 
 
@@ -787,8 +788,10 @@ def settings_of(args, data: Data, hyper: Hyperparameters) -> dict:
         for path in sorted(Path(args.model).glob("*")):
             if path.suffix == ".safetensors" or path.name in ("config.json", "run.json"):
                 files.append(sha256_of(path)[:16])
+    # A folder is what its files are, wherever it is.
+    name = "" if Path(args.model).exists() else args.model
     return {
-        "model": args.model,
+        "model": name,
         "model's files": files,
         "data": data.identity,
         "tokenizer": data.meta["tokenizer"]["sha256"],
@@ -828,6 +831,16 @@ def check_same(out: Path, old: dict, settings: dict) -> None:
 OWN_FILES = ("model.safetensors", "checkpoint-*", "log.jsonl", "result.json")
 
 
+def parse_args(parser: ArgumentParser):
+    """The command line; with --resume, what it leaves out is as it was when the run was begun."""
+    args = parser.parse_args()
+    record = Path(args.out) / "run.json"
+    if args.resume and record.is_file():
+        parser.set_defaults(**load_json(record).get("options", {}))
+        args = parser.parse_args()
+    return args
+
+
 @contextlib.contextmanager
 def claim(
     out: Path, args, settings: dict, passes: list[dict], own_files: tuple[str, ...] = OWN_FILES
@@ -853,12 +866,25 @@ def claim(
                         shutil.rmtree(path)
                     else:
                         path.unlink()
-                write_json(record, {"settings": settings, "passes": passes})
+                options = dict(vars(args))
+                for name in ("out", "resume", "overwrite"):
+                    del options[name]
+                known = {"settings": settings, "passes": passes, "options": options}
+                write_json(record, known)
         barrier()
         if not record.is_file():
             seen = "this node does not see what the first one wrote there"
             raise InputError(f"{out}: {seen}; every node must see --out")
         yield
+
+
+@contextlib.contextmanager
+def decorating(path: Path) -> Iterator[None]:
+    """A picture or a card is made in the block; if that fails, the result has to do without it."""
+    try:
+        yield
+    except Exception as e:  # whatever it is, it must not cost the weights
+        say(f"warning: {path} could not be made: {type(e).__name__}: {' '.join(str(e).split())}")
 
 
 def model_card(
@@ -1012,7 +1038,7 @@ def main():
     kinds = "uniform, natural, horizon, FILE.json, or counts like arxiv=608,github=226"
     add("--mix", default="uniform", help=kinds)
     add("--eval-every", type=int, metavar="N", default=0, help="steps between validation losses")
-    args = parser.parse_args()
+    args = parse_args(parser)
     out = Path(args.out)
     device = start(args.device)
     data, hyper = set_up(args)
@@ -1054,8 +1080,9 @@ def main():
             if rank() == 0:
                 result = results(losses, data, "val", T)
                 write_json(out / "result.json", result)
-                card = model_card(out.name, args.model, data, counts, hyper, result)
-                write_text(out / "README.md", card)
+                with decorating(out / "README.md"):
+                    card = model_card(out.name, args.model, data, counts, hyper, result)
+                    write_text(out / "README.md", card)
         keep(model, data, out, getattr(torch, args.save_dtype))
     if rank() == 0:
         result = load_json(out / "result.json")
