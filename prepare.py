@@ -737,7 +737,8 @@ def read(
                         text, *named = strings_in(line, path, number, keys)
                         yield Document(named[0] if named else domain, text)
                     except (ValueError, RecursionError) as e:
-                        yield BadLine(domain, path, number, f"{type(e).__name__}: {e}"[:300])
+                        kind = "" if type(e) is ValueError else f"{type(e).__name__}: "
+                        yield BadLine(domain, path, number, f"{kind}{e}"[:300])
             done += path.stat().st_size
 
 
