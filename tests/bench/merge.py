@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import parameters_to_vector
 
 from eval import domain_means, evaluate, evaluated_windows
 from mix import History, Method, Runs, descend, emphasis
@@ -70,9 +70,9 @@ def part_of(values: np.ndarray, part: int, parts: int) -> np.ndarray:
 
 def batches(runs: Runs, domain: str, windows: np.ndarray) -> Iterator[tuple[torch.Tensor, int]]:
     """Validation windows as tokens (B, T + 1), and how many of the rows count."""
-    T, dtype = runs.hyper.seq_len, runs.hyper.dtype
+    T = runs.hyper.seq_len
     device = next(runs.model.parameters()).device
-    fits = sequences_at_once(runs.model, T, dtype, device, training=True)
+    fits = sequences_at_once(runs.model, T, runs.hyper.dtype, device, training=True)
     B = min(runs.hyper.batch_size, fits)
     for i in range(0, len(windows), B):
         counted = windows[i : i + B]
@@ -82,7 +82,7 @@ def batches(runs: Runs, domain: str, windows: np.ndarray) -> Iterator[tuple[torc
 
 
 def stand_in(runs: Runs, history: History, start: dict[str, int]) -> StandIn:
-    """Train the experts: τ_k is how far 1/K of a pass on domain k alone goes from the base, times s.
+    """Train the experts: τ_k is s times how far 1/K of a pass on domain k goes from the base.
 
     s brings θ(start) as near as can be to a run on the start, which is noted.
     """
@@ -104,14 +104,15 @@ def stand_in(runs: Runs, history: History, start: dict[str, int]) -> StandIn:
 
 
 def merge(runs: Runs, history: History, start: dict[str, int], args) -> dict[str, int]:
-    """Descend on the stand-in's loss, with Olmix's pull to the start and cap on repeats (2602.12237).
+    """Descend on the stand-in's loss; every step takes another part of the validation windows.
 
-    Every step takes another part of the validation windows.
+    With Olmix's pull to the start, and its cap on repeats (2602.12237).
     """
     steps, pull = 12, 0.05
-    T, dtype = runs.hyper.seq_len, runs.hyper.dtype
+    hyper = runs.hyper
     fill(runs.model, runs.base)
-    untouched = evaluate(runs.model, runs.data, "val", T, dtype, runs.eval_sequences)
+    limit = runs.eval_sequences
+    untouched = evaluate(runs.model, runs.data, "val", hyper.seq_len, hyper.dtype, limit)
     stand = stand_in(runs, history, start)
     first = runs.shares(start)
     changes = np.array(list(history.lines[-1]["losses"].values())) - history.untouched
