@@ -377,7 +377,7 @@ class Runs:
         self.save_every = save_every
         self.passes = train.passes_of(base)
         self.tokens = {"trained": 0, "evaluated": 0}
-        self.kept: list[Path] = []  # folders of runs whose weights were asked for
+        self.kept: list[Path] = []  # folders of runs whose weights are wanted
         windows = [data.windows(d, "train", hyper.seq_len) for d in data.domains]
         self.windows = np.array(windows)
         self.cap = 4 * self.windows / sequences  # shares (K,) of 4 repeats (2305.16264)
@@ -402,8 +402,9 @@ class Runs:
         return Run(folder, settings, counts, self.hyper, self.passes)
 
     def train(self, counts: dict[str, int], title: str = "train") -> None:
-        """Make the model the base trained on the mixture."""
+        """Make the model the base trained on the mixture, and keep it."""
         run = self.run(counts)
+        self.kept.append(run.folder)
         train_once(self.model, self.base, self.data, run, self.save_every, title)
         self.tokens["trained"] += sum(counts.values()) * self.hyper.seq_len
 
@@ -440,25 +441,25 @@ class Runs:
     def measure(self, counts: dict[str, int], keep: bool = False) -> np.ndarray:
         """The mixture's losses (K,). keep: its weights, too."""
         run = self.run(counts)
+        T = self.hyper.seq_len
+        self.tokens["trained"] += sum(counts.values()) * T
         if keep:
             self.kept.append(run.folder)
         losses = self.known_losses(run)
         barrier()  # before the first rank may write
-        if losses is not None:
-            # What it cost, as if it had been done now.
-            T = self.hyper.seq_len
+        if losses is None:
+            title = f"run {run.folder.name}"
+            train_once(self.model, self.base, self.data, run, self.save_every, title)
+            losses = domain_means(self.evaluate())
+            if rank() == 0:
+                by_domain = dict(zip(self.domains, losses.tolist(), strict=True))
+                measured = {"run": run.folder.name, "eval_sequences": self.eval_sequences}
+                prepare.write_json(run.folder / "val.json", measured | {"losses": by_domain})
+        else:  # what it cost, as if it had been done now
             windows = [self.data.windows(d, "val", T) for d in self.domains]
-            self.tokens["trained"] += sum(counts.values()) * T
             self.tokens["evaluated"] += sum(min(n, self.eval_sequences) for n in windows) * T
-            return losses
-        self.train(counts, f"run {run.folder.name}")
-        losses = domain_means(self.evaluate())
-        if rank() == 0:
-            by_domain = dict(zip(self.domains, losses.tolist(), strict=True))
-            measured = {"run": run.folder.name, "eval_sequences": self.eval_sequences}
-            prepare.write_json(run.folder / "val.json", measured | {"losses": by_domain})
-            if run.folder not in self.kept:
-                (run.folder / "model.safetensors").unlink(missing_ok=True)
+        if rank() == 0 and run.folder not in self.kept:
+            (run.folder / "model.safetensors").unlink(missing_ok=True)
         barrier()
         return losses
 
