@@ -746,6 +746,8 @@ def compile_for(
     shape = (rows, seq_len, training)
     if not model.compiled or shape in model.compiled_for:
         return
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
     device = next(model.parameters()).device
     tokens = torch.zeros(rows, seq_len, dtype=torch.int64, device=device)
     removed = set()
@@ -760,10 +762,13 @@ def compile_for(
             except Exception as e:  # of a compiler, its cache, the linker, …
                 if is_out_of_memory(e):
                     raise
-                library = re.search(r"(/[^\s:]+\.(so|dylib|pyd))\b", str(e))
-                if library and library[1] not in removed and Path(library[1]).is_file():
-                    removed.add(library[1])
-                    Path(library[1]).unlink()
+                # Of the libraries that it names, the system's are not ours to remove.
+                named = re.findall(r"/[^\s:]+\.(?:so|dylib|pyd)\b", str(e))
+                made = {path for path in named if Path(path).is_relative_to(cache_dir())}
+                if made - removed:
+                    removed |= made
+                    for path in made:
+                        Path(path).unlink(missing_ok=True)
                     torch._dynamo.reset()
                     model.compile_parts()
                 else:
