@@ -14,6 +14,7 @@ import functools
 import glob
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import multiprocessing
@@ -511,9 +512,9 @@ class Data:
         return (tokens - 1) // seq_len
 
     def window(self, domain: str, split: str, seq_len: int, number: int) -> np.ndarray:
-        """Window `number` of the split: (T + 1,) uint16."""
+        """Window `number` of the split: (T + 1,) uint16, copied: a view keeps its file open."""
         start = number * seq_len
-        return self.tokens(domain, split)[start : start + seq_len + 1]
+        return np.array(self.tokens(domain, split)[start : start + seq_len + 1])
 
     def documents_of(
         self, domain: str, split: str, seq_len: int, numbers: np.ndarray
@@ -620,11 +621,37 @@ def source_files(source: str) -> list[Path]:
     return files
 
 
+class Gunzip(io.RawIOBase):
+    """What a gzip holds; as the program gzip does, it leaves out what follows and is none."""
+
+    def __init__(self, path: Path, file):
+        self.path = path
+        self.stream = gzip.GzipFile(fileobj=file)
+        self.is_sound = False  # so far
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        try:
+            content = self.stream.read1(len(buffer))
+        except gzip.BadGzipFile as e:
+            # A checksum that fails is another matter.
+            if not self.is_sound or not str(e).startswith("Not a gzipped file"):
+                raise
+            tell(f"warning: {self.path}: what follows its packed text is no gzip, and left out")
+            self.stream = io.BytesIO()
+            return 0
+        self.is_sound = True
+        buffer[: len(content)] = content
+        return len(content)
+
+
 def unpacked(path: Path, file):
     """The open file, or a stream that unpacks it where its name says that it is packed."""
     suffix = path.suffix.lower()
     if suffix == ".gz":
-        return gzip.GzipFile(fileobj=file)
+        return io.BufferedReader(Gunzip(path, file), 2**17)
     if suffix == ".zst":
         if sys.version_info >= (3, 14):
             from compression import zstd
@@ -658,15 +685,10 @@ def records(path: Path, file, keys: list[str]) -> Iterator[bytes | dict]:
             yield unpacked(path, file).read(LONGEST + 1)
         else:
             yield from lines_of(unpacked(path, file))
-    except gzip.BadGzipFile as e:
-        # As gzip does: what comes after a sound member, and is none, is left out. A checksum that
-        # fails is another matter.
-        if file.tell() < 64 or not str(e).startswith("Not a gzipped file"):
-            raise InputError(f"{path}: cannot be read: {e}; {way_out_of(path, e)}") from None
-        tell(f"warning: {path}: what follows its packed text is no gzip, and left out")
     except Exception as e:  # of many libraries
         way_out = way_out_of(path, e)
-        raise InputError(f"{path}: cannot be read to its end: {str(e)[:200]}; {way_out}") from None
+        reason = str(e)[:200] or type(e).__name__
+        raise InputError(f"{path}: cannot be read to its end: {reason}; {way_out}") from None
 
 
 def way_out_of(path: Path, error: Exception) -> str:
@@ -674,6 +696,8 @@ def way_out_of(path: Path, error: Exception) -> str:
     if isinstance(error, ImportError):
         library = "pyarrow" if ending(path) == ".parquet" else "backports.zstd"
         return f"pip install {library}"
+    if re.search("memory", repr(error), re.IGNORECASE):
+        return "free some memory"
     with open(path, "rb") as file:
         if file.read(40).startswith(b"version https://git-lfs"):
             return "it stands for a file that Git LFS keeps: git lfs pull"
@@ -1130,7 +1154,7 @@ def prepare(
     if add:
         fractions = Data(out).meta.get("fractions", fractions)
         tokenizer = str(out)
-    if min(fractions.values()) <= 0 or sum(fractions.values()) >= 1:
+    if not (all(f > 0 for f in fractions.values()) and sum(fractions.values()) < 1):
         raise InputError(f"--val-fraction, --test-fraction: {fractions}: every split needs a share")
     vocab_size = 0
     if re.fullmatch(r"train:\d{1,9}", tokenizer):
