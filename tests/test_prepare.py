@@ -1,516 +1,596 @@
-"""Bins, splits and tokenizers, against the tokenizers library and against the sources themselves."""
+"""From text to bins: against the sources themselves, and the tokenizers library."""
 
 import gzip
+import io
 import json
-import os
-import random
 import re
-import shutil
+import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
 import pytest
 import tokenizers
-import zstandard
-from conftest import ROOT, command, made_documents, write_jsonl
+from conftest import ROOT, command, fails, made_documents, options, write_jsonl
 
 import prepare as prepare_module
-from prepare import SPLITS, Data, InputError, Tokenizer, prepare, source_files
+from prepare import (
+    SPLITS,
+    BadLine,
+    Data,
+    Document,
+    InputError,
+    LeftOut,
+    domain_named,
+    encode_all,
+    make_sample,
+    place,
+    prepare,
+    read,
+    source_files,
+)
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 
-def prepared(out, sources, **options) -> Data:
-    """A small data set with enough documents in every split."""
-    return prepare(out, sources, "train:300", val_fraction=0.2, test_fraction=0.2, **options)
+def prepared(out: Path, sources: dict, **more) -> Data:
+    """A data set with a small vocabulary and enough documents in every split."""
+    return prepare(out, sources, "train:300", val_fraction=0.2, test_fraction=0.2, **more)
 
 
-def documents_of(data: Data, domain: str, split: str) -> list[str]:
-    """The texts in a bin, decoded by the tokenizers library."""
+def arguments(out: Path, *sources, **changes) -> list[str]:
+    """The same, as words of a command line: arguments(folder, "a=a.jsonl", max_bad=3)."""
+    given = {"out": out, "tokenizer": "train:300", "val_fraction": 0.2, "test_fraction": 0.2}
+    return [*map(str, sources), *options(**given | {"workers": 1} | changes)]
+
+
+def texts_of(data: Data, domain: str, split: str) -> list[str]:
+    """The documents in a bin, decoded by the tokenizers library."""
     tokenizer = tokenizers.Tokenizer.from_file(str(data.folder / "tokenizer.json"))
     tokens = np.fromfile(data.folder / f"{domain}.{split}.bin", dtype="<u2")
-    pieces = np.split(tokens, np.flatnonzero(tokens == 0) + 1)
-    assert len(pieces[-1]) == 0  # every document ends with the end-of-text id
-    return [
-        tokenizer.decode(piece[:-1].tolist(), skip_special_tokens=False) for piece in pieces[:-1]
-    ]
+    *documents, rest = np.split(tokens, np.flatnonzero(tokens == 0) + 1)
+    assert len(rest) == 0  # every document ends with the end-of-text id
+    batch = [document[:-1].tolist() for document in documents]
+    return tokenizer.decode_batch(batch, skip_special_tokens=False)
+
+
+def all_texts(data: Data, domain: str) -> list[str]:
+    return sorted(text for split in SPLITS for text in texts_of(data, domain, split))
+
+
+TEXTS = [text[:60] for text in made_documents("sums", 5, seed=1)]
+TEXTS += ["naïve e\u0301 日本 🙂\0\r\n  <|endoftext|>", " " * 40 + "x\t"]
+
+
+# ---- bins and splits ----
 
 
 def test_every_document_stands_in_one_bin_whole_and_in_order(data):
     for domain in data.domains:
-        found = {split: documents_of(data, domain, split) for split in SPLITS}
         source = made_documents(domain, 120)
-        assert sorted(text for texts in found.values() for text in texts) == sorted(source)
-        for split, texts in found.items():
+        assert all_texts(data, domain) == sorted(source)
+        for split in SPLITS:
+            texts = texts_of(data, domain, split)
             assert texts == [text for text in source if text in texts]
             size = data.size(domain, split)
-            assert size["documents"] == len(texts) and size["bytes"] == sum(
-                len(t.encode()) for t in texts
-            )
+            assert size["documents"] == len(texts)
+            assert size["bytes"] == len("".join(texts).encode())
             assert size["tokens"] == len(data.tokens(domain, split))
 
 
-def test_bins_equal_what_the_tokenizers_library_encodes(data):
+def test_bins_hold_what_the_tokenizers_library_encodes(data):
     oracle = tokenizers.Tokenizer.from_file(str(data.folder / "tokenizer.json"))
-    ids = [
-        i
-        for text in documents_of(data, "code", "val")
-        for i in [*oracle.encode(text, add_special_tokens=False).ids, 0]
-    ]
+    ids = []
+    for text in texts_of(data, "code", "val"):
+        ids += [*oracle.encode(text, add_special_tokens=False).ids, 0]
     assert data.tokens("code", "val").tolist() == ids
 
 
-def test_split_depends_on_the_text_alone(tmp_path, data):
-    """In another domain, among other documents and with another tokenizer, a text falls into the same split."""
-    texts = made_documents("prose", 120) + made_documents("sums", 50, seed=9)
+def test_the_split_depends_on_the_text_alone(tmp_path, data):
+    """In another domain, among other documents and with another tokenizer, it is the same."""
+    texts = made_documents("sums", 50, seed=9) + made_documents("prose", 120)
     other = prepared(tmp_path / "d", {"mixed": [write_jsonl(tmp_path / "m.jsonl", texts)]})
     for split in SPLITS:
-        assert set(documents_of(data, "prose", split)) <= set(documents_of(other, "mixed", split))
+        assert set(texts_of(data, "prose", split)) <= set(texts_of(other, "mixed", split))
 
 
-def test_exact_duplicates_and_empty_documents_are_dropped_within_a_domain(tmp_path):
-    texts = made_documents("sums", 80)
-    sources = {
-        "a": [write_jsonl(tmp_path / "a.jsonl", texts + ["", texts[3], texts[70]])],
-        "b": [write_jsonl(tmp_path / "b.jsonl", texts)],
-    }
-    made = prepared(tmp_path / "d", sources)
-    for split in SPLITS:
-        assert documents_of(made, "a", split) == documents_of(made, "b", split)
+def test_empty_documents_and_duplicates_are_left_out_of_each_domain(tmp_path):
+    texts = made_documents("sums", 80) + TEXTS
+    more = ["", " \n\t", "\u3000", texts[3], texts[70], texts[3]]
+    blank = tmp_path / "blank.txt"
+    blank.write_text("\n \n")
+    a = [write_jsonl(tmp_path / "a.jsonl", texts + more), blank]
+    made = prepared(tmp_path / "d", {"a": a, "b": [write_jsonl(tmp_path / "b.jsonl", texts)]})
+    assert made.meta["left_out"] == {"empty": 4, "duplicate": 3}
+    assert all_texts(made, "a") == all_texts(made, "b") == sorted(texts)
 
 
-def test_special_tokens_in_the_text_are_text(tmp_path):
-    texts = [f"a <|endoftext|> b {i}" for i in range(60)]
-    made = prepared(tmp_path / "d", {"a": [write_jsonl(tmp_path / "a.jsonl", texts)]})
-    assert sorted(t for s in SPLITS for t in documents_of(made, "a", s)) == sorted(texts)
-    assert (
-        0 not in Tokenizer(made.folder).encode("<|endoftext|>")
-        and Tokenizer(made.folder).decode([0]) == "<|endoftext|>"
-    )
+def test_a_limit_hides_what_comes_after_it_whatever_the_number_of_workers(tmp_path, monkeypatch):
+    """A domain ends with the document that reaches it. A bad line after that, read ahead of time
+    for other workers, is no error."""
+    monkeypatch.setattr(prepare_module, "BLOCK", 4096)
+    sources = {}
+    for domain in ("prose", "sums"):
+        path = write_jsonl(tmp_path / f"{domain}.jsonl", made_documents(domain, 80))
+        path.write_text(path.read_text() + "{bad")
+        sources[domain] = [path]
+    made = []
+    for workers in (1, 2):
+        out = tmp_path / str(workers)
+        made.append(prepared(out, sources, limit_tokens=3000, workers=workers))
+    assert made[0].meta == made[1].meta
+    for domain in sources:
+        assert 3000 <= sum(made[0].size(domain, split)["tokens"] for split in SPLITS) < 3400
+    with pytest.raises(InputError, match=":81: JSONDecodeError"):
+        prepared(tmp_path / "all", sources, workers=2)
 
 
-def test_the_number_of_workers_does_not_change_the_bins(tmp_path):
-    write_jsonl(tmp_path / "a.jsonl", made_documents("code", 200))
-    for workers in ("1", "2"):
-        subprocess.run(
-            [
-                sys.executable,
-                ROOT / "prepare.py",
-                "--out",
-                tmp_path / workers,
-                f"a={tmp_path / 'a.jsonl'}",
-                "--tokenizer",
-                "train:500",
-                "--workers",
-                workers,
-            ],
-            check=True,
-            capture_output=True,
-        )
-    assert Data(tmp_path / "1").meta["files"] == Data(tmp_path / "2").meta["files"]
-    assert (tmp_path / "1" / "tokenizer.json").read_bytes() == (
-        tmp_path / "2" / "tokenizer.json"
-    ).read_bytes()
-
-
-def test_formats_folders_and_globs_read_the_same_documents(tmp_path):
-    texts = made_documents("prose", 90)
-    plain, packed, folder = (
-        write_jsonl(tmp_path / "p.jsonl", texts),
-        tmp_path / "z.jsonl.gz",
-        tmp_path / "texts",
-    )
-    packed.write_bytes(gzip.compress(plain.read_bytes()))
-    folder.mkdir()
-    for i, text in enumerate(texts):
-        (folder / f"{i:03}.txt").write_text(text, encoding="utf-8")
-    meta = [
-        prepared(tmp_path / name, {"a": source_files(str(source))}).meta["files"]
-        for name, source in (("1", plain), ("2", packed), ("3", folder), ("4", folder / "*.txt"))
-    ]
-    assert meta[0] == meta[1] == meta[2] == meta[3]
-
-
-def test_domain_key_splits_one_source_into_domains(tmp_path, script):
-    names = {"prose": "Free Text", "sums": "Sums/2"}
-    records = [
-        {"body": {"text": t}, "meta": {"set": name}}
-        for d, name in names.items()
-        for t in made_documents(d, 80)
-    ]
-    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    status, out, err = script(
-        "prepare",
-        "--out",
-        tmp_path / "d",
-        tmp_path / "mixed.jsonl",
-        "--domain-key",
-        "meta.set",
-        "--text-key",
-        "body.text",
-        "--tokenizer",
-        "train:300",
-        "--val-fraction",
-        0.2,
-        "--test-fraction",
-        0.2,
-    )
-    assert status == 0, err
-    assert Data(tmp_path / "d").domains == ["free_text", "sums_2"] and "free_text" in out
-
-
-def test_limit_tokens_stops_each_domain_at_a_whole_document(tmp_path):
-    sources = {
-        d: [write_jsonl(tmp_path / f"{d}.jsonl", made_documents(d, 200))] for d in ("prose", "sums")
-    }
-    made = prepared(tmp_path / "d", sources, limit_tokens=3000)
-    for d in made.domains:
-        assert 3000 <= sum(made.size(d, s)["tokens"] for s in SPLITS) < 3400
-
-
-def test_a_failed_run_leaves_what_was_there(tmp_path, script):
-    source = write_jsonl(tmp_path / "a.jsonl", made_documents("sums", 80))
-    argv = ["prepare", "--out", tmp_path / "d", "--workers", 1]
-    fractions = ["--val-fraction", 0.2, "--test-fraction", 0.2]
-    assert script(*argv, f"a={source}", "--tokenizer", "train:300", *fractions)[0] == 0
-    before = {p.name: p.read_bytes() for p in (tmp_path / "d").iterdir()}
-    assert script(*argv, f"a={source}", "--tokenizer", "train:300")[0] == 2  # exists
-    source.write_text(source.read_text() + "{broken\n")
-    status, _, err = script(*argv, "--add", f"b={source}")
-    assert status == 2 and f"{source}:81" in err
-    assert {p.name: p.read_bytes() for p in (tmp_path / "d").iterdir()} == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "d"]
-
-
-def test_a_limit_hides_what_comes_after_it_whatever_the_number_of_workers(tmp_path):
-    """A bad line beyond the limit, read ahead of time by many workers, is no error."""
-    lines = [
-        json.dumps({"text": f"{i} {t}" * 20})
-        for i in range(12)
-        for t in made_documents("prose", 100, i)
-    ]
-    (tmp_path / "a.jsonl").write_text("\n".join([*lines, "{bad"]))
-    for workers in ("1", "2", "3"):
-        argv = [f"a={tmp_path / 'a.jsonl'}", "--limit-tokens", 300_000, "--workers", workers]
-        done = prepare_command(tmp_path / workers, *argv)
-        assert done.returncode == 0, done.stderr
-    assert Data(tmp_path / "1").meta == Data(tmp_path / "2").meta == Data(tmp_path / "3").meta
+def test_workers_keep_the_order_and_few_batches_wait_for_them(data):
+    batches = [[Document("a", f"{i} {j}", "val") for j in range(3)] for i in range(20)]
+    batches[7].append(LeftOut("a", "empty"))
+    taken = []
+    found = []
+    path = data.folder / "tokenizer.json"
+    for encoded in encode_all((taken.append(b) or b for b in batches), 2, path):
+        found.append(encoded)
+        assert len(taken) <= len(found) + 6
+    assert found == list(encode_all(iter(batches), 1, path))
+    assert [len(batch) for batch in found] == [3] * 7 + [4] + [3] * 12
 
 
 def test_batches_are_bounded_where_documents_hold_nothing():
     """A small file may have millions of empty documents and of duplicates."""
-    documents = [("a", ""), ("a", "the same")] * 100_000
-    batches = list(prepare_module.place(documents, {"val": 0.1, "test": 0.1}, None))
-    assert sum(map(len, batches)) == 200_000 and max(map(len, batches)) < 20_000
+    documents = [Document("a", ""), Document("a", "the same")] * 15_000
+    sizes = [len(batch) for batch in place(documents, {"val": 0.1, "test": 0.1})]
+    assert sum(sizes) == 30_000 and max(sizes) < 20_000
 
 
-def test_a_name_with_txt_in_the_middle_is_no_text_file(tmp_path):
-    texts = made_documents("prose", 90)
-    made = [
-        prepared(tmp_path / f"{i}", {"a": [write_jsonl(tmp_path / name, texts)]})
-        for i, name in enumerate(("a.jsonl", "a.txt.jsonl"))
-    ]
-    assert made[0].meta["files"] == made[1].meta["files"]
+# ---- sources ----
 
 
-def test_reading_prepared_data_does_not_import_torch():
-    code = "import sys, prepare; assert not {'torch', 'model', 'tokenizers', 'tqdm', 'matplotlib'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+RECORDS = [{"text": text, "n": [1, {}]} for text in TEXTS]
+LINES = b"".join(json.dumps(r, ensure_ascii=False).encode() + b"\n" for r in RECORDS)
 
 
-def test_the_sample_is_real_text_in_five_domains_with_little_overlap(tmp_path):
-    made = subprocess.run(
-        [sys.executable, ROOT / "prepare.py", "--out", tmp_path / "sample"],
-        check=True,
-        capture_output=True,
-        text=True,
+def long_window(content: bytes) -> bytes:
+    """Packed for a window of 256 MB, which only who asks for it unpacks."""
+    parameter = zstd.CompressionParameter
+    wide = {parameter.window_log: 28, parameter.enable_long_distance_matching: 1}
+    file = io.BytesIO()
+    with zstd.ZstdFile(file, "w", options=wide) as stream:
+        stream.write(content)
+    with pytest.raises(zstd.ZstdError):
+        zstd.decompress(file.getvalue())
+    return file.getvalue()
+
+
+def parquet(texts: list[str]) -> bytes:
+    buffer = pyarrow.BufferOutputStream()
+    rows = {"n": [b"x"] * len(texts), "text": texts}
+    pyarrow.parquet.write_table(pyarrow.table(rows), buffer, row_group_size=3)
+    return buffer.getvalue().to_pybytes()
+
+
+# Files with these documents. Those that are packed have two members or frames.
+SOURCES = {
+    "a.jsonl": LINES,
+    "a.ndjson": LINES[:-1],
+    "a.json": b"\n \n" + LINES.replace(b"\n", b"\n\n"),
+    "a.txt.jsonl": LINES,
+    "A.JSONL": b"\xef\xbb\xbf" + LINES.replace(b"\n", b"\r\n"),
+    "a[0].jsonl": LINES,
+    "a.jsonl.gz": gzip.compress(LINES[:300], mtime=0) + gzip.compress(LINES[300:], mtime=0),
+    "a.JSON.GZ": gzip.compress(LINES),
+    "a.jsonl.zst": zstd.compress(LINES[:300]) + zstd.compress(LINES[300:]),
+    "wide.ndjson.Zst": long_window(LINES),
+    "a.parquet": parquet(TEXTS),
+}
+
+
+def read_texts(source: Path) -> list[str]:
+    documents = list(read({"a": source_files(str(source))}, "text", None))
+    assert {type(document) for document in documents} == {Document}
+    return [document.text for document in documents]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_kind_of_file_holds_the_same_documents(tmp_path, name):
+    (tmp_path / name).write_bytes(SOURCES[name])
+    assert read_texts(tmp_path / name) == TEXTS
+
+
+def test_text_files_of_a_folder_or_a_glob_are_a_document_each(tmp_path, script):
+    (tmp_path / "more").mkdir()
+    texts = made_documents("prose", 3)
+    for name, text in zip(("a.txt", "b.TXT", "more/c.txt"), texts, strict=True):
+        (tmp_path / name).write_text(text, newline="")
+    (tmp_path / "notes.md").write_text("other")
+    assert read_texts(tmp_path) == texts
+    assert read_texts(tmp_path / "**" / "*") == texts
+    assert read_texts(tmp_path / "[ab].*") == texts[:2]
+    assert "not read: 1 .md" in script("prepare", *arguments("d", f"a={tmp_path}"))[1]
+
+
+def test_one_source_becomes_many_domains_by_a_key(tmp_path, script):
+    names = {"prose": "Free Text", "sums": "Sums/2", "code": "../x"}
+    records = []
+    for domain, name in names.items():
+        for text in made_documents(domain, 80):
+            records.append({"body": {"text": text}, "meta": {"set": name}})
+    records += [{"body.text": f"{i}", "meta.set": "flat"} for i in range(80)]
+    source = tmp_path / "mixed.jsonl"
+    source.write_text("".join(json.dumps(r) + "\n" for r in records))
+    out = tmp_path / "out" / "d"
+    keys = {"domain_key": "meta.set", "text_key": "body.text"}
+    status, printed, err = script("prepare", *arguments(out, source, **keys))
+    assert status == 0 and "free_text.train" in printed, err
+    made = Data(out)
+    assert made.domains == ["flat", "free_text", "sums_2", "x"]
+    assert all_texts(made, "x") == sorted(made_documents("code", 80))
+    assert {path.parent for path in tmp_path.rglob("*.bin")} == {out}
+
+
+def test_a_parquet_becomes_many_domains_by_a_key(tmp_path):
+    rows = [{"text": f"{d} {i}", "meta": {"set": d}} for d in ("a", "b") for i in range(80)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "all.parquet")
+    made = prepared(tmp_path / "d", {None: [tmp_path / "all.parquet"]}, domain_key="meta.set")
+    assert all_texts(made, "b") == sorted(f"b {i}" for i in range(80))
+
+
+def test_four_hundred_domains_need_no_more_open_files_than_one(tmp_path, script):
+    """Here a process may have 256; at the end there are 1200 bins, and a window of each."""
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] <= 256
+    records = [{"text": f"{i} of {d}", "set": f"d{d}"} for i in range(60) for d in range(400)]
+    source = tmp_path / "a.jsonl"
+    source.write_text("".join(json.dumps(r) + "\n" for r in records))
+    fractions = {"val_fraction": 0.3, "test_fraction": 0.3}
+    status, _, err = script(
+        "prepare", *arguments(tmp_path / "d", source, domain_key="set", **fractions)
     )
-    sample = Data(tmp_path / "sample")
-    assert (
-        sample.domains == ["cpp", "docstrings", "manual", "python", "stubs"]
-        and sample.vocab_size == 4096
-    )
-    assert "13-grams" in made.stdout and max(sample.meta["overlap"].values()) < 0.2
-    total = {d: sum(sample.size(d, s)["bytes"] for s in SPLITS) for d in sample.domains}
-    assert (
-        min(total[d] for d in ("cpp", "docstrings", "python", "stubs")) > 1_000_000
-        and total["manual"] > 300_000
-    )
-    grams = {
-        s: {
-            tuple(w[i : i + 13])
-            for text in documents_of(sample, "cpp", s)
-            for w in [re.findall(r"\w+", text)]
-            for i in range(len(w) - 12)
-        }
-        for s in ("train", "test")
-    }
-    assert len(grams["test"] & grams["train"]) / len(grams["test"]) == pytest.approx(
-        sample.meta["overlap"]["cpp"], abs=1e-9
-    )
-
-
-def prepare_command(out, *argv, **kwargs):
-    """prepare.py as a user runs it, with enough documents in every split."""
-    fractions = ["--val-fraction", 0.2, "--test-fraction", 0.2]
-    tokenizer = [] if "--add" in argv or "--tokenizer" in argv else ["--tokenizer", "train:300"]
-    return command(
-        "prepare.py",
-        "--out",
-        out,
-        *tokenizer,
-        *([] if "--add" in argv else fractions),
-        *argv,
-        **kwargs,
-    )
-
-
-def made_of(text: str, pack: str) -> bytes:
-    """Text as bytes, packed in one of the ways that files are; twice: in two members or frames."""
-    half = len(text) // 2
-    parts = [text[:half].encode(), text[half:].encode()]
-    if pack == "gz":
-        return b"".join(map(gzip.compress, parts))
-    if pack == "zst":
-        packer = zstandard.ZstdCompressor().compressobj()  # a frame that does not tell its size
-        return (
-            zstandard.ZstdCompressor().compress(parts[0])
-            + packer.compress(parts[1])
-            + packer.flush()
-        )
-    return text.encode()
-
-
-@pytest.mark.parametrize("pack", ["gz", "zst"])
-def test_packed_files_hold_the_same_documents(tmp_path, pack):
-    plain = write_jsonl(tmp_path / "p.jsonl", made_documents("prose", 90))
-    (tmp_path / f"p.jsonl.{pack}").write_bytes(made_of(plain.read_text(), pack))
-    want = prepared(tmp_path / "1", {"a": [plain]}).meta["files"]
-    assert prepared(tmp_path / "2", {"a": [tmp_path / f"p.jsonl.{pack}"]}).meta["files"] == want
-
-
-def test_parquet_holds_the_same_documents(tmp_path):
-    texts = {d: made_documents(d, 150) for d in ("prose", "sums")}
-    plain = [write_jsonl(tmp_path / f"{d}.jsonl", texts[d]) for d in texts]
-    rows = [
-        {"text": t, "meta": {"set": d, "n": i}, "more": b"x"}
-        for d in texts
-        for i, t in enumerate(texts[d])
-    ]
-    pyarrow.parquet.write_table(
-        pyarrow.Table.from_pylist(rows), tmp_path / "all.parquet", row_group_size=100
-    )
-    want = prepared(tmp_path / "1", {"prose": [plain[0]], "sums": [plain[1]]})
-    made = prepared(tmp_path / "2", {None: [tmp_path / "all.parquet"]}, domain_key="meta.set")
-    assert made.meta["files"] == want.meta["files"]
-
-
-@pytest.mark.parametrize("name, missing", [("a.jsonl.zst", "zstandard"), ("a.parquet", "pyarrow")])
-def test_a_format_whose_library_is_missing_names_it(script, tmp_path, monkeypatch, name, missing):
-    if missing == "zstandard" and sys.version_info >= (3, 14):
-        pytest.skip("this Python unpacks .zst by itself")
-    (tmp_path / name).write_bytes(b"x")
-    for module in list(sys.modules):
-        if module.partition(".")[0] == missing:
-            monkeypatch.delitem(sys.modules, module)
-    monkeypatch.setitem(sys.modules, missing, None)
-    argv = [
-        "--out",
-        tmp_path / "d",
-        f"a={tmp_path / name}",
-        "--tokenizer",
-        "train:300",
-        "--workers",
-        1,
-    ]
-    status, _, err = script("prepare", *argv)
-    assert status == 2 and f"pip install {missing}" in err and name in err, err
-
-
-def test_names_of_domains_that_would_be_the_same_file_are_an_error(script, tmp_path):
-    records = [
-        {"text": t, "set": d}
-        for d in ("Stack Exchange", "stack/exchange")
-        for t in made_documents(d, 60)
-    ]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    argv = [
-        "--out",
-        tmp_path / "d",
-        tmp_path / "a.jsonl",
-        "--domain-key",
-        "set",
-        "--tokenizer",
-        "train:300",
-    ]
-    status, _, err = script("prepare", *argv)
-    assert (
-        status == 2
-        and "'Stack Exchange'" in err
-        and "'stack/exchange'" in err
-        and not (tmp_path / "d").exists()
-    )
-
-
-def test_bad_lines_are_counted_where_some_are_allowed(tmp_path):
-    texts = made_documents("sums", 100)
-    lines = [json.dumps({"text": t}) for t in texts]
-    for at, bad in (
-        (3, "{"),
-        (50, '{"text": null}'),
-        (60, '"just a string"'),
-        (90, '{"text": "\\ud800"}'),
-    ):
-        lines.insert(at, bad)
-    (tmp_path / "a.jsonl").write_text(
-        "\n".join([*lines, json.dumps({"text": texts[5]}), '{"text": ""}'])
-    )
-    source = f"a={tmp_path / 'a.jsonl'}"
-    assert prepare_command(tmp_path / "d", source, "--max-bad", 3).returncode == 2
-    done = prepare_command(tmp_path / "d", source, "--max-bad", 4)
-    assert (
-        done.returncode == 0
-        and "4 bad" in done.stdout
-        and "1 duplicate" in done.stdout
-        and "1 empty" in done.stdout
-    )
+    assert status == 0, err
     made = Data(tmp_path / "d")
-    assert made.meta["left_out"] == {"bad": 4, "duplicate": 1, "empty": 1}
-    assert sorted(t for s in SPLITS for t in documents_of(made, "a", s)) == sorted(texts)
+    assert len(made.domains) == 400
+    windows = [made.window(d, split, 16, 0) for d in made.domains for split in SPLITS]
+    decode = tokenizers.Tokenizer.from_file(str(made.folder / "tokenizer.json")).decode
+    for number, window in enumerate(windows):
+        assert f"of {made.domains[number // 3][1:]}" in decode(window.tolist())
+
+
+@pytest.mark.parametrize(
+    "name, module, missing",
+    [
+        ("a.jsonl.zst", zstd.__name__.partition(".")[0], "backports.zstd"),
+        ("a.parquet", "pyarrow.parquet", "pyarrow"),
+    ],
+)
+def test_a_format_whose_library_is_missing_names_it(
+    script, tmp_path, monkeypatch, name, module, missing
+):
+    (tmp_path / name).write_bytes(b"x")
+    monkeypatch.setitem(sys.modules, module, None)
+    result = script("prepare", *arguments(tmp_path / "d", f"a={tmp_path / name}"))
+    fails(result, f"pip install {missing}", name)
+
+
+# ---- bad input ----
+
+
+GOOD = b'{"text": "some text"}\n'
+
+
+@pytest.mark.parametrize(
+    "name, content, number, why",
+    [
+        ("a.jsonl", GOOD + b"{broken", 2, "JSONDecodeError"),
+        ("a.jsonl", GOOD + GOOD + b'{"text": null}', 3, "no text under 'text'; there are 'text'"),
+        ("a.jsonl", b'{"body": "x"}', 1, "no text under 'text'; there are 'body'"),
+        ("a.jsonl", b"{}", 1, "no keys"),
+        ("a.jsonl", GOOD + b"[1]", 2, "no object"),
+        ("a.jsonl", GOOD + b'"a string"', 2, "no object"),
+        ("a.jsonl", GOOD + b'{"text": "\\ud800"}', 2, "surrogate"),
+        ("a.jsonl", GOOD + b'{"text": "na\xefve"}', 2, "utf-8"),
+        ("a.jsonl", GOOD + b"\0" * 100, 2, "JSONDecodeError"),
+        ("a.jsonl", b"[" * 100_000, 1, "RecursionError"),
+        ("a.jsonl", b"9" * 5000, 1, "5000 digits"),
+        ("a.json", b'{\n "text": "x"\n}', 1, "JSON over many lines"),
+        ("a.json", b'[\n {"text": "x"}]', 1, "JSON over many lines"),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\n", 1, "git lfs pull"),
+        ("a.txt", "naïve".encode("latin-1"), 1, "utf-8"),
+        ("a.txt", b"version https://git-lfs.github.com/spec/v1\n", 1, "git lfs pull"),
+        ("a.txt", b"x" * (2**24 + 1), 1, "longer than"),
+    ],
+)
+def test_a_bad_line_is_named_by_file_number_and_reason(tmp_path, name, content, number, why):
+    path = tmp_path / name
+    path.write_bytes(content)
+    bad = [line for line in read({"a": [path]}, "text", None) if isinstance(line, BadLine)]
+    assert bad[0][:3] == ("a", path, number) and why in bad[0].why
+
+
+def test_bad_lines_are_counted_where_some_are_allowed(tmp_path, script):
+    texts = made_documents("sums", 100)
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    lines = source.read_text().splitlines()
+    lines[3:3] = ["{", '{"text": null}', "7", '{"text": "\\ud800"}']
+    source.write_text("\n".join(lines))
+    fails(
+        script("prepare", *arguments(tmp_path / "d", f"a={source}")), f"{source}:4: ", "--max-bad"
+    )
+    fails(script("prepare", *arguments(tmp_path / "d", f"a={source}", max_bad=3)), f"{source}:7: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+    status, out, err = script("prepare", *arguments(tmp_path / "d", f"a={source}", max_bad=4))
+    assert status == 0 and "left out: 4 bad" in out, err
+    assert all_texts(Data(tmp_path / "d"), "a") == sorted(texts)
+
+
+PACKED = {"gz": gzip.compress, "zst": zstd.compress}
+
+
+@pytest.mark.parametrize("pack", PACKED)
+def test_a_line_of_300_megabytes_in_a_small_file(tmp_path, data, pack):
+    """It is a bad one, soon and in little memory; the others are read."""
+    good = "".join(json.dumps({"text": text}) + "\n" for text in made_documents("sums", 80))
+    more = good.replace("sums", "more").encode()
+    parts = [PACKED[pack](good.encode() + b'{"text": "'), PACKED[pack](b"a" * 10**7) * 30]
+    source = tmp_path / f"a.jsonl.{pack}"
+    source.write_bytes(b"".join([*parts, PACKED[pack](b'"}\n' + more)]))
+    assert source.stat().st_size < 400_000
+    argv = arguments(tmp_path / "d", f"a={source}", max_bad=1, tokenizer=data.folder)
+    done = command("prepare.py", *argv, memory=300e6)
+    assert done.returncode == 0 and "1 bad" in done.stdout, done.stderr
+    assert len(all_texts(Data(tmp_path / "d"), "a")) == 160
+    documents = read({"a": [source]}, "text", None)
+    bad = next(line for line in documents if isinstance(line, BadLine))
+    assert bad == ("a", source, 81, "longer than 16,777,216 bytes")
+
+
+def test_a_file_that_takes_more_memory_than_there_is(tmp_path):
+    source = tmp_path / "a.jsonl.zst"
+    source.write_bytes(long_window(LINES))
+    done = command("prepare.py", *arguments(tmp_path / "d", f"a={source}"), memory=200e6)
+    fails(done, source, "free some memory")
+
+
+DAMAGED = {
+    "cut.jsonl.gz": gzip.compress(LINES * 99)[:-9],
+    "cut.jsonl.zst": zstd.compress(LINES * 99)[:-9],
+    "cut.parquet": SOURCES["a.parquet"][:-9],
+    "changed.jsonl.gz": gzip.compress(LINES, 0).replace(b"sums", b"suns"),
+    **{f"other.{kind}": b"\0 no such format" * 10 for kind in ("jsonl.gz", "txt.zst", "parquet")},
+    "pointer.jsonl.gz": b"version https://git-lfs.github.com/spec/v1\n",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_file_that_cannot_be_read_to_its_end(script, tmp_path, name):
+    (tmp_path / name).write_bytes(DAMAGED[name])
+    way_out = "git lfs pull" if "pointer" in name else "get it again"
+    result = script("prepare", *arguments(tmp_path / "d", f"a={tmp_path / name}"))
+    fails(result, f"{tmp_path / name}: cannot be read", way_out)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.gz"])
+def test_what_follows_a_gzip_and_is_none_is_left_out_and_said(tmp_path, capsys, name):
+    text = GOOD.strip()  # a last line that no end of line ends
+    (tmp_path / name).write_bytes(gzip.compress(text) + b"\0" * 9 + b"signature" * 9)
+    assert read_texts(tmp_path / name) == ["some text" if "json" in name else text.decode()]
+    assert f"{name}: what follows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "label, domain",
+    [
+        ("Stack Exchange (2024)", "stack_exchange_2024"),
+        ("../x", "x"),
+        ("/etc/passwd", "etc_passwd"),
+        ("a/../../b", "a_b"),
+    ],
+)
+def test_a_domain_that_a_record_names_has_a_name_that_is_fit_for_a_file(label, domain):
+    assert domain_named(label, by_record=True) == domain
+
+
+@pytest.mark.parametrize("label", ["..", "mean", "", "x" * 5000, "\0", "日本"])
+def test_what_cannot_be_the_name_of_a_domain(label):
+    for by_record in (False, True):
+        with pytest.raises(InputError, match="cannot be a domain"):
+            domain_named(label, by_record)
+
+
+@pytest.mark.parametrize("both, by_record", [(("web", "Web"), False), (("a b", "a/b"), True)])
+def test_two_domains_whose_files_some_disks_would_take_for_one_are_an_error(both, by_record):
+    documents = [Document(label, "text") for label in both]
+    with pytest.raises(InputError, match=f"'{both[0]}' and '{both[1]}'"):
+        list(place(documents, {"val": 0.1, "test": 0.1}, by_record))
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        ("a=missing.jsonl", ["missing.jsonl: no file there"]),
+        ("a=table.csv", [".csv is not read", ".jsonl"]),
+        ("a.jsonl", ["name=path"]),
+        ("a=", ["name=path"]),
+        ("../x=a.jsonl", ["'../x'"]),
+        ("a=a.jsonl --tokenizer=missing.json", ["missing.json"]),
+        ("a=a.jsonl --tokenizer=train:x", ["train:x"]),
+        ("a=a.jsonl --tokenizer=train:90000", ["90000"]),
+        ("a=few.jsonl", ["is left empty, of 2 documents", "--val-", "--min-documents"]),
+        ("a=a.jsonl --val-fraction=0.9", ["--val-fraction"]),
+        ("a=a.jsonl --val-fraction=nan", ["--val-fraction"]),
+        ("a=a.jsonl --workers=0", ["--workers 0: expected at least 1"]),
+        ("a=a.jsonl --limit-tokens=0", ["--limit-tokens 0"]),
+        ("a=a.jsonl --max-bad=-1", ["--max-bad -1"]),
+        ("a=a.jsonl --bogus", ["--bogus", "--help"]),
+        ("a=a.jsonl b=empty.jsonl", ["b.train is left empty"]),
+        ("empty.jsonl --domain-key=meta.set", ["every split is left empty"]),
+        ("a=a.jsonl --add", ["--tokenizer", "--add"]),
+    ],
+)
+def test_what_cannot_be_done_is_said_and_leaves_nothing(script, tmp_path, monkeypatch, argv, said):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "a.jsonl", made_documents("sums", 60))
+    write_jsonl(tmp_path / "few.jsonl", made_documents("sums", 2))
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "table.csv").write_text("a,b")
+    before = sorted(tmp_path.iterdir())
+    fails(script("prepare", *arguments("d"), *argv.split()), *said)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_sources_need_a_tokenizer_and_a_tokenizer_needs_sources(script, tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", made_documents("sums", 60))
+    out = tmp_path / "d"
+    fails(
+        script("prepare", *arguments(out, f"a={source}", tokenizer=False)), "--tokenizer", "--add"
+    )
+    fails(script("prepare", *arguments(out, add=True, tokenizer=False)), "name sources")
+
+
+def test_small_domains_can_be_left_out(script, tmp_path):
+    many = write_jsonl(tmp_path / "many.jsonl", made_documents("sums", 60))
+    few = write_jsonl(tmp_path / "few.jsonl", made_documents("prose", 9))
+    argv = arguments(tmp_path / "d", f"many={many}", f"few={few}", min_documents=10)
+    status, out, err = script("prepare", *argv)
+    assert status == 0 and "9 in a small domain" in out, err
+    assert Data(tmp_path / "d").domains == ["many"]
+    assert sorted(path.stem for path in (tmp_path / "d").glob("few*")) == []
+
+
+# ---- the folder ----
+
+
+def test_nothing_that_exists_is_replaced(script, tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", made_documents("sums", 80))
+    for out in (tmp_path, ".", source):
+        fails(script("prepare", *arguments(out, f"a={source}")), "exists", "--add")
+    add = {"tokenizer": False, "add": True}
+    fails(
+        script("prepare", *arguments(tmp_path / "none", f"a={source}", **add)),
+        "not there to add to",
+    )
+    fails(script("prepare", *arguments(source / "d", f"a={source}")), source)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 def test_a_domain_is_added_as_if_it_had_been_there_from_the_start(tmp_path, script):
-    for d in ("code", "prose", "sums"):
-        write_jsonl(tmp_path / f"{d}.jsonl", made_documents(d, 120))
-    sources = {d: f"{d}={tmp_path / d}.jsonl" for d in ("code", "prose", "sums")}
-    assert prepare_command(tmp_path / "two", sources["code"], sources["sums"]).returncode == 0
-    at_once = prepare_command(
-        tmp_path / "three", *sources.values(), "--tokenizer", tmp_path / "two" / "tokenizer.json"
-    )
-    assert at_once.returncode == 0, at_once.stderr
-    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "two").iterdir()}
-    done = prepare_command(tmp_path / "two", "--add", sources["prose"])
-    assert done.returncode == 0, done.stderr
-    two, three = Data(tmp_path / "two"), Data(tmp_path / "three")
-    assert two.meta == three.meta and two.identity == three.identity
-    changed = [
-        p.name for p in (tmp_path / "two").iterdir() if before.get(p.name) != p.stat().st_mtime_ns
-    ]
-    assert sorted(changed) == ["meta.json", "prose.test.bin", "prose.train.bin", "prose.val.bin"]
-    for argv in (
-        ["--add", sources["prose"]],
-        ["--add", sources["prose"], "--tokenizer", "train:300"],
-    ):
-        assert prepare_command(tmp_path / "two", *argv).returncode == 2
-    assert Data(tmp_path / "two").meta == three.meta and not list(tmp_path.glob(".*"))
+    sources = {}
+    for domain in ("code", "prose", "sums"):
+        sources[domain] = f"{domain}={tmp_path / domain}.jsonl"
+        write_jsonl(tmp_path / f"{domain}.jsonl", made_documents(domain, 120))
+    two = tmp_path / "two"
+    three = tmp_path / "three"
+    assert script("prepare", *arguments(two, sources["code"], sources["sums"]))[0] == 0
+    same_tokenizer = {"tokenizer": two / "tokenizer.json"}
+    assert script("prepare", *arguments(three, *sources.values(), **same_tokenizer))[0] == 0
+    before = {path.name: path.stat().st_mtime_ns for path in two.iterdir()}
+    add = options(out=two, add=True, workers=1)
+    status, _, err = script("prepare", sources["prose"], *add)
+    assert status == 0, err
+    assert Data(two).meta == Data(three).meta and Data(two).identity == Data(three).identity
+    after = {path.name: path.stat().st_mtime_ns for path in two.iterdir()}
+    changed = {name for name, written in after.items() if before.get(name) != written}
+    assert changed == {"meta.json", *(f"prose.{split}.bin" for split in SPLITS)}
+
+    fails(script("prepare", sources["prose"], *add), "has prose.test already")
+    (tmp_path / "bad.jsonl").write_text((tmp_path / "code.jsonl").read_text() + "{broken\n")
+    fails(script("prepare", f"more={tmp_path}/bad.jsonl", *add), "bad.jsonl:121")
+    assert Data(two).meta == Data(three).meta
+    assert {path.name: path.stat().st_mtime_ns for path in two.iterdir()} == after
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_two_processes_may_add_at_the_same_time(tmp_path):
-    for d in ("code", "prose", "sums"):
-        write_jsonl(tmp_path / f"{d}.jsonl", made_documents(d, 300))
-    assert prepare_command(tmp_path / "d", f"code={tmp_path}/code.jsonl").returncode == 0
-    argv = [sys.executable, ROOT / "prepare.py", "--out", tmp_path / "d", "--add", "--workers", "1"]
-    running = [subprocess.Popen([*argv, f"{d}={tmp_path}/{d}.jsonl"]) for d in ("prose", "sums")]
+    paths = {d: write_jsonl(tmp_path / f"{d}.jsonl", made_documents(d, 300)) for d in ("a", "b")}
+    prepared(tmp_path / "d", {"first": [paths["a"]]})
+    argv = [sys.executable, ROOT / "prepare.py", *options(out=tmp_path / "d", add=True, workers=1)]
+    running = [subprocess.Popen([*argv, f"{d}={path}"]) for d, path in paths.items()]
     assert [process.wait() for process in running] == [0, 0]
-    assert Data(tmp_path / "d").domains == ["code", "prose", "sums"]
+    assert Data(tmp_path / "d").domains == ["a", "b", "first"]
 
 
-def test_killed_half_way_nothing_looks_like_data_and_a_second_run_succeeds(tmp_path):
-    source = write_jsonl(
-        tmp_path / "a.jsonl",
-        [f"{i} {t}" for i in range(300) for t in made_documents("code", 60, i)],
-    )
-    (tmp_path / "t").mkdir()
-    first = prepare_command(tmp_path / "t" / "d", f"a={source}", "--limit-tokens", 20_000)
-    assert first.returncode == 0, first.stderr
-    tokenizer = (tmp_path / "t" / "d" / "tokenizer.json").rename(tmp_path / "tokenizer.json")
-    shutil.rmtree(tmp_path / "t")
-    argv = [sys.executable, ROOT / "prepare.py", "--out", tmp_path / "t" / "d", f"a={source}"]
-    argv += ["--tokenizer", tokenizer, "--workers", "2"]
-    process = subprocess.Popen(argv)
-    while not (bins := list(tmp_path.glob("t/.*/a.train.bin"))) or not bins[0].stat().st_size:
+def test_killed_half_way_it_leaves_no_data_and_no_process_and_a_second_run_succeeds(
+    tmp_path, data, script
+):
+    texts = [f"{i} {text * 9}" for i in range(50) for text in made_documents("code", 100, i)]
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    out = tmp_path / "t" / "d"
+    argv = arguments(out, f"a={source}", tokenizer=data.folder, workers=2)
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen([sys.executable, ROOT / "prepare.py", *argv], **pipe)
+    while not any(path.stat().st_size for path in tmp_path.glob("t/.*/a.train.bin")):
         assert process.poll() is None
         time.sleep(0.01)
-    children = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True
-    )
     process.kill()
-    process.wait()
-    with pytest.raises(InputError):
-        Data(tmp_path / "t" / "d")
+    process.communicate(timeout=20)  # workers have the pipe, too: it is read to its end with theirs
+    with pytest.raises(InputError, match="not a data set"):
+        Data(out)
     assert not list(tmp_path.glob("t/.*/meta.json"))
-    for _ in range(100):  # the workers end, too
-        if not any(os.path.exists(f"/proc/{pid}/fd/0") for pid in children.stdout.split()):
-            break
-        time.sleep(0.1)
-    else:
-        raise AssertionError("workers outlive the process that started them")
-    subprocess.run(argv, check=True, capture_output=True)
-    assert [p.name for p in (tmp_path / "t").iterdir()] == ["d"] and Data(
-        tmp_path / "t" / "d"
-    ).domains == ["a"]
+    status, _, err = script("prepare", *argv, "--limit-tokens", 9000)
+    assert status == 0, err
+    assert [path.name for path in (tmp_path / "t").iterdir()] == ["d"]
+    assert Data(out).domains == ["a"]
 
 
-MEASURE = """
-import resource, sys
-sys.path.insert(0, {root!r})
-import prepare
-sys.argv = ["prepare.py", *sys.argv[1:]]
-if __name__ == "__main__":
-    prepare.cli(prepare.main)
-    assert "torch" not in sys.modules
-    own = next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]
-    print(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+# ---- what it takes ----
+
+
+def test_reading_prepared_data_does_not_import_torch():
+    slow = "{'torch', 'model', 'tokenizers', 'tqdm', 'matplotlib'}"
+    code = f"import sys, prepare; assert not {slow} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+PEAK = """
+import prepare, re, sys
+prepare.cli(prepare.main)
+assert "torch" not in sys.modules
+print(re.search(r"VmHWM:\\s+([0-9]+) kB", open("/proc/self/status").read())[1])
 """
 
 
-def peak_memory(tmp_path, *argv) -> list[int]:
-    """MB at most, of the process and of the largest of its workers."""
-    (tmp_path / "measure.py").write_text(MEASURE.format(root=str(ROOT)))
-    done = subprocess.run(
-        [sys.executable, tmp_path / "measure.py", *map(str, argv)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return [int(kb) // 1024 for kb in done.stdout.splitlines()[-1].split()]
-
-
-@pytest.mark.skipif(
-    not os.path.exists("/proc/self/status"), reason="memory is measured as Linux tells it"
-)
-def test_memory_does_not_grow_with_the_input(tmp_path):
-    """Eight times as much text takes about as much memory; torch is not imported."""
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is measured as Linux tells it")
+def test_memory_does_not_grow_with_the_input(tmp_path, data):
+    """Sixteen times as much text, of 14 MB, takes about as much; torch is not imported."""
     peaks = []
-    for n in (5, 40):  # about 1 MB each
-        with open(tmp_path / f"{n}.jsonl", "w") as f:
-            for i in range(n):
-                f.writelines(
-                    json.dumps({"text": f"{i} {t}" * 20}) + "\n"
-                    for t in made_documents("prose", 120, i)
-                )
-        argv = [
-            "--out",
-            tmp_path / str(n),
-            f"a={tmp_path / f'{n}.jsonl'}",
-            "--tokenizer",
-            "train:400",
-        ]
-        peaks.append(peak_memory(tmp_path, *argv, "--workers", 2))
-    assert (tmp_path / "40.jsonl").stat().st_size > 35e6
-    assert max(peaks[1]) < 300 and max(peaks[1]) < max(peaks[0]) + 60, peaks
+    for n in (1, 16):
+        texts = [f"{i} {text * 20}" for i in range(n) for text in made_documents("prose", 120, i)]
+        source = write_jsonl(tmp_path / f"{n}.jsonl", texts)
+        argv = arguments(tmp_path / str(n), f"a={source}", tokenizer=data.folder)
+        words = [sys.executable, "-c", PEAK, *argv]
+        done = subprocess.run(words, check=True, capture_output=True, text=True)
+        peaks.append(int(done.stdout.split()[-1]) / 1000)
+    assert source.stat().st_size > 14e6
+    assert peaks[1] < 200 and peaks[1] < peaks[0] + 12, peaks
 
 
-def test_a_document_takes_eight_bytes_of_what_is_remembered(monkeypatch):
-    """Hashes go from a set of bounded size into an array, and duplicates are told by both."""
-    monkeypatch.setattr(prepare_module, "RECENT", 100)
-    rng = random.Random(0)
-    texts = [f"document {rng.randrange(5000)}" for _ in range(9000)]
-    stop = [("a", "x" * prepare_module.BLOCK)]
-    placed = prepare_module.place(
-        iter([("a", t) for t in texts] + stop), {"val": 0.1, "test": 0.1}, None
-    )
-    kept = [text for _, split, text in next(placed) if split in SPLITS]
-    assert kept[:-1] == list(dict.fromkeys(texts))
-    ((recent, older),) = placed.gi_frame.f_locals["seen"].values()
-    assert len(recent) < 100 and older.dtype.itemsize == 8
-    assert len(kept) - 100 <= len(older) <= len(kept)
+# ---- the sample ----
+
+
+def test_the_sample_is_real_text_in_five_domains_with_little_overlap(tmp_path, script, monkeypatch):
+    def smaller(fractions):
+        return make_sample(fractions, max_bytes=250_000)
+
+    monkeypatch.setattr(prepare_module, "make_sample", smaller)
+    status, out, err = script("prepare", *options(out=tmp_path / "sample", workers=1))
+    assert status == 0 and "13-grams" in out, err
+    sample = Data(tmp_path / "sample")
+    assert sample.domains == ["cpp", "docstrings", "manual", "python", "stubs"]
+    assert sample.vocab_size == 4096
+    for domain in sample.domains:
+        assert sum(sample.size(domain, split)["bytes"] for split in SPLITS) > 250_000
+        grams = {"train": set(), "test": set()}
+        for split, found in grams.items():
+            for text in texts_of(sample, domain, split):
+                parts = re.findall(r"\w+", text)
+                found |= {tuple(parts[i : i + 13]) for i in range(len(parts) - 12)}
+        share = len(grams["train"] & grams["test"]) / len(grams["test"])
+        assert sample.meta["overlap"][domain] == pytest.approx(share, abs=1e-9)
+        assert share < 0.2
