@@ -732,7 +732,6 @@ def stoppable() -> Iterator[None]:
 
     The process then ends with status 128 + the signal, and the command that goes on.
     """
-    stop_signals.clear()
     before = {n: signal.signal(n, note_signal) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -745,6 +744,7 @@ def stoppable() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        stop_signals.clear()
 
 
 def resume_command() -> str:
@@ -1047,9 +1047,8 @@ def main():
     model = load_to_train(args, data, hyper.dtype, device)
     T = hyper.seq_len
 
-    def validation() -> Losses:
-        stop = partial(stop_if_asked, device)
-        return evaluate(model, data, "val", T, hyper.dtype, args.eval_sequences, stop)
+    def validation(after_batch: Callable[[], None] | None = None) -> Losses:
+        return evaluate(model, data, "val", T, hyper.dtype, args.eval_sequences, after_batch)
 
     def validate(steps_done: int) -> dict[str, float] | None:
         if not args.eval_every or steps_done % args.eval_every:
@@ -1065,7 +1064,8 @@ def main():
             times = ", ".join(f"{d} {r:.2f}" for d, r in repeats)
             size = f"{sum(counts.values()):,} sequences of {T} tokens, {hyper.batch_size} a step"
             say(f"pass    {size}, lr {hyper.learning_rate:g}; times through a domain: {times}")
-            losses = {"before": validation()}
+            # A later evaluation is not cut short: the steps before it would be lost.
+            losses = {"before": validation(partial(stop_if_asked, device))}
             train(
                 model,
                 data,

@@ -185,7 +185,8 @@ def command(
 # A server that has imported everything once: its children start at once.
 os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["conftest", "mix", "torch.distributed.fsdp"])
+imported = ["conftest", "mix", "matplotlib.figure", "torch.distributed.fsdp"]
+processes.set_forkserver_preload(imported)
 # What Python does to a disk, as its audit calls it.
 DISK = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
 
@@ -245,8 +246,12 @@ class Run:
         """Waits for it; returns (exit status, stdout, stderr), as the `script` fixture does."""
         self.process.join(seconds)
         assert self.process.exitcode is not None, "still running"
-        files = [Path(f"{self.output}.{stream}") for stream in (1, 2)]
-        return self.process.exitcode, *(file.read_text() if file.exists() else "" for file in files)
+        return self.process.exitcode, self.printed(1), self.printed(2)
+
+    def printed(self, stream: int = 1) -> str:
+        """So far, on stdout or stderr."""
+        path = Path(f"{self.output}.{stream}")
+        return path.read_text() if path.exists() else ""
 
     def wait_for(self, condition) -> None:
         while self.process.is_alive() and not condition():
