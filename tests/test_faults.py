@@ -1,78 +1,66 @@
-"""Killed, stopped, poisoned, damaged, full, twice at once: nothing is lost, and nothing is silently wrong."""
+"""Killed, stopped, poisoned, damaged, full, twice at once: nothing is lost or silently wrong."""
 
-import contextlib
 import json
 import os
-import random
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, Run, made_documents, write_jsonl
+from conftest import (
+    ROOT,
+    SMALL,
+    Run,
+    ends_well,
+    fails,
+    log_of,
+    made_documents,
+    options,
+    ranks,
+    run_script,
+    same_weights,
+    train_options,
+    write_jsonl,
+)
 from safetensors.torch import load_file
-from test_errors import fails
-from test_train import log_of, same_weights
 
-import eval
-import prepare
-from model import load
+import model
+import train
+from model import load, save
 from prepare import Data, InputError
-from train import Mixture, train
+from train import Hyperparameters, Mixture
+
+HYPER = Hyperparameters(seq_len=32, batch_size=8, learning_rate=1e-3)
+COUNTS = {"code": 27, "prose": 27, "sums": 26}  # ten steps
 
 
-def argv(data, small, out, *more):
+def long_run(data, model, out, **changes) -> list[str]:
     """50 steps of a few milliseconds each, with 24 checkpoints."""
-    base = [
-        "--data",
-        data.folder,
-        "--model",
-        small,
-        "--out",
-        out,
-        "--mix",
-        "uniform",
-        "--sequences",
-        400,
-    ]
-    return [
-        *base,
-        "--batch-size",
-        8,
-        "--lr",
-        1e-3,
-        "--eval-sequences",
-        8,
-        "--save-every",
-        2,
-        *SMALL,
-        *more,
-    ]
+    return train_options(data, model, out, **{"sequences": 400, "save_every": 2} | changes)
 
 
 @pytest.fixture(scope="module")
 def whole(data, small, tmp_path_factory):
-    """The folder of an undisturbed run."""
+    """The folder of a long run that nobody disturbed."""
     folder = tmp_path_factory.mktemp("whole")
-    status, _, err = Run(folder, "train", *argv(data, small, folder / "run")).end()
-    assert status == 0, err
+    ends_well(Run(folder, "train", *long_run(data, small, folder / "run")))
     return folder / "run"
 
 
-def lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+def is_same(a: Path, b: Path) -> bool:
+    return same_weights(a, b) and log_of(a) == log_of(b)
 
 
-def same_log(a, b) -> bool:
-    a, b = ([{**line, "tokens_per_second": 0} for line in log_of(folder)] for folder in (a, b))
-    return a == b
+def names_in(folder: Path) -> set[Path]:
+    return {path.relative_to(folder) for path in folder.rglob("*")}
 
 
 def sound(folder: Path) -> list[int]:
@@ -88,814 +76,672 @@ def sound(folder: Path) -> list[int]:
     return steps
 
 
-def test_train_killed_at_twenty_moments_ends_with_the_same_weights(data, small, tmp_path):
-    """Some steps after it began; before a change of the disk, often in the writing of a checkpoint; and at the end."""
-    rng, out, more = random.Random(1), tmp_path / "run", ("--sequences", 1200)
-    assert Run(tmp_path, "train", *argv(data, small, tmp_path / "whole", *more)).end()[0] == 0
+def interrupted(network, data, out, step: int, **more) -> None:
+    """Train as far as this step, with checkpoints in `out` on the way."""
+    out.mkdir(exist_ok=True)
+
+    def interrupt(done):
+        if done == step:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train.train(network, data, COUNTS, HYPER, out=out, validate=interrupt, **more)
+
+
+# ---- killed ----
+
+
+def killed_in_turn(tmp_path: Path, name: str, words: list, moments: list[str]) -> None:
+    """Lives of one run, each of which ends just before one of these changes of the disk."""
+    for moment in moments:
+        life = Run(tmp_path, name, *words, kill_at=moment)
+        status, out, err = life.end()
+        assert status == -signal.SIGKILL, (moment, out, err)
+
+
+def test_train_killed_at_every_kind_of_moment_ends_with_the_same_weights(
+    data, small, whole, tmp_path
+):
+    out = tmp_path / "run"
+    moments = ["mkdir .*/run", "open .*/.lock", "rename .*/run.json", "rename .*/log.jsonl"]
+    moments += ["open .*00002.partial/.optimizer", "open .*00004.partial/.manifest"]
+    moments += ["rename .*/checkpoint-00000006", "rmdir .*/checkpoint-00000002"]
+    moments += ["remove state.json", "rename .*/result.json", "rename .*/README.md"]
+    moments += ["rename .*/run/model.safetensors", "rmdir .*/checkpoint-00000046", "remove manif"]
+    words = long_run(data, small, out, resume=True)
+    killed_in_turn(tmp_path, "train", words, moments)
+    ends_well(Run(tmp_path, "train", *words))
+    assert is_same(out, whole)
+    assert names_in(out) == names_in(whole)
+
+
+def test_train_killed_in_the_middle_of_anything_ends_with_the_same_weights(
+    data, small, whole, tmp_path
+):
+    out = tmp_path / "run"
     reached = []
-    for life in range(20):
-        done = lines(out / "log.jsonl")
-        kill_at, further = (rng.randint(1, 60), 1000) if life % 2 else (0, rng.randint(1, 12))
-        target = 150 if life > 17 else done + further
-        run = Run(
-            tmp_path,
-            "train",
-            *argv(data, small, out, *more, "--resume"),
-            kill_at=kill_at if life < 18 else 0,
-        )
-        run.wait_for(lambda: lines(out / "log.jsonl") >= target)
-        time.sleep(rng.uniform(0, 0.02))
-        run.process.kill()
-        run.end()
-        found = sorted(out.glob("checkpoint-*"))
-        assert all(
-            (checkpoint / "manifest.json").exists() for checkpoint in found[1:]
-        )  # the oldest may be half removed
-        reached += [int(found[-1].name[-8:])] if found else []
-    assert len(set(reached)) >= 10 and reached == sorted(reached), reached
-    status, _, err = Run(tmp_path, "train", *argv(data, small, out, *more, "--resume")).end()
+    for pause in (0, 0.005, 0.01):
+        done = len(log_of(out))
+        run = Run(tmp_path, "train", *long_run(data, small, out, resume=True))
+        run.wait_for(lambda done=done: len(log_of(out)) >= done + 5)
+        time.sleep(pause)
+        run.kill()
+        reached.append(len(log_of(out)))
+    assert reached == sorted(reached)
+    assert reached[-1] < 50
+    ends_well(Run(tmp_path, "train", *long_run(data, small, out, resume=True)))
+    assert is_same(out, whole)
+    assert names_in(out) == names_in(whole)
+
+
+def train_with(optimizer, settings: dict, words: list) -> None:
+    """What an edit of make_optimizer does, and of nothing else."""
+    train.make_optimizer = lambda model, device: optimizer(model.parameters(), **settings)
+    run_script("train", words)
+
+
+@pytest.mark.parametrize(
+    "optimizer, settings, state",
+    [
+        (torch.optim.SGD, {"momentum": 0.9}, {"momentum_buffer"}),
+        (torch.optim.SGD, {}, set()),
+        (torch.optim.NAdam, {}, {"exp_avg", "exp_avg_sq", "mu_product", "step"}),
+        (torch.optim.Adagrad, {}, {"sum", "step"}),
+    ],
+)
+def test_another_optimizer_is_killed_and_resumed_to_the_same_weights(
+    data, small, tmp_path, optimizer, settings, state
+):
+    def run(name: str, **more) -> Run:
+        words = train_options(data, small, tmp_path / name, save_every=2, resume=True, lr=0.1)
+        return Run(tmp_path, train_with, optimizer, settings, words, **more)
+
+    ends_well(run("whole"))
+    assert run("run", kill_at="rename .*/checkpoint-00000004").end()[0] == -signal.SIGKILL
+    saved = load_file(tmp_path / "run" / "checkpoint-00000002" / "optimizer.safetensors")
+    assert {name.rpartition(".")[2] for name in saved} == state
+    (printed,) = ends_well(run("run"))
+    assert "going on from" in printed
+    assert is_same(tmp_path / "run", tmp_path / "whole")
+
+
+def train_compiled(folder: Path, data: Path, out: Path) -> None:
+    model.start("cpu")
+    network = load(folder)
+    network.compile_parts()
+    out.mkdir(exist_ok=True)
+    train.train(network, Data(data), {"sums": 32}, HYPER, out=out, save_every=1)
+    save(network, out)
+
+
+def test_a_compiled_run_is_killed_and_resumed_to_the_same_weights(data, small, tmp_path):
+    """On two threads, which may not add gradients up in the order in which they arrive."""
+    compiles, why = model.can_compile(torch.device("cpu"))
+    if not compiles:
+        pytest.skip(why)
+    run = partial(Run, tmp_path, train_compiled, small, data.folder, threads=2)
+    run(tmp_path / "whole").end()
+    assert run(tmp_path / "run", kill_at="rename .*/checkpoint-00000002").end()[0] < 0
+    status, out, err = run(tmp_path / "run").end()
     assert status == 0, err
-    assert same_weights(out, tmp_path / "whole") and same_log(out, tmp_path / "whole")
-    assert {path.name for path in out.iterdir()} == {
-        path.name for path in (tmp_path / "whole").iterdir()
-    }  # no leftovers
+    assert "checkpoint-00000001" in out
+    assert is_same(tmp_path / "run", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("kill_at", [1, 2, 3, 4, 5, 86, 88, 95])
-def test_train_killed_as_it_begins_or_ends_leaves_nothing_behind(data, small, tmp_path, kill_at):
-    """Before there is a record of the run; after the model is there, but its checkpoints still are, too."""
-    more = ("--sequences", 64, "--save-every", 2)
-    assert Run(tmp_path, "train", *argv(data, small, tmp_path / "whole", *more)).end()[0] == 0
-    run = Run(tmp_path, "train", *argv(data, small, tmp_path / "run", *more), kill_at=kill_at)
-    assert run.end()[0] == -signal.SIGKILL
-    status, _, err = Run(
-        tmp_path, "train", *argv(data, small, tmp_path / "run", *more, "--resume")
-    ).end()
-    assert status == 0, err
-    assert same_weights(tmp_path / "run", tmp_path / "whole")
-    names = [
-        {path.relative_to(top) for path in top.rglob("*")}
-        for top in (tmp_path / "run", tmp_path / "whole")
-    ]
-    assert names[0] == names[1]
+def test_mix_killed_at_every_kind_of_moment_ends_the_same(data, tmp_path):
+    def words(folder: str) -> list[str]:
+        size = {"seq_len": 32, "base_sequences": 64, "batch_size": 8, "sequences": 48}
+        rest = {"rounds": 3, "eval_sequences": 20, "save_every": 2, "resume": True}
+        return options(data=data.folder, out=tmp_path / folder / "run", **size, **rest) + SMALL
 
-
-def test_mix_killed_at_twenty_moments_ends_the_same(data, tmp_path):
-    def options(out, *more):
-        return ["--data", data.folder, "--out", out, "--seq-len", 32, "--base-sequences", 128, "--batch-size", 8,
-                "--sequences", 48, "--rounds", 3, "--eval-sequences", 20, "--save-every", 2, *SMALL, *more]  # fmt: skip
-
+    moments = ["rename .*/base-[^/]*/run.json", "rename .*/base-[^/]*/checkpoint-00000004"]
+    moments += ["rename .*/base-[^/]*/model.safetensors", "rename .*/base-[^/]*/run.json"]
+    moments += ["rename .*/history.jsonl", "open .*/runs/.*00004.partial/.manifest"]
+    moments += ["rename .*/runs/[^/]*/run.json", "rename .*/val.json"]
+    moments += ["remove .*/runs/[^/]*/model.safetensors", "rename .*/result.json"]
+    moments += ["rename .*/mix.png", "rename .*/run/model.safetensors"]
     for folder in ("whole", "broken"):
         (tmp_path / folder).mkdir()
-    began = time.perf_counter()
-    status, _, err = Run(tmp_path, "mix", *options(tmp_path / "whole" / "run")).end()
-    assert status == 0, err
-    out, took = tmp_path / "broken" / "run", time.perf_counter() - began
-    stages = set()
-    rng = random.Random(2)
-    rounds = lines(tmp_path / "whole" / "run" / "history.jsonl")
-    for life in range(
-        20
-    ):  # at some moment; before some change of the disk; after the last round, in the comparison
-        run = Run(
-            tmp_path,
-            "mix",
-            *options(out, "--resume"),
-            kill_at=rng.randint(1, 120) if life % 3 == 1 and life < 17 else 0,
-        )
-        if life > 16:
-            run.wait_for(lambda: lines(out / "history.jsonl") == rounds)
-            time.sleep(rng.uniform(0, 0.1))
-        else:
-            run.process.join(60 if life % 3 == 1 else rng.uniform(0.2, took))
-        run.process.kill()
-        run.end()
-        stages |= {path.parent.name for path in (tmp_path / "broken").rglob("log.jsonl")}
-    assert any(stage.startswith("base-") for stage in stages) and "round-2" in stages
-    status, _, err = Run(tmp_path, "mix", *options(out, "--resume")).end()
-    assert status == 0, err
-    files = [
-        {path.relative_to(top): path.read_bytes() for path in top.rglob("*") if path.is_file()}
-        for top in (tmp_path / "whole", tmp_path / "broken")
-    ]
-    assert files[0].keys() == files[1].keys()
-    differ = {path.name for path in files[0] if files[0][path] != files[1][path]}
-    assert differ <= {"log.jsonl"}, differ  # which has speeds
-    for log in (tmp_path / "whole").rglob("log.jsonl"):
-        assert same_log(
-            log.parent, tmp_path / "broken" / log.parent.relative_to(tmp_path / "whole")
-        )
+    ends_well(Run(tmp_path, "mix", *words("whole")))
+    killed_in_turn(tmp_path, "mix", words("broken"), moments)
+    ends_well(Run(tmp_path, "mix", *words("broken")))
+    assert names_in(tmp_path / "broken") == names_in(tmp_path / "whole")
+    for path in (tmp_path / "whole").rglob("*"):
+        other = tmp_path / "broken" / path.relative_to(tmp_path / "whole")
+        if path.name == "log.jsonl":  # which has speeds
+            assert log_of(path.parent) == log_of(other.parent)
+        elif path.is_file():
+            assert path.read_bytes() == other.read_bytes(), path
 
 
-def test_prepare_killed_at_twenty_moments_makes_the_same_files(tmp_path):
-    source = write_jsonl(
-        tmp_path / "a.jsonl", [f"{i} {t}" for i in range(40) for t in made_documents("code", 60, i)]
-    )
-    base = [f"a={source}", "--tokenizer", "train:400", "--workers", 1]
-    began = time.perf_counter()
-    assert Run(tmp_path, "prepare", "--out", tmp_path / "whole", *base).end()[0] == 0
-    took = time.perf_counter() - began
-    rng = random.Random(3)
-    for _ in range(20):
-        run = Run(
-            tmp_path,
-            "prepare",
-            "--out",
-            tmp_path / "d",
-            *base,
-            kill_at=rng.choice([0, rng.randint(1, 9)]),
-        )
-        run.process.join(rng.uniform(0, took))
-        run.process.kill()
-        run.end()
-        if (tmp_path / "d").exists():  # whole, then, and made once more
-            shutil.rmtree(tmp_path / "d")
-    assert Run(tmp_path, "prepare", "--out", tmp_path / "d", *base).end()[0] == 0
-    files = [
-        {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("whole", "d")
-    ]
-    assert files[0] == files[1]
-    assert not list(tmp_path.glob(".*")) and Data(tmp_path / "d").domains == ["a"]
+def test_prepare_killed_at_every_kind_of_moment_makes_the_same_files(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", made_documents("code", 60))
+    words = [f"a={source}", *options(tokenizer="train:400", workers=1)]
+    ends_well(Run(tmp_path, "prepare", *words, "--out", tmp_path / "whole"))
+    moments = ["mkdir", "open .*tokenizer.json", "open .*a.val.bin", "open .*meta", "rename .*/d"]
+    killed_in_turn(tmp_path, "prepare", [*words, "--out", tmp_path / "d"], moments)
+    assert not (tmp_path / "d").exists()
+    ends_well(Run(tmp_path, "prepare", *words, "--out", tmp_path / "d"))
+    assert not list(tmp_path.glob(".*"))
+    assert names_in(tmp_path / "d") == names_in(tmp_path / "whole")
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "d" / path.name).read_bytes()
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_named(data, small, whole, tmp_path):
+# ---- damaged, or changed ----
+
+
+@pytest.fixture(scope="module")
+def ten_steps(data, small) -> dict[str, torch.Tensor]:
+    """The weights after ten steps that nobody disturbed."""
+    return train.train(load(small), data, COUNTS, HYPER).state_dict()
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "optimizer.safetensors": flip_a_bit,
+    "model.safetensors": lambda path: os.truncate(path, 1000),
+    "state.json": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_and_named(
+    data, small, ten_steps, tmp_path, capsys, name
+):
     out = tmp_path / "run"
-    run = Run(tmp_path, "train", *argv(data, small, out))
-    run.wait_for(
-        lambda: len(list(out.glob("checkpoint-*"))) == 2 and list(out.glob("checkpoint-0000001*"))
-    )
-    run.process.kill()
-    run.end()
-    older, newer = sorted(out.glob("checkpoint-*"))[-2:]
-    damaged = bytearray((newer / "optimizer.safetensors").read_bytes())
-    damaged[-100] ^= 1
-    (newer / "optimizer.safetensors").write_bytes(damaged)
-    status, text, err = Run(tmp_path, "train", *argv(data, small, out, "--resume")).end()
-    assert status == 0, err
-    assert (
-        f"{newer} is damaged and passed over: optimizer.safetensors" in text
-        and f"going on from {older}" in text
-    )
-    assert same_weights(out, whole) and same_log(out, whole)
+    interrupted(load(small), data, out, 7, save_every=2)
+    assert sound(out) == [4, 6]
+    newer = out / "checkpoint-00000006"
+    DAMAGES[name](newer / name)
+    found = train.train(load(small), data, COUNTS, HYPER, out=out).state_dict()
+    text = capsys.readouterr().out
+    assert f"{newer} is damaged and passed over: " in text
+    assert name in text
+    assert f"going on from {out / 'checkpoint-00000004'}" in text
+    assert all(torch.equal(found[key], p) for key, p in ten_steps.items())
 
 
 @pytest.mark.parametrize("manifest", ["{", "{}", "[]", '{"model.safetensors": 3}'])
 def test_with_every_checkpoint_damaged_the_run_is_done_anew_and_keeps_what_it_saves(
-    data, small, whole, tmp_path, manifest
+    data, small, ten_steps, tmp_path, capsys, manifest
 ):
     out = tmp_path / "run"
-    run = Run(tmp_path, "train", *argv(data, small, out))
-    run.wait_for(lambda: list(out.glob("checkpoint-0000001?")))
-    run.process.kill()
-    run.end()
+    interrupted(load(small), data, out, 9, save_every=2)
     for checkpoint in out.glob("checkpoint-*"):
         (checkpoint / "manifest.json").write_text(manifest)
-    run = Run(tmp_path, "train", *argv(data, small, out, "--resume"))
-    run.wait_for(lambda: list(out.glob("checkpoint-0000000[24]")))
-    run.send(signal.SIGTERM)
-    status, text, err = run.end()
-    assert status == 143 and text.count("is damaged and passed over: ") in (2, 3), text + err
-    status, text, err = Run(tmp_path, "train", *argv(data, small, out, "--resume")).end()
-    assert status == 0 and "going on from" in text, err
-    assert same_weights(out, whole) and same_log(out, whole)
+    interrupted(load(small), data, out, 3, save_every=2)
+    text = capsys.readouterr().out
+    assert text.count("is damaged and passed over: ") == 2
+    assert "going on from" not in text
+    found = train.train(load(small), data, COUNTS, HYPER, out=out).state_dict()
+    assert f"going on from {out / 'checkpoint-00000002'}" in capsys.readouterr().out
+    assert all(torch.equal(found[name], p) for name, p in ten_steps.items())
 
 
 def test_files_have_the_mode_that_the_umask_says(data, small, tmp_path):
     old = os.umask(0o027)
     try:
-        train(
-            load(small),
-            data,
-            {"sums": 16},
-            seq_len=32,
-            batch_size=4,
-            lr=1e-3,
-            save_every=1,
-            out=tmp_path,
-        )
+        hyper = Hyperparameters(seq_len=32, batch_size=4, learning_rate=1e-3)
+        train.train(load(small), data, {"sums": 16}, hyper, save_every=1, out=tmp_path)
     finally:
         os.umask(old)
     modes = {path.name: oct(path.stat().st_mode & 0o777) for path in tmp_path.rglob("*")}
-    files = (
-        "log.jsonl",
-        "model.safetensors",
-        "optimizer.safetensors",
-        "state.json",
-        "manifest.json",
-    )
-    folders = ("checkpoint-00000002", "checkpoint-00000003")
+    files = ["log.jsonl", "state.json", "manifest.json"]
+    files += ["model.safetensors", "optimizer.safetensors"]
+    folders = ["checkpoint-00000002", "checkpoint-00000003"]
     assert modes == dict.fromkeys(files, "0o640") | dict.fromkeys(folders, "0o750")
+
+
+@pytest.fixture(scope="module")
+def begun(data, small, tmp_path_factory):
+    """Copies of the data and of the model, in a folder with a run of them."""
+    folder = tmp_path_factory.mktemp("begun")
+    shutil.copytree(data.folder, folder / "data")
+    shutil.copytree(small, folder / "model")
+    words = train_options(Data(folder / "data"), folder / "model", folder / "run")
+    ends_well(Run(folder, "train", *words))
+    return folder
+
+
+def change_data(folder: Path) -> None:
+    meta = json.loads((folder / "data" / "meta.json").read_text())
+    meta["files"]["sums.train"]["sha256"] = "0" * 64
+    (folder / "data" / "meta.json").write_text(json.dumps(meta))
+
+
+def change_tokenizer(folder: Path) -> None:
+    path = folder / "data" / "tokenizer.json"
+    path.write_text(path.read_text() + "\n")
+    meta = json.loads((folder / "data" / "meta.json").read_text())
+    meta["tokenizer"]["sha256"] = sha256(path.read_bytes()).hexdigest()
+    (folder / "data" / "meta.json").write_text(json.dumps(meta))
+
+
+def change_model(folder: Path) -> None:
+    flip_a_bit(folder / "model" / "model.safetensors")
 
 
 @pytest.mark.parametrize(
     "change, words",
     [
-        (["--seed", 1], ["seed was 0, is 1"]),
-        (["--lr", 0.5, "--batch-size", 4], ["lr was 0.001, is 0.5", "batch_size was 8, is 4"]),
-        (["--sequences", 300], ["counts was"]),
-        (["--mix", "natural"], ["counts was"]),
-        (["--warmup", 0.3], ["warmup was 0.2, is 0.3"]),
-        (["--seq-len", 16], ["seq_len was 32, is 16"]),
-        ("data", ["data was"]),
-        ("tokenizer", ["tokenizer was"]),
-        ("model", ["model's files was"]),
+        ({"seed": 1}, ["seed was 0, is 1"]),
+        ({"lr": 0.5, "batch_size": 4}, ["learning_rate was 0.001, is 0.5", "batch_size was 8, is"]),
+        ({"sequences": 300}, ["counts was"]),
+        ({"mix": "natural"}, ["counts was"]),
+        ({"warmup": 0.3}, ["warmup was 0.2, is 0.3"]),
+        ({"seq_len": 16}, ["seq_len was 32, is 16"]),
+        ({"dtype": "bfloat16"}, ["dtype was float32, is bfloat16"]),
+        (change_data, ["data was"]),
+        (change_tokenizer, ["tokenizer was"]),
+        (change_model, ["model's files was"]),
     ],
 )
-def test_what_changed_before_a_resume_is_named(data, small, tmp_path, script, change, words):
-    folder, model = (
-        shutil.copytree(source, tmp_path / name)
-        for source, name in ((data.folder, "d"), (small, "m"))
-    )
-    argv = [
-        "--data",
-        folder,
-        "--model",
-        model,
-        "--out",
-        tmp_path / "run",
-        "--mix",
-        "uniform",
-        "--sequences",
-        24,
-    ]
-    argv += ["--batch-size", 8, "--lr", 1e-3, *SMALL, "--resume"]
-    assert script("train", *argv)[0] == 0
-    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    meta = json.loads((folder / "meta.json").read_text())
-    if change == "data":
-        content = np.memmap(folder / "sums.train.bin", np.uint8, "r+")
-        content[:2] = content[2:4]
-        meta["files"]["sums.train"] |= {"sha256": sha256(content).hexdigest(), "chunks": []}
-    elif change == "tokenizer":
-        text = (folder / "tokenizer.json").read_text() + "\n"
-        (folder / "tokenizer.json").write_text(text)
-        meta["tokenizer"]["sha256"] = sha256(text.encode()).hexdigest()
-    elif change == "model":
-        content = np.memmap(model / "model.safetensors", np.uint8, "r+")
-        content[-7] ^= 1
-        content.flush()
-    (folder / "meta.json").write_text(json.dumps(meta))
-    fails(
-        script("train", *argv, *([] if isinstance(change, str) else change)),
-        "--resume with other settings",
-        *words,
-    )
-    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+def test_what_changed_before_a_resume_is_named(begun, tmp_path, script, change, words):
+    folder = tmp_path / "begun"
+    shutil.copytree(begun, folder)
+    changes = {}
+    if callable(change):
+        change(folder)
+    else:
+        changes = change
+    before = {path: path.read_bytes() for path in (folder / "run").iterdir()}
+    resumed = {"resume": True} | changes
+    line = train_options(Data(folder / "data"), folder / "model", folder / "run", **resumed)
+    fails(script("train", *line), "--resume with other settings", *words)
+    assert {path: path.read_bytes() for path in (folder / "run").iterdir()} == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(data, small, whole, tmp_path, number):
+def test_a_run_goes_on_where_its_folders_were_moved_to(begun, tmp_path, script):
+    shutil.copytree(begun, tmp_path / "moved")
+    places = [tmp_path / "moved" / name for name in ("model", "run")]
+    line = train_options(Data(tmp_path / "moved" / "data"), *places, resume=True)
+    assert script("train", *line)[0] == 0
+
+
+@pytest.mark.parametrize("damaged", ["run/runs/*", "base-*"])
+def test_a_damaged_model_of_an_earlier_run_is_made_anew(data, tmp_path, script, damaged):
     out = tmp_path / "run"
-    run = Run(tmp_path, "train", *argv(data, small, out, "--save-every", 0, "--overwrite"))
-    run.wait_for(lambda: (out / "log.jsonl").exists() and len(log_of(out)) > 3)
+    size = {"seq_len": 32, "base_sequences": 64, "batch_size": 8, "sequences": 48}
+    words = options(data=data.folder, out=out, **size, rounds=2, eval_sequences=20) + SMALL
+    assert script("mix", *words)[0] == 0
+    shutil.copytree(out, tmp_path / "expected")
+    for name in ("model.safetensors", "history.jsonl", "result.json"):  # as if it had been killed
+        (out / name).unlink()
+    weights = next(tmp_path.glob(f"{damaged}/model.safetensors"))
+    flip_a_bit(weights)
+    status, text, err = script("mix", *words, "--resume")
+    assert status == 0, err
+    assert f"{weights} is damaged, and made anew" in text
+    assert same_weights(out, tmp_path / "expected")
+    for name in ("result.json", "history.jsonl"):
+        assert (out / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
+
+
+def test_data_that_is_missing_or_damaged_is_named(data, small, tmp_path, script):
+    """What has the right size only where that is asked for, for it takes as long as to read it."""
+    copy = Data(shutil.copytree(data.folder, tmp_path / "d"))
+    train_words = train_options(copy, small, tmp_path / "run", check_data=True)
+    eval_words = [small, *options(data=copy.folder, device="cpu", check_data=True)]
+    for name in ("sums.train.bin", "prose.test.bin", "tokenizer.json"):
+        path = copy.folder / name
+        sound = path.read_bytes()
+        flip_a_bit(path)
+        fails(script("train", *train_words), path, "damaged")
+        fails(script("eval", *eval_words), path, "damaged")
+        path.write_bytes(sound)
+    missing = copy.folder / "sums.val.bin"
+    missing.rename(tmp_path / "away")
+    fails(script("train", *train_words), missing, "missing")
+    (tmp_path / "away").rename(missing)
+    assert script("train", *train_words)[0] == 0
+
+
+# ---- stopped by a signal ----
+
+
+@pytest.mark.parametrize(
+    "number, changes",
+    [(signal.SIGTERM, {}), (signal.SIGINT, {}), (signal.SIGTERM, {"eval_every": 1})],
+)
+def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
+    data, small, whole, tmp_path, script, number, changes
+):
+    out = tmp_path / "run"
+    words = long_run(data, small, out, save_every=0, overwrite=True, **changes)
+    run = Run(tmp_path, "train", *words)
+    run.wait_for(lambda: len(log_of(out)) > 3)
     run.send(number)
     run.send(number)  # torchrun passes on what a scheduler also sends itself
     status, _, err = run.end()
     assert status == 128 + number, err
     done = len(log_of(out))
-    assert (
-        sound(out) == [done]
-        and f"stopped and saved after step {done} of 50; go on with: python train.py" in err
-    )
-    command = shlex.split(err.partition("go on with: ")[2])
-    assert command[-1] == "--resume" and "--overwrite" not in command
-    status, _, err = Run(tmp_path, "train", *command[2:]).end()
-    assert status == 0 and same_weights(out, whole) and same_log(out, whole), err
+    assert sound(out) == [done]
+    assert f"stopped and saved after step {done} of 50; go on with: python train.py" in err
+    line = shlex.split(err.partition("go on with: ")[2])
+    assert line[-1] == "--resume"
+    assert "--overwrite" not in line
+    assert script("train", *line[2:])[0] == 0
+    assert same_weights(out, whole)
 
 
-def test_a_signal_in_the_last_step_saves_it(data, small, tmp_path):
-    """A long one, so that nothing else is left to do but the evaluation."""
-    more = ("--batch-size", 4000, "--sequences", 4000, "--micro-batch-size", 8, "--save-every", 0)
-    run = Run(tmp_path, "train", *argv(data, small, tmp_path / "run", *more))
-    run.wait_for(lambda: (tmp_path / "run" / "log.jsonl").exists())
-    run.send(signal.SIGTERM)
-    status, _, err = run.end()
-    assert status == 143 and sound(tmp_path / "run") == [1] and "after step 1 of 1" in err
-    assert (
-        Run(tmp_path, "train", *argv(data, small, tmp_path / "run", *more, "--resume")).end()[0]
-        == 0
-    )
-    assert lines(tmp_path / "run" / "log.jsonl") == 1
+@pytest.mark.parametrize("step", [0, 4, 9])
+def test_a_signal_in_any_step_saves_it(data, small, ten_steps, tmp_path, step):
+    def kill(at, rows, losses, weights):
+        if at == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return weights
+
+    with pytest.raises(SystemExit) as ended, train.stoppable():
+        train.train(load(small), data, COUNTS, HYPER, out=tmp_path, weigh=kill)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert sound(tmp_path) == [step + 1]
+    found = train.train(load(small), data, COUNTS, HYPER, out=tmp_path).state_dict()
+    assert all(torch.equal(found[name], p) for name, p in ten_steps.items())
+    assert [line["step"] for line in log_of(tmp_path)] == list(range(10))
 
 
-def test_a_second_signal_ends_it_at_once(data, small, tmp_path):
-    """In a step that takes minutes."""
-    more = ("--batch-size", 400_000, "--sequences", 800_000, "--micro-batch-size", 8)
-    run = Run(tmp_path, "train", *argv(data, small, tmp_path / "run", *more))
-    run.wait_for(lambda: (tmp_path / "run" / "log.jsonl").exists())
-    run.send(signal.SIGTERM)
-    time.sleep(1.5)
-    assert run.process.is_alive()
-    run.send(signal.SIGTERM)
-    status, _, err = run.end(5)
-    assert (
-        status == 143
-        and "another signal stops at once" in err
-        and not list((tmp_path / "run").glob("checkpoint-*"))
-    )
+def test_a_signal_before_the_first_step_ends_it_there(data, small, tmp_path, script, monkeypatch):
+    """As the first evaluation begins."""
+
+    def kill(*lines):
+        if lines[0].startswith("pass"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("train.say", kill)
+    words = train_options(data, small, tmp_path / "run")
+    status, _, err = script("train", *words)
+    assert status == 143
+    assert "stopped; go on with: python train.py" in err
+    assert names_in(tmp_path / "run") == {Path(".lock"), Path("run.json")}
 
 
-def ranks(tmp_path, *argv) -> list[Run]:
-    """Two ranks as torchrun starts them, but without it."""
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    rendezvous = {
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": port,
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-    }
-    rendezvous |= {"TORCHELASTIC_RUN_ID": "1", "OMP_NUM_THREADS": "1"}
-    return [
-        Run(tmp_path, "train", *argv, rank=rendezvous | {"RANK": r, "LOCAL_RANK": r}) for r in "01"
-    ]
-
-
-@pytest.mark.parametrize("more", [[], ["--fsdp"]])
-def test_a_signal_to_one_rank_stops_all_at_the_same_step(data, small, tmp_path, more):
+@pytest.mark.parametrize("changes", [{}, {"fsdp": True}], ids=["DDP", "FSDP"])
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(data, small, tmp_path, changes):
     out = tmp_path / "run"
-    both = ranks(tmp_path, *argv(data, small, out, "--save-every", 0, *more))
-    both[0].wait_for(lambda: (out / "log.jsonl").exists() and len(log_of(out)) > 3)
+    words = long_run(data, small, out, save_every=0, **changes)
+    both = ranks(tmp_path, 2, "train", *words)
+    both[0].wait_for(lambda: len(log_of(out)) > 3)
     both[1].send(signal.SIGTERM)
     ended = [run.end() for run in both]
     assert [status for status, _, _ in ended] == [143, 143], ended
     done = len(log_of(out))
-    assert (
-        sound(out) == [done]
-        and f"saved after step {done} of 50; go on with: torchrun --nproc_per_node=2" in ended[0][2]
-    )
+    assert sound(out) == [done]
+    way_on = "go on with: torchrun --nproc_per_node=2 train.py"
+    assert f"saved after step {done} of 50; {way_on}" in ended[0][2]
 
 
-def test_torchrun_passes_a_signal_on_and_any_number_of_ranks_goes_on(data, small, whole, tmp_path):
-    """With another world size and micro-batch: the same sequences, so the same losses but for rounding."""
+def test_torchrun_passes_a_signal_on(data, small, whole, tmp_path, script):
     out = tmp_path / "run"
-    base = [str(word) for word in argv(data, small, out)]
-    program = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        ROOT / "train.py",
-    ]
+    words = long_run(data, small, out, sequences=4000)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += ["--nproc_per_node=2", ROOT / "train.py"]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    agent = subprocess.Popen(
-        [*program, *base], stderr=subprocess.PIPE, text=True, env=env, stdout=subprocess.DEVNULL
-    )
-    while agent.poll() is None and not ((out / "log.jsonl").exists() and len(log_of(out)) > 3):
-        time.sleep(0.005)
+    agent = subprocess.Popen([*torchrun, *words], env=env, **pipes)
+    while agent.poll() is None and len(log_of(out)) < 4:
+        time.sleep(0.01)
     agent.terminate()
     _, err = agent.communicate(timeout=60)
     done = len(log_of(out))
-    assert (
-        f"stopped and saved after step {done} of 50; go on with: torchrun" in err
-        and sound(out)[-1] == done < 50
-    )
-    status, _, err = Run(tmp_path, "train", *base, "--resume", "--micro-batch-size", 3).end()
-    assert status == 0, err
-    for a, b in zip(log_of(out), log_of(whole), strict=True):
-        assert (a["step"], a["sequences"]) == (b["step"], b["sequences"])
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+    assert f"stopped and saved after step {done} of 500; go on with: torchrun" in err
+    assert sound(out)[-1] == done
 
 
-def poisoned(data, folder, steps, batch_size=8) -> Data:
-    """A copy of the data in which the sequences of these steps hold a token that nothing else does."""
+# ---- poisoned ----
+
+
+def poisoned(data: Data, folder: Path, steps: list[int]) -> Data:
+    """A copy of the data; the sequences of these steps hold a token that nothing else does."""
     shutil.copytree(data.folder, folder)
-    mixture = Mixture(data, {"code": 27, "prose": 27, "sums": 26}, 32)
-    meta = json.loads((folder / "meta.json").read_text())
-    for i in (i for step in steps for i in range(step * batch_size, (step + 1) * batch_size)):
-        d, row = mixture.row(i)
-        tokens = np.memmap(folder / f"{d}.train.bin", "<u2", "r+")
-        at = next(k for k in range(0, len(tokens), 32) if np.array_equal(tokens[k : k + 33], row))
-        tokens[at + 5] = 511
-        tokens.flush()
-    for name, file in meta["files"].items():
-        file |= {"sha256": sha256((folder / f"{name}.bin").read_bytes()).hexdigest(), "chunks": []}
-    (folder / "meta.json").write_text(json.dumps(meta))
+    mixture = Mixture(data, COUNTS, 32)
+    for step in steps:
+        for i in range(8 * step, 8 * step + 8):
+            tokens = np.memmap(folder / f"{mixture.domain(i)}.train.bin", "<u2", "r+")
+            windows = range(0, len(tokens), 32)
+            row = mixture.row(i)
+            start = next(k for k in windows if np.array_equal(tokens[k : k + 33], row))
+            tokens[start + 5] = 511
+            tokens.flush()
     return Data(folder)
 
 
 @pytest.fixture
 def fragile(small, tmp_path) -> Path:
     """A model with finite weights whose loss on a certain token is not finite."""
-    from model import save
-
-    model = load(small)
+    network = load(small)
     with torch.no_grad():
-        model.gpt_neox.embed_in.weight[511] = 1e30
-    save(model, tmp_path / "fragile", small / "tokenizer.json")
+        network.gpt_neox.embed_in.weight[511] = 1e30
+    save(network, tmp_path / "fragile", small / "tokenizer.json")
     return tmp_path / "fragile"
 
 
-def poison_argv(data, fragile, out, *more):
-    return [
-        *argv(data, fragile, out),
-        "--mix",
-        "code=27,prose=27,sums=26",
-        "--sequences",
-        80,
-        *more,
-    ]
+def ten_step_run(data, model, out, **changes) -> list[str]:
+    mix = ",".join(f"{domain}={count}" for domain, count in COUNTS.items())
+    return train_options(data, model, out, mix=mix, sequences=80, save_every=1, **changes)
 
 
-@pytest.mark.parametrize("step", [0, 4])
-def test_a_poisoned_batch_is_skipped_and_named(data, fragile, tmp_path, script, step):
-    poison = poisoned(data, tmp_path / "d", [step])
-    status, text, err = script(
-        "train", *poison_argv(poison, fragile, tmp_path / "run", "--save-every", 1)
-    )
+def test_a_poisoned_batch_is_skipped_and_named(data, fragile, tmp_path, script):
+    poison = poisoned(data, tmp_path / "d", [0, 4])
+    out = tmp_path / "run"
+    status, text, err = script("train", *ten_step_run(poison, fragile, out))
     assert status == 0, err
-    assert (
-        f"step {step}: loss nan" in text
-        and f"no update from sequences {8 * step} to {8 * step + 7}" in text
-    )
-    log = log_of(tmp_path / "run")
+    assert "step 0: loss nan" in text
+    assert "no update from sequences 0 to 7" in text
+    assert "no update from sequences 32 to 39" in text
+    log = log_of(out)
     assert [line["step"] for line in log] == list(range(10))
-    assert {line["step"]: line.get("skipped") for line in log if line["loss"] is None} == {
-        step: list(range(8 * step, 8 * step + 8))
-    }
-    assert all(
-        p.isfinite().all() for p in load_file(tmp_path / "run" / "model.safetensors").values()
-    )
-    # the oracle: the same steps, less that one, by a loop of its own
-    model, mixture = load(fragile), Mixture(poison, {"code": 27, "prose": 27, "sums": 26}, 32)
-    groups = [
-        [p for p in model.parameters() if (p.dim() == 2) == matrices] for matrices in (True, False)
-    ]
-    groups = [
-        {"params": groups[0], "weight_decay": 0.1},
-        {"params": groups[1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-8)
+    skipped = {line["step"]: line.get("skipped") for line in log if line["loss"] is None}
+    assert skipped == {0: list(range(8)), 4: list(range(32, 40))}
+
+    # The oracle: the other steps, by a loop of its own.
+    network = load(fragile)
+    mixture = Mixture(poison, COUNTS, 32)
+    matrices = [p for p in network.parameters() if p.dim() == 2]
+    vectors = [p for p in network.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW(matrices, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer.add_param_group({"params": vectors, "weight_decay": 0.0})
     for line in log:
-        if line["step"] == step:
+        if line["step"] in skipped:
             continue
-        batch = [mixture[i] for i in range(8 * line["step"], 8 * line["step"] + 8)]
-        inputs, targets = (
-            torch.tensor(np.stack([row[k] for row in batch]).astype("int64")) for k in (1, 2)
-        )
-        model(inputs, targets).mean().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        batch = [mixture[8 * line["step"] + row] for row in range(8)]
+        inputs = torch.tensor(np.stack([inputs for _, inputs, _ in batch]).astype("int64"))
+        targets = torch.tensor(np.stack([targets for _, _, targets in batch]).astype("int64"))
+        network(inputs, targets).mean().backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = line["lr"]
         optimizer.step()
         optimizer.zero_grad()
-    for name, p in load_file(tmp_path / "run" / "model.safetensors").items():
-        torch.testing.assert_close(p, model.state_dict()[name], atol=2e-4, rtol=0)
+    for name, p in load_file(out / "model.safetensors").items():
+        assert p.isfinite().all()
+        torch.testing.assert_close(p, network.state_dict()[name], atol=2e-4, rtol=0)
 
 
-def test_a_run_with_a_skipped_step_resumes_to_the_same_weights(data, fragile, tmp_path, script):
-    poison = poisoned(data, tmp_path / "d", [0, 4])
-    assert Run(tmp_path, "train", *poison_argv(poison, fragile, tmp_path / "whole")).end()[0] == 0
-    out = tmp_path / "run"
-    for kill_at in (
-        16,
-        30,
-        45,
-    ):  # before and after the checkpoint of a run without an update, and later
-        Run(
-            tmp_path,
-            "train",
-            *poison_argv(poison, fragile, out, "--save-every", 1, "--resume"),
-            kill_at=kill_at,
-        ).end()
-    assert (
-        Run(
-            tmp_path, "train", *poison_argv(poison, fragile, out, "--save-every", 1, "--resume")
-        ).end()[0]
-        == 0
-    )
-    assert same_weights(out, tmp_path / "whole") and same_log(out, tmp_path / "whole")
+def test_a_run_with_skipped_steps_resumes_to_the_same_weights(data, fragile, tmp_path):
+    """Interrupted before there was any update, and later."""
+    poison = poisoned(data, tmp_path / "d", [0, 1, 5])
+    whole = train.train(load(fragile), poison, COUNTS, HYPER).state_dict()
+    interrupted(load(fragile), poison, tmp_path / "run", 3, save_every=2)
+    saved = tmp_path / "run" / "checkpoint-00000002"
+    assert not load_file(saved / "optimizer.safetensors")
+    assert json.loads((saved / "state.json").read_text()) == {"step": 2, "skipped": 2}
+    interrupted(load(fragile), poison, tmp_path / "run", 7, save_every=2)
+    resumed = train.train(load(fragile), poison, COUNTS, HYPER, out=tmp_path / "run").state_dict()
+    assert all(torch.equal(resumed[name], p) for name, p in whole.items())
 
 
 def test_three_poisoned_batches_in_a_row_end_it_with_the_last_good_checkpoint(
     data, fragile, tmp_path, script
 ):
     poison = poisoned(data, tmp_path / "d", [1, 4, 5, 6])
-    result = script("train", *poison_argv(poison, fragile, tmp_path / "run", "--save-every", 1))
-    fails(
-        (result[0], "", result[2]),
-        "not finite in steps 4 to 6",
-        "sequences 32 to 55",
-        "lower --lr, now 0.001",
-    )
-    assert (
-        sound(tmp_path / "run") == [5, 6] and not (tmp_path / "run" / "model.safetensors").exists()
-    )
-    again = script(
-        "train", *poison_argv(poison, fragile, tmp_path / "run", "--save-every", 1, "--resume")
-    )
-    fails(
-        (again[0], "", again[2]), "not finite in steps 4 to 6"
-    )  # resumed at the third, it ends there as well
-    a, b = (
-        load_file(tmp_path / "run" / f"checkpoint-0000000{step}" / "model.safetensors")
-        for step in (5, 6)
-    )
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert [line["step"] for line in log_of(tmp_path / "run") if "skipped" in line] == [1, 4, 5, 6]
+    out = tmp_path / "run"
+    words = ["not finite in steps 4 to 6", "sequences 32 to 55", "lower --lr, now 0.001"]
+    fails(script("train", *ten_step_run(poison, fragile, out)), *words)
+    assert sound(out) == [5, 6]
+    assert not (out / "model.safetensors").exists()
+    # Resumed at the third, it ends there as well.
+    fails(script("train", *ten_step_run(poison, fragile, out, resume=True)), *words)
+    older, newer = (load_file(out / f"checkpoint-0000000{n}/model.safetensors") for n in (5, 6))
+    assert all(torch.equal(older[name], newer[name]) for name in older)
+    assert [line["step"] for line in log_of(out) if "skipped" in line] == [1, 4, 5, 6]
 
 
-def test_ranks_skip_a_poisoned_batch_together(data, fragile, tmp_path, script):
-    """The poison is in one rank's rows."""
-    poison = poisoned(data, tmp_path / "d", [4])
-    both = ranks(tmp_path, *poison_argv(poison, fragile, tmp_path / "run"))
-    ended = [run.end() for run in both]
-    assert [status for status, _, _ in ended] == [0, 0], ended
-    assert script("train", *poison_argv(poison, fragile, tmp_path / "one"))[0] == 0
-    for a, b in zip(log_of(tmp_path / "run"), log_of(tmp_path / "one"), strict=True):
-        assert a["loss"] == b["loss"] == None or a["loss"] == pytest.approx(b["loss"], abs=1e-4)  # noqa: E711
+@pytest.mark.parametrize("changes", [{}, {"fsdp": True}], ids=["DDP", "FSDP"])
+def test_ranks_skip_a_poisoned_batch_together_and_resume(data, fragile, tmp_path, script, changes):
+    """Also from before the first update, when gradients are there but no state of the optimizer."""
+    poison = poisoned(data, tmp_path / "d", [0, 4])
+    words = ten_step_run(poison, fragile, tmp_path / "run", resume=True, **changes)
+    both = ranks(tmp_path, 2, "train", *words, kill_at="rename .*/checkpoint-00000002")
+    assert both[0].end()[0] == -signal.SIGKILL
+    for run in both:
+        run.kill()
+    assert sound(tmp_path / "run") == [1]
+    ends_well(*ranks(tmp_path, 2, "train", *words))
+    assert script("train", *ten_step_run(poison, fragile, tmp_path / "one"))[0] == 0
+    found = [line["loss"] for line in log_of(tmp_path / "run")]
+    expected = [line["loss"] for line in log_of(tmp_path / "one")]
+    assert [step for step, loss in enumerate(found) if loss is None] == [0, 4]
+    assert [loss or 0 for loss in found] == pytest.approx(
+        [loss or 0 for loss in expected], abs=1e-4
+    )
 
 
 def test_weights_that_are_not_finite_are_neither_used_nor_saved(data, small, tmp_path, script):
-    from model import save
-
-    model = load(small)
+    network = load(small)
     with torch.no_grad():
-        model.gpt_neox.embed_in.weight[500] = float("inf")  # a token that the data does not have
-    shutil.copytree(small, tmp_path / "bad")
-    save(model, tmp_path / "bad")
-    (tmp_path / "run").mkdir()
+        network.gpt_neox.embed_in.weight[500] = float("inf")  # a token that the data does not have
     with pytest.raises(InputError, match="embed_in.weight is not finite"):
-        train(
-            model,
-            data,
-            {"sums": 16},
-            seq_len=32,
-            batch_size=4,
-            lr=1e-3,
-            save_every=2,
-            out=tmp_path / "run",
-        )
-    assert not list((tmp_path / "run").glob("*checkpoint*"))
+        train.train(network, data, COUNTS, HYPER, save_every=2, out=tmp_path)
+    assert not list(tmp_path.glob("*checkpoint*"))
     with torch.no_grad():
-        model.gpt_neox.embed_in.weight[:] = float("nan")
-    save(model, tmp_path / "bad")
-    fails(
-        script("train", *argv(data, tmp_path / "bad", tmp_path / "new")),
-        "code's val split",
-        "is not finite",
-    )
-    fails(
-        script("eval", tmp_path / "bad", "--data", data.folder, "--device", "cpu"),
-        "test split",
-        "is not finite",
-    )
+        network.gpt_neox.embed_in.weight[:] = float("nan")
+    bad = tmp_path / "bad"
+    save(network, bad, small / "tokenizer.json")
+    result = script("train", *train_options(data, bad, tmp_path / "new"))
+    fails(result, "code's val split", "is not finite")
+    result = script("eval", bad, *options(data=data.folder, device="cpu", no_compile=True))
+    fails(result, "test split", "is not finite")
 
 
 def test_weights_that_overflow_the_type_they_are_saved_in_are_not_saved(
     data, small, tmp_path, script
 ):
-    from model import save
-
-    model = load(small)
+    network = load(small)
     with torch.no_grad():
-        model.gpt_neox.embed_in.weight[500] = 1e6
-    save(model, tmp_path / "large", small / "tokenizer.json")
-    result = script(
-        "train", *argv(data, tmp_path / "large", tmp_path / "run", "--save-dtype", "float16")
-    )
-    fails(result, "gpt_neox.embed_in.weight is not finite")
-    assert not (tmp_path / "run" / "model.safetensors").exists() and sound(tmp_path / "run")
-
-
-@pytest.mark.parametrize("damaged", ["round-1", "base"])
-def test_a_damaged_model_of_an_earlier_round_is_made_anew(data, tmp_path, damaged):
-    options = [
-        "--data",
-        data.folder,
-        "--out",
-        tmp_path / "run",
-        "--seq-len",
-        32,
-        "--base-sequences",
-        64,
-    ]
-    options += ["--batch-size", 8, "--sequences", 48, "--rounds", 2, "--eval-sequences", 20, *SMALL]
-    assert Run(tmp_path, "mix", *options).end()[0] == 0
-    expected = (
-        load_file(tmp_path / "run" / "model.safetensors"),
-        (tmp_path / "run" / "result.json").read_bytes(),
-    )
-    for name in (
-        "model.safetensors",
-        "history.jsonl",
-        "result.json",
-    ):  # as if it had been killed in the first round
-        (tmp_path / "run" / name).unlink()
-    folder = tmp_path / "run" / "round-1" if damaged == "round-1" else next(tmp_path.glob("base-*"))
-    content = np.memmap(folder / "model.safetensors", np.uint8, "r+")
-    content[-1000] ^= 8
-    content.flush()
-    status, text, err = Run(tmp_path, "mix", *options, "--resume").end()
-    assert status == 0 and f"{folder / 'model.safetensors'} is damaged, and made anew" in text, err
-    found = (
-        load_file(tmp_path / "run" / "model.safetensors"),
-        (tmp_path / "run" / "result.json").read_bytes(),
-    )
-    assert found[1] == expected[1] and all(
-        torch.equal(found[0][name], expected[0][name]) for name in expected[0]
-    )
-
-
-def test_a_file_that_cannot_grow_costs_nothing_that_was_there(data, small, whole, tmp_path):
+        network.gpt_neox.embed_in.weight[500] = 1e6
+    save(network, tmp_path / "large", small / "tokenizer.json")
     out = tmp_path / "run"
-    run = Run(tmp_path, "train", *argv(data, small, out))
-    run.wait_for(lambda: list(out.glob("checkpoint-*")))
-    run.process.kill()
-    run.end()
-    before = sound(out)
+    words = train_options(data, tmp_path / "large", out, save_dtype="float16", save_every=2)
+    fails(script("train", *words), "gpt_neox.embed_in.weight is not finite")
+    assert not (out / "model.safetensors").exists()
+    assert sound(out) == [2, 4]
+
+
+# ---- no room ----
+
+
+def test_a_file_that_cannot_grow_costs_nothing_that_was_there(data, small, whole, tmp_path, script):
+    out = tmp_path / "run"
+    words = long_run(data, small, out, resume=True)
+    killed_in_turn(tmp_path, "train", words, ["rename .*/checkpoint-00000006"])
     for largest in (1000, 300_000):  # less than the weights; less than the optimizer's state
-        fails(
-            Run(tmp_path, "train", *argv(data, small, out, "--resume"), largest=largest).end(),
-            out,
-            "File too large",
-        )
-        assert sound(out) == before and not list(out.glob(".*.partial"))
-    assert Run(tmp_path, "train", *argv(data, small, out, "--resume")).end()[0] == 0
-    assert same_weights(out, whole) and same_log(out, whole)
+        result = Run(tmp_path, "train", *words, largest=largest).end()
+        fails(result, out, "File too large")
+        assert sound(out) == [2, 4]
+        assert not list(out.glob(".*.partial"))
+    assert script("train", *words)[0] == 0
+    assert is_same(out, whole)
+
+
+def test_a_log_that_cannot_grow(data, small, tmp_path):
+    """The only file that is written to in place."""
+    words = long_run(data, small, tmp_path / "run", save_every=0)
+    run = Run(tmp_path, "train", *words, largest=2000)
+    fails(run.end(), tmp_path / "run" / "log.jsonl", "File too large")
 
 
 @pytest.fixture
 def disk(tmp_path):
     """A file system of 1 MB."""
-    (tmp_path / "disk").mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path / "disk"], capture_output=True
-    ).returncode:
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", path]
+    if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("no right to mount a file system")
-    yield tmp_path / "disk"
-    subprocess.run(["umount", "--lazy", tmp_path / "disk"], check=True)
+    yield path
+    subprocess.run(["umount", "--lazy", path], check=True)
 
 
-def test_a_full_disk_and_one_that_became_read_only(data, small, whole, tmp_path, disk):
+def test_a_full_disk_and_one_that_became_read_only(data, small, whole, tmp_path, disk, script):
     out = disk / "run"
-    fails(Run(tmp_path, "train", *argv(data, small, out)).end(), out, "No space left on device")
-    assert not (out / "model.safetensors").exists()
-    subprocess.run(["mount", "-o", "remount,size=3m", disk], check=True)
-    run = Run(tmp_path, "train", *argv(data, small, out, "--resume"))
-    run.wait_for(lambda: list(out.glob("checkpoint-*")))
-    run.process.kill()
-    run.end()
+    words = long_run(data, small, out, resume=True)
+    fails(script("train", *words), out, "No space left on device")
     before = sound(out)
+    assert before
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-    fails(
-        Run(tmp_path, "train", *argv(data, small, out, "--resume")).end(),
-        out,
-        "Read-only file system",
-    )
+    fails(script("train", *words), out, "Read-only file system")
     assert sound(out) == before
-    subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
-    assert Run(tmp_path, "train", *argv(data, small, out, "--resume")).end()[0] == 0
-    assert same_weights(out, whole) and same_log(out, whole)
+    subprocess.run(["mount", "-o", "remount,rw,size=3m", disk], check=True)
+    assert script("train", *words)[0] == 0
+    assert is_same(out, whole)
 
 
-def test_prepare_on_a_full_disk_leaves_nothing(tmp_path, disk):
-    source = write_jsonl(
-        tmp_path / "a.jsonl", [f"{i} {t}" for i in range(40) for t in made_documents("code", 60, i)]
-    )
-    base = [f"a={source}", "--tokenizer", "train:400", "--workers", 1]
-    (disk / "ballast").write_bytes(bytes(800_000))
-    fails(Run(tmp_path, "prepare", "--out", disk / "d", *base).end(), "No space left on device")
+def test_prepare_on_a_full_disk_leaves_nothing(tmp_path, disk, script):
+    source = write_jsonl(tmp_path / "a.jsonl", made_documents("code", 600))
+    (disk / "ballast").write_bytes(bytes(900_000))
+    words = [f"a={source}", *options(out=disk / "d", tokenizer="train:400", workers=1)]
+    fails(script("prepare", *words), "No space left on device")
     assert [path.name for path in disk.iterdir()] == ["ballast"]
 
 
-def test_a_log_that_cannot_grow(data, small, tmp_path):
-    """The only file that is written to in place."""
-    result = Run(
-        tmp_path, "train", *argv(data, small, tmp_path / "run", "--save-every", 0), largest=2000
-    ).end()
-    fails(result, "File too large", "--resume goes on")
-
-
-def test_data_that_vanishes_or_rots(data, small, tmp_path, script):
-    shutil.copytree(data.folder, tmp_path / "d")
-    copy = Data(tmp_path / "d")
-    run = Run(tmp_path, "train", *argv(copy, small, tmp_path / "run", "--eval-every", 1))
-    run.wait_for(lambda: (tmp_path / "run" / "log.jsonl").exists())
-    (tmp_path / "d" / "sums.val.bin").rename(tmp_path / "away")
-    fails(run.end(), tmp_path / "d" / "sums.val.bin", "No such file")
-    fails(
-        script("train", *argv(copy, small, tmp_path / "run", "--resume")),
-        tmp_path / "d" / "sums.val.bin",
-        "missing",
-    )
-    (tmp_path / "away").rename(tmp_path / "d" / "sums.val.bin")
-    text = (tmp_path / "d" / "tokenizer.json").read_text()
-    (tmp_path / "d" / "tokenizer.json").write_text("")
-    fails(
-        script("eval", small, "--data", tmp_path / "d", "--device", "cpu"),
-        "tokenizer.json",
-        "damaged",
-    )
-    (tmp_path / "d" / "tokenizer.json").write_text(text)
-    for name in ("sums.train.bin", "prose.test.bin", "tokenizer.json"):
-        content = bytearray((tmp_path / "d" / name).read_bytes())
-        content[len(content) // 2] ^= 4
-        (tmp_path / "d" / name).write_bytes(content)
-        for more in ([], ["--check-data"]):
-            fails(
-                script("train", *argv(copy, small, tmp_path / "run", "--resume", *more)),
-                name,
-                "damaged",
-            )
-            fails(
-                script("eval", small, "--data", tmp_path / "d", "--device", "cpu", *more),
-                name,
-                "damaged",
-            )
-        content[len(content) // 2] ^= 4
-        (tmp_path / "d" / name).write_bytes(content)
-    assert script("train", *argv(copy, small, tmp_path / "run", "--resume"))[0] == 0
-
-
-def test_of_much_data_a_sample_is_checked(tmp_path, monkeypatch):
-    """Each start looks at other parts: a damaged one is found sooner or later, or at once where all are asked for."""
-    for module in (prepare, eval):
-        monkeypatch.setattr(module, "CHUNK", 100)
-    source = write_jsonl(tmp_path / "a.jsonl", made_documents("code", 100))
-    made = prepare.prepare(tmp_path / "d", {"a": [source]}, "train:300")
-    assert len(made.meta["files"]["a.train"]["chunks"]) > 100
-    for _ in range(50):
-        eval.check_data(made)
-    content = np.memmap(tmp_path / "d" / "a.train.bin", np.uint8, "r+")
-    content[1234] ^= 1
-    content.flush()
-    with pytest.raises(InputError, match="a.train.bin: damaged"):
-        eval.check_data(made, everything=True)
-    with pytest.raises(InputError, match="a.train.bin: damaged"):
-        for _ in range(2000):
-            eval.check_data(made)
-    read = []
-    monkeypatch.setattr(eval.hashlib, "sha256", lambda part: read.append(len(part)) or sha256(part))
-    with contextlib.suppress(InputError):
-        eval.check_data(made)
-    assert sum(size <= 100 for size in read) <= 16
+# ---- twice at once ----
 
 
 @pytest.mark.parametrize("name", ["train", "mix"])
 def test_a_second_run_in_a_folder_stops_and_a_killed_one_lets_go(data, small, tmp_path, name):
-    base = [str(word) for word in argv(data, small, tmp_path / "run", "--sequences", 4000)]
+    words = long_run(data, small, tmp_path / "run", sequences=4000)
     if name == "mix":
-        del base[base.index("--mix") : base.index("--mix") + 2]
-    first = Run(tmp_path, name, *base)
+        words.remove("--mix")
+        words.remove("uniform")
+    first = Run(tmp_path, name, *words)
     first.wait_for(lambda: list((tmp_path / "run").rglob("log.jsonl")))
     for way in ("--resume", "--overwrite"):
-        fails(
-            Run(tmp_path, name, *base, way).end(),
-            tmp_path / "run",
-            "another process is at work there",
-        )
+        result = Run(tmp_path, name, *words, way).end()
+        fails(result, tmp_path / "run", "another process is at work there")
     assert first.process.is_alive()
-    first.process.kill()
-    first.end()
-    second = Run(tmp_path, name, *base, "--resume")
-    time.sleep(1)
+    first.kill()
+    second = Run(tmp_path, name, *words, "--resume")
+    second.wait_for(lambda: "going on" in second.printed())
     second.send(signal.SIGTERM)
     status, _, err = second.end()
-    assert status == 143 and "go on with" in err
+    assert status == 143
+    assert "go on with" in err
 
 
 def test_two_searches_do_not_pretrain_one_base_at_the_same_time(data, tmp_path):
-    base = [
-        "--data",
-        data.folder,
-        "--seq-len",
-        32,
-        "--base-sequences",
-        8000,
-        "--batch-size",
-        8,
-        *SMALL,
-    ]
-    first = Run(tmp_path, "mix", *base, "--out", tmp_path / "one")
+    words = options(data=data.folder, seq_len=32, base_sequences=8000, batch_size=8) + SMALL
+    first = Run(tmp_path, "mix", *words, "--out", tmp_path / "one")
     first.wait_for(lambda: list(tmp_path.glob("base-*/log.jsonl")))
-    fails(
-        Run(tmp_path, "mix", *base, "--out", tmp_path / "two").end(),
-        "base-tiny-",
-        "another process is at work there",
-    )
+    result = Run(tmp_path, "mix", *words, "--out", tmp_path / "two").end()
+    fails(result, "base-tiny-", "another process is at work there")
     assert first.process.is_alive()
-    first.process.kill()
+    first.kill()
 
 
-def test_prepare_twice_at_once(tmp_path):
+def test_prepare_twice_at_once(tmp_path, script):
     """The first one waits for text that comes through a pipe."""
     os.mkfifo(tmp_path / "a.jsonl")
-    argv = [
-        "--out",
-        tmp_path / "d",
-        f"a={tmp_path / 'a.jsonl'}",
-        "--tokenizer",
-        "train:300",
-        "--workers",
-        1,
-    ]
-    first = Run(tmp_path, "prepare", *argv)
+    source = f"a={tmp_path / 'a.jsonl'}"
+    words = [source, *options(out=tmp_path / "d", tokenizer="train:300", workers=1)]
+    first = Run(tmp_path, "prepare", *words)
     first.wait_for(lambda: list(tmp_path.glob(".d-*/tokenizer.json")))
-    fails(Run(tmp_path, "prepare", *argv).end(), tmp_path / "d", "another process is at work there")
-    assert first.process.is_alive() and list(tmp_path.glob(".d-*/tokenizer.json"))
-    first.process.kill()
+    fails(script("prepare", *words), tmp_path / "d", "another process is at work there")
+    assert first.process.is_alive()
+    assert list(tmp_path.glob(".d-*/tokenizer.json"))
+    first.kill()
