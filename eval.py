@@ -1,6 +1,7 @@
 """How well models predict each domain: a table of losses, with intervals, beside a baseline.
 
-    python eval.py out/base out/mix --data data/sample                 # the first is the baseline
+    python eval.py out/base out/mix --data data/sample
+    python eval.py pythia-1b out/uniform out/found --baseline out/uniform --data data/pile
     torchrun --nproc_per_node=8 eval.py pythia-1b out/horizon --data data/pile --json losses.json
 
 Every window of a split is scored once. Differences are paired, and their intervals resample
@@ -32,6 +33,7 @@ from model import (
     say,
     sequences_at_once,
     start,
+    where_it_runs,
     world_size,
 )
 from prepare import SAMPLE, SPLITS, ArgumentParser, Bar, Data, InputError, cli, write_json
@@ -293,24 +295,27 @@ def table(result: dict) -> str:
 def main():
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
-    add(
-        "models", nargs="+", metavar="MODEL", help="folders or names on the hub, the baseline first"
-    )
+    add("models", nargs="+", metavar="MODEL", help="folders or names on the hub")
+    add("--baseline", metavar="MODEL", help="what the others are held against; default: the first")
     add("--data", default=SAMPLE, help="a folder that prepare.py wrote")
     add("--split", default="test", choices=SPLITS, help="which documents")
-    add("--seq-len", type=int, metavar="T", help="tokens a sequence (default: the first's context)")
+    add(
+        "--seq-len",
+        type=int,
+        metavar="T",
+        help="tokens a sequence; default: the baseline's context",
+    )
     add("--json", metavar="FILE", help="write the numbers there too")
     add("--device", help="default: cuda where there is one, else cpu")
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        help="of autocast; default: bfloat16 where it is fast",
-    )
+    dtypes = ("float32", "bfloat16")
+    add("--dtype", choices=dtypes, help="of autocast; default: bfloat16 where it is fast")
     add("--no-compile", action="store_true", help="do without torch.compile")
     add("--check-data", action="store_true", help="compare the data with its hashes first")
     args = parser.parse_args()
     if len(set(args.models)) < len(args.models):
         raise InputError("the same model is named twice")
+    if args.baseline:  # it comes first, whether it was named among the models or not
+        args.models = [args.baseline, *(name for name in args.models if name != args.baseline)]
     data = Data(args.data)
     device = start(args.device)
     if args.check_data:
@@ -321,14 +326,19 @@ def main():
         seq_len = seq_len or shape.config.max_position_embeddings
         check_fit(shape, data, seq_len)
         warn_of_another_tokenizer(name, data)
+    dtype = autocast_dtype(args.dtype, device)
+    compiles, how = can_compile(device)
+    if args.no_compile:
+        compiles = False
+        how = "eager (--no-compile)"
+    say(f"on {where_it_runs(device, dtype, args.dtype)}, {how}")
     losses = {}
     for name in args.models:
         model = load(name, device, vocab_size=data.vocab_size)
-        if can_compile(device)[0] and not args.no_compile:
+        if compiles:
             model.compile_parts()
-        losses[name] = evaluate(
-            model, data, args.split, seq_len, autocast_dtype(args.dtype, device)
-        )
+        losses[name] = evaluate(model, data, args.split, seq_len, dtype)
+        say(f"{name}: {domain_means(losses[name]).mean():.4f} nats per token in the mean")
         del model
         gc.collect()  # a compiled model refers to itself
     if rank() == 0:

@@ -1,8 +1,8 @@
 """GPT-NeoX, the architecture of Pythia, written out; Pythia's safetensors in, a Hugging Face folder
 out.
 
-    python model.py out/mix "def main("             # what a model says
-    python model.py pythia-70m "The capital of" --temperature 0.8
+    python model.py out/mix "def main("                              # what a model says
+    python model.py pythia-70m out/mix "The capital of" --temperature 0.8      # one after another
 
 Modules carry the names that the files on disk use, so there is no table of keys to maintain.
 In comments on shapes B is sequences, T tokens, C hidden_size, H heads, D = C / H, V the vocabulary.
@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import functools
 import importlib.util
+import itertools
 import math
 import os
 import re
@@ -19,6 +20,7 @@ import shutil
 import sys
 import sysconfig
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -285,8 +287,6 @@ class GPTNeoX(nn.Module):
         del self.token_losses
         self.compiled = False
 
-    @torch.compiler.set_stance("force_eager")  # every token makes another shape
-    @torch.no_grad()
     def generate(
         self,
         tokens: torch.Tensor,
@@ -294,36 +294,39 @@ class GPTNeoX(nn.Module):
         temperature: float = 0.0,
         end: int | None = None,
         generator: torch.Generator | None = None,
-    ) -> torch.Tensor:
-        """Continue tokens (1, T) int64 by up to new_tokens: greedily, or sampled if temperature >
-        0.
+    ) -> Iterator[int]:
+        """What follows tokens (1, T) int64, as it comes: at most so many new ids, without `end`.
 
-        end: the id to stop before.
+        The likeliest token each time or, if temperature > 0, one that is drawn.
         """
         c = self.config
         limit = c.max_position_embeddings
         room = min(limit, tokens.size(1) + new_tokens)
-        cache = self.embed_out.weight.new_empty(
-            c.num_hidden_layers, 2, 1, c.num_attention_heads, room, c.head_dim
-        )
+        shape = (c.num_hidden_layers, 2, 1, c.num_attention_heads, room, c.head_dim)
+        cache = self.embed_out.weight.new_empty(shape)
         known = 0  # tokens whose keys and values are in the cache
         for _ in range(new_tokens):
             n = tokens.size(1)
             if n <= limit:
-                logits = self(tokens[:, known:], cache=cache[..., :n, :])
+                logits = self.next_logits(tokens[:, known:], cache[..., :n, :])
                 known = n
             else:  # the window slides, and every token's position with it
-                logits = self(tokens[:, -limit:])
-            logits = logits[:, -1].float()  # (1, V)
+                logits = self.next_logits(tokens[:, -limit:])
             if temperature > 0:
                 probabilities = torch.softmax(logits / temperature, dim=-1)
                 token = torch.multinomial(probabilities, 1, generator=generator)
             else:
                 token = logits.argmax(-1, keepdim=True)
             if token.item() == end:
-                break
+                return
             tokens = torch.cat((tokens, token), dim=1)
-        return tokens
+            yield token.item()
+
+    @torch.compiler.set_stance("force_eager")  # every token makes another shape
+    @torch.no_grad()
+    def next_logits(self, tokens: torch.Tensor, cache: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits (1, V), fp32, of what follows tokens (1, T)."""
+        return self(tokens, cache=cache)[:, -1].float()
 
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.parameters())
@@ -710,6 +713,17 @@ def autocast_dtype(name: str | None, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
+def where_it_runs(device: torch.device, dtype: torch.dtype, asked: str | None) -> str:
+    """In words. asked: --dtype."""
+    reason = "no fast bfloat16 here"
+    if asked:
+        reason = "--dtype"
+    elif dtype == torch.bfloat16:
+        reason = "the hardware has it"
+    precision = str(dtype).removeprefix("torch.")
+    return f"{device.type} x {world_size()}, {precision} ({reason})"
+
+
 def autocast(device: torch.device, dtype: torch.dtype):
     if dtype == torch.float32:
         return contextlib.nullcontext()
@@ -836,25 +850,44 @@ def enough_memory(what: str, way_out: str):
 # ---- main ----
 
 
+def speak(model: GPTNeoX, tokenizer: Tokenizer, prompt: str, args) -> None:
+    """Print the prompt and what the model says, as it comes."""
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(args.seed)
+    ids = tokenizer.encode(prompt or "\n").tolist()
+    tokens = torch.tensor([ids], device=device)
+    said = ""
+    new = model.generate(tokens, args.tokens, args.temperature, tokenizer.end_of_text, generator)
+    for token in itertools.chain([None], new):
+        if token is not None:
+            ids.append(token)
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):  # the bytes of a character may come one by one
+            print(text[len(said) :], end="", flush=True)
+            said = text
+    print(tokenizer.decode(ids)[len(said) :])
+
+
 def main():
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
-    add("model", help="a folder or a name on the hub")
-    add("prompt")
+    add("models", nargs="+", metavar="MODEL", help="folders or names on the hub")
+    add("prompt", help="what they go on with")
     add("--tokens", type=int, default=100, help="how many to add")
-    add("--temperature", type=float, default=0.0, help="0 is greedy")
-    add("--seed", type=int, default=0, help="of the sampling")
+    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
+    add("--seed", type=int, default=0, help="of what is drawn")
     add("--device", help="default: cuda where there is one, else cpu")
     args = parser.parse_args()
     device = find_device(args.device)
-    model = load(args.model, device)
-    tokenizer = Tokenizer(args.model)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    ids = tokenizer.encode(args.prompt or "\n").astype("int64")
-    tokens = torch.from_numpy(ids)[None].to(device)
-    end = tokenizer.end_of_text
-    tokens = model.generate(tokens, args.tokens, args.temperature, end, generator)
-    print(tokenizer.decode(tokens[0].tolist()))
+    for name in args.models:
+        load(name, "meta")  # what is wrong with any of them is said before the first speaks
+    for name in args.models:
+        with notice(f"loading {name}", shown=sys.stderr.isatty()):
+            model = load(name, device)
+            tokenizer = Tokenizer(name)
+        if len(args.models) > 1:
+            print(f"---- {name}")
+        speak(model, tokenizer, args.prompt, args)
 
 
 if __name__ == "__main__":

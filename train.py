@@ -71,6 +71,7 @@ from model import (
     say,
     sequences_at_once,
     start,
+    where_it_runs,
     world_size,
     write_safetensors,
 )
@@ -1015,15 +1016,8 @@ def load_to_train(args, data: Data, dtype: torch.dtype, device: torch.device) ->
     if compiles:
         model.compile_parts()
 
-    # What will run, and why so.
-    precision = str(dtype).removeprefix("torch.")
-    reason = "no fast bfloat16 here"
-    if args.dtype:
-        reason = "--dtype"
-    elif dtype == torch.bfloat16:
-        reason = "the hardware has it"
     tokens = sum(data.size(d, "train")["tokens"] for d in data.domains)
-    where = f"{device.type} x {world_size()}, {precision} ({reason}), {how}"
+    where = f"{where_it_runs(device, dtype, args.dtype)}, {how}"
     say(
         f"data    {args.data}: {tokens:,} training tokens of {len(data.domains)} domains",
         f"model   {args.model}: {model.parameter_count():,} parameters on {where}",

@@ -235,14 +235,14 @@ def test_greedy_generation_equals_that_of_transformers_and_sampling_its_seed(tmp
     model = load(tmp_path)
     prompt = torch.randint(1, 211, (1, 5))
     greedy = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": 210, "pad_token_id": 0}
-    expected = oracle.generate(prompt, **greedy)
-    ours = model.generate(prompt, 20, end=210)
-    assert ours.size(1) > 5
-    assert torch.equal(ours, expected[:, : ours.size(1)])
+    expected = oracle.generate(prompt, **greedy)[0, 5:].tolist()
+    ours = list(model.generate(prompt, 20, end=210))
+    assert ours
+    assert ours == expected[: len(ours)]
     seeds = [torch.Generator().manual_seed(3) for _ in range(2)]
-    sampled = [model.generate(prompt, 20, 1.0, generator=seed) for seed in seeds]
-    assert torch.equal(*sampled)
-    assert not torch.equal(sampled[0][:, : ours.size(1)], ours)
+    sampled = [list(model.generate(prompt, 20, 1.0, generator=seed)) for seed in seeds]
+    assert sampled[0] == sampled[1]
+    assert sampled[0][: len(ours)] != ours
 
 
 def test_generation_goes_on_when_the_window_is_full():
@@ -253,14 +253,20 @@ def test_generation_goes_on_when_the_window_is_full():
     for _ in range(24):
         logits = model(expected[:, -32:])
         expected = torch.cat((expected, logits[:, -1].argmax(-1, keepdim=True)), 1)
-    assert torch.equal(model.generate(tokens, 24), expected)
+    assert list(model.generate(tokens, 24)) == expected[0, 20:].tolist()
 
 
 def test_the_command_line_speaks(script, small):
-    status, out, err = script("model", small, "the old", "--tokens", 5, "--device", "cpu")
+    """One model, or several, each under its name, on one prompt: the text whole, however it came."""
+    words = ["the old", "--tokens", 5, "--device", "cpu"]
+    status, out, err = script("model", small, *words)
     assert (status, err) == (0, "")
-    assert out.startswith("the old")
-    assert len(out) > len("the old\n")
+    tokenizer = Tokenizer(small)
+    prompt = torch.from_numpy(tokenizer.encode("the old").astype("int64"))[None]
+    new = list(load(small).generate(prompt, 5, end=tokenizer.end_of_text))
+    assert out == tokenizer.decode([*prompt[0].tolist(), *new]) + "\n"
+    status, both, _ = script("model", small, f"{small}/", *words)
+    assert both == f"---- {small}\n{out}---- {small}/\n{out}"
 
 
 # ---- two ways to compute the same ----

@@ -60,7 +60,8 @@ def reweight(folder: str):
         return model(inputs, targets).mean()
 
     def generate(prompt):
-        return model.generate(prompt, NEW)
+        new = [list(model.generate(prompt, NEW))]
+        return torch.cat((prompt, torch.tensor(new, device=prompt.device)), dim=1)
 
     return model, mean_loss, generate
 
