@@ -203,7 +203,7 @@ def train_in(more: float, words: list[str]) -> None:
     ],
 )
 def test_out_of_memory_names_what_was_asked_for_and_what_to_try(data, tmp_path, more, words):
-    """Logits are what takes it: 0.15 GB and their softmax where it evaluates, 1.1 GB where it trains."""
+    """Logits take it: 0.15 GB, and their softmax as much, in evaluation; 1.1 GB in training."""
     save(GPTNeoX(Config(8192, 32, 2, 4, 64, 256)), tmp_path / "m")
     run = short_run(data, tmp_path / "m", tmp_path / "run", micro_batch_size=128)
     done = Run(tmp_path, train_in, more, run).end()
