@@ -242,7 +242,7 @@ class Run:
         self.process = processes.Process(target=child, args=(what, args, self.output, settings))
         self.process.start()
 
-    def end(self, seconds: float = 120) -> tuple[int, str, str]:
+    def end(self, seconds: float = 300) -> tuple[int, str, str]:
         """Waits for it; returns (exit status, stdout, stderr), as the `script` fixture does."""
         self.process.join(seconds)
         assert self.process.exitcode is not None, "still running"
@@ -322,11 +322,14 @@ def log_of(folder: Path) -> list[dict]:
     return [{**line, "tokens_per_second": 0} for line in lines]
 
 
+def same_tensors(found: dict, expected: dict) -> bool:
+    same_names = found.keys() == expected.keys()
+    return same_names and all(torch.equal(found[name], expected[name]) for name in found)
+
+
 def same_weights(a: Path, b: Path) -> bool:
-    mine = load_file(a / "model.safetensors")
-    theirs = load_file(b / "model.safetensors")
-    equal = all(torch.equal(mine[name], theirs[name]) for name in mine)
-    return mine.keys() == theirs.keys() and equal
+    """Of two models' folders."""
+    return same_tensors(*(load_file(folder / "model.safetensors") for folder in (a, b)))
 
 
 def assert_same_training(found: dict, expected: dict, atol: float) -> None:
