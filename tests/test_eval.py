@@ -167,13 +167,16 @@ def test_domains_with_few_documents_are_marked(data, losses):
 # ---- the command ----
 
 
-def test_the_command_prints_the_table_and_writes_json(script, data, small, tmp_path):
+def test_the_command_prints_the_table_and_writes_json(script, data, small, copy_of_small, tmp_path):
+    """The baseline stands first, wherever it was named."""
     words = options(data=data.folder, json=tmp_path / "r.json", check_data=True)
-    status, out, err = script("eval", small, *words, *SMALL)
+    status, out, err = script("eval", small, "--baseline", copy_of_small, *words, *SMALL)
     assert (status, err) == (0, "")
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["seq_len"] == 32
-    assert f"{result['models'][str(small)]['nats']['mean']:.4f}" in out
+    assert list(result["models"]) == [str(copy_of_small), str(small)]
+    assert result["models"][str(small)]["difference"]["mean"]["change"] == 0
+    assert table(result) in out
 
 
 def test_a_model_with_another_tokenizer_brings_a_warning(script, data, small, copy_of_small):

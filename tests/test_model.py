@@ -257,7 +257,7 @@ def test_generation_goes_on_when_the_window_is_full():
 
 
 def test_the_command_line_speaks(script, small):
-    """One model, or several, each under its name, on one prompt: the text whole, however it came."""
+    """One model, or several, each under its name: the text is whole, however it came."""
     words = ["the old", "--tokens", 5, "--device", "cpu"]
     status, out, err = script("model", small, *words)
     assert (status, err) == (0, "")
