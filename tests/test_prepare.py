@@ -1,5 +1,6 @@
 """From text to bins: against the sources themselves, and the tokenizers library."""
 
+import functools
 import gzip
 import io
 import json
@@ -16,7 +17,6 @@ import pytest
 import tokenizers
 from conftest import ROOT, command, fails, made_documents, options, write_jsonl
 
-import prepare as prepare_module
 from prepare import (
     SPLITS,
     BadLine,
@@ -48,6 +48,12 @@ def arguments(out: Path, *sources, **changes) -> list[str]:
     """The same, as words of a command line: arguments(folder, "a=a.jsonl", max_bad=3)."""
     given = {"out": out, "tokenizer": "train:300", "val_fraction": 0.2, "test_fraction": 0.2}
     return [*map(str, sources), *options(**given | {"workers": 1} | changes)]
+
+
+@pytest.fixture
+def run(script):
+    """Runs prepare.py in this process: run(folder, "a=a.jsonl", max_bad=3)."""
+    return lambda *given, **changes: script("prepare", *arguments(*given, **changes))
 
 
 def texts_of(data: Data, domain: str, split: str) -> list[str]:
@@ -114,7 +120,7 @@ def test_empty_documents_and_duplicates_are_left_out_of_each_domain(tmp_path):
 def test_a_limit_hides_what_comes_after_it_whatever_the_number_of_workers(tmp_path, monkeypatch):
     """A domain ends with the document that reaches it. A bad line after that, read ahead of time
     for other workers, is no error."""
-    monkeypatch.setattr(prepare_module, "BLOCK", 4096)
+    monkeypatch.setattr("prepare.BLOCK", 4096)
     sources = {}
     for domain in ("prose", "sums"):
         path = write_jsonl(tmp_path / f"{domain}.jsonl", made_documents(domain, 80))
@@ -134,10 +140,16 @@ def test_a_limit_hides_what_comes_after_it_whatever_the_number_of_workers(tmp_pa
 def test_workers_keep_the_order_and_few_batches_wait_for_them(data):
     batches = [[Document("a", f"{i} {j}", "val") for j in range(3)] for i in range(20)]
     batches[7].append(LeftOut("a", "empty"))
+    path = data.folder / "tokenizer.json"
     taken = []
     found = []
-    path = data.folder / "tokenizer.json"
-    for encoded in encode_all((taken.append(b) or b for b in batches), 2, path):
+
+    def as_they_are_taken():
+        for batch in batches:
+            taken.append(batch)
+            yield batch
+
+    for encoded in encode_all(as_they_are_taken(), 2, path):
         found.append(encoded)
         assert len(taken) <= len(found) + 6
     assert found == list(encode_all(iter(batches), 1, path))
@@ -205,7 +217,7 @@ def test_every_kind_of_file_holds_the_same_documents(tmp_path, name):
     assert read_texts(tmp_path / name) == TEXTS
 
 
-def test_text_files_of_a_folder_or_a_glob_are_a_document_each(tmp_path, script):
+def test_text_files_of_a_folder_or_a_glob_are_a_document_each(tmp_path, run):
     (tmp_path / "more").mkdir()
     texts = made_documents("prose", 3)
     for name, text in zip(("a.txt", "b.TXT", "more/c.txt"), texts, strict=True):
@@ -214,10 +226,10 @@ def test_text_files_of_a_folder_or_a_glob_are_a_document_each(tmp_path, script):
     assert read_texts(tmp_path) == texts
     assert read_texts(tmp_path / "**" / "*") == texts
     assert read_texts(tmp_path / "[ab].*") == texts[:2]
-    assert "not read: 1 .md" in script("prepare", *arguments("d", f"a={tmp_path}"))[1]
+    assert "not read: 1 .md" in run(tmp_path / "d", f"a={tmp_path}")[1]
 
 
-def test_one_source_becomes_many_domains_by_a_key(tmp_path, script):
+def test_one_source_becomes_many_domains_by_a_key(tmp_path, run):
     names = {"prose": "Free Text", "sums": "Sums/2", "code": "../x"}
     records = []
     for domain, name in names.items():
@@ -228,7 +240,7 @@ def test_one_source_becomes_many_domains_by_a_key(tmp_path, script):
     source.write_text("".join(json.dumps(r) + "\n" for r in records))
     out = tmp_path / "out" / "d"
     keys = {"domain_key": "meta.set", "text_key": "body.text"}
-    status, printed, err = script("prepare", *arguments(out, source, **keys))
+    status, printed, err = run(out, source, **keys)
     assert status == 0 and "free_text.train" in printed, err
     made = Data(out)
     assert made.domains == ["flat", "free_text", "sums_2", "x"]
@@ -243,16 +255,14 @@ def test_a_parquet_becomes_many_domains_by_a_key(tmp_path):
     assert all_texts(made, "b") == sorted(f"b {i}" for i in range(80))
 
 
-def test_four_hundred_domains_need_no_more_open_files_than_one(tmp_path, script):
+def test_four_hundred_domains_need_no_more_open_files_than_one(tmp_path, run):
     """Here a process may have 256; at the end there are 1200 bins, and a window of each."""
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] <= 256
     records = [{"text": f"{i} of {d}", "set": f"d{d}"} for i in range(60) for d in range(400)]
     source = tmp_path / "a.jsonl"
     source.write_text("".join(json.dumps(r) + "\n" for r in records))
     fractions = {"val_fraction": 0.3, "test_fraction": 0.3}
-    status, _, err = script(
-        "prepare", *arguments(tmp_path / "d", source, domain_key="set", **fractions)
-    )
+    status, _, err = run(tmp_path / "d", source, domain_key="set", **fractions)
     assert status == 0, err
     made = Data(tmp_path / "d")
     assert len(made.domains) == 400
@@ -270,11 +280,11 @@ def test_four_hundred_domains_need_no_more_open_files_than_one(tmp_path, script)
     ],
 )
 def test_a_format_whose_library_is_missing_names_it(
-    script, tmp_path, monkeypatch, name, module, missing
+    run, tmp_path, monkeypatch, name, module, missing
 ):
     (tmp_path / name).write_bytes(b"x")
     monkeypatch.setitem(sys.modules, module, None)
-    result = script("prepare", *arguments(tmp_path / "d", f"a={tmp_path / name}"))
+    result = run(tmp_path / "d", f"a={tmp_path / name}")
     fails(result, f"pip install {missing}", name)
 
 
@@ -296,6 +306,7 @@ GOOD = b'{"text": "some text"}\n'
         ("a.jsonl", GOOD + b'{"text": "\\ud800"}', 2, "surrogate"),
         ("a.jsonl", GOOD + b'{"text": "na\xefve"}', 2, "utf-8"),
         ("a.jsonl", GOOD + b"\0" * 100, 2, "JSONDecodeError"),
+        ("a.jsonl", GOOD + b"\xef\xbb\xbf" + GOOD, 2, "BOM"),
         ("a.jsonl", b"[" * 100_000, 1, "RecursionError"),
         ("a.jsonl", b"9" * 5000, 1, "5000 digits"),
         ("a.json", b'{\n "text": "x"\n}', 1, "JSON over many lines"),
@@ -313,18 +324,16 @@ def test_a_bad_line_is_named_by_file_number_and_reason(tmp_path, name, content, 
     assert bad[0][:3] == ("a", path, number) and why in bad[0].why
 
 
-def test_bad_lines_are_counted_where_some_are_allowed(tmp_path, script):
+def test_bad_lines_are_counted_where_some_are_allowed(tmp_path, run):
     texts = made_documents("sums", 100)
     source = write_jsonl(tmp_path / "a.jsonl", texts)
     lines = source.read_text().splitlines()
     lines[3:3] = ["{", '{"text": null}', "7", '{"text": "\\ud800"}']
     source.write_text("\n".join(lines))
-    fails(
-        script("prepare", *arguments(tmp_path / "d", f"a={source}")), f"{source}:4: ", "--max-bad"
-    )
-    fails(script("prepare", *arguments(tmp_path / "d", f"a={source}", max_bad=3)), f"{source}:7: ")
+    fails(run(tmp_path / "d", f"a={source}"), f"{source}:4: ", "--max-bad")
+    fails(run(tmp_path / "d", f"a={source}", max_bad=3), f"{source}:7: ")
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
-    status, out, err = script("prepare", *arguments(tmp_path / "d", f"a={source}", max_bad=4))
+    status, out, err = run(tmp_path / "d", f"a={source}", max_bad=4)
     assert status == 0 and "left out: 4 bad" in out, err
     assert all_texts(Data(tmp_path / "d"), "a") == sorted(texts)
 
@@ -368,20 +377,21 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_a_file_that_cannot_be_read_to_its_end(script, tmp_path, name):
+def test_a_file_that_cannot_be_read_to_its_end(run, tmp_path, name):
     (tmp_path / name).write_bytes(DAMAGED[name])
     way_out = "git lfs pull" if "pointer" in name else "get it again"
-    result = script("prepare", *arguments(tmp_path / "d", f"a={tmp_path / name}"))
+    result = run(tmp_path / "d", f"a={tmp_path / name}")
     fails(result, f"{tmp_path / name}: cannot be read", way_out)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.gz"])
-def test_what_follows_a_gzip_and_is_none_is_left_out_and_said(tmp_path, capsys, name):
-    text = GOOD.strip()  # a last line that no end of line ends
-    (tmp_path / name).write_bytes(gzip.compress(text) + b"\0" * 9 + b"signature" * 9)
-    assert read_texts(tmp_path / name) == ["some text" if "json" in name else text.decode()]
-    assert f"{name}: what follows" in capsys.readouterr().out
+@pytest.mark.parametrize("name, text", [("a.jsonl.gz", "some text"), ("a.txt.gz", GOOD.decode())])
+def test_what_follows_a_gzip_and_is_none_is_left_out_and_said(tmp_path, capsys, name, text):
+    """The last line before it counts, whether an end of line ends it or not."""
+    for content in (GOOD, GOOD.strip()):
+        (tmp_path / name).write_bytes(gzip.compress(content) + b"\0" * 9 + b"signature" * 9)
+        assert [found.strip() for found in read_texts(tmp_path / name)] == [text.strip()]
+        assert f"{name}: what follows" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -445,20 +455,18 @@ def test_what_cannot_be_done_is_said_and_leaves_nothing(script, tmp_path, monkey
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_sources_need_a_tokenizer_and_a_tokenizer_needs_sources(script, tmp_path):
+def test_sources_need_a_tokenizer_and_a_tokenizer_needs_sources(run, tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", made_documents("sums", 60))
     out = tmp_path / "d"
-    fails(
-        script("prepare", *arguments(out, f"a={source}", tokenizer=False)), "--tokenizer", "--add"
-    )
-    fails(script("prepare", *arguments(out, add=True, tokenizer=False)), "name sources")
+    fails(run(out, f"a={source}", tokenizer=False), "--tokenizer", "--add")
+    fails(run(out, add=True, tokenizer=False), "name sources")
 
 
-def test_small_domains_can_be_left_out(script, tmp_path):
+def test_small_domains_can_be_left_out(run, tmp_path):
     many = write_jsonl(tmp_path / "many.jsonl", made_documents("sums", 60))
     few = write_jsonl(tmp_path / "few.jsonl", made_documents("prose", 9))
-    argv = arguments(tmp_path / "d", f"many={many}", f"few={few}", min_documents=10)
-    status, out, err = script("prepare", *argv)
+    argv = tmp_path / "d", f"many={many}", f"few={few}"
+    status, out, err = run(*argv, min_documents=10)
     assert status == 0 and "9 in a small domain" in out, err
     assert Data(tmp_path / "d").domains == ["many"]
     assert sorted(path.stem for path in (tmp_path / "d").glob("few*")) == []
@@ -467,29 +475,26 @@ def test_small_domains_can_be_left_out(script, tmp_path):
 # ---- the folder ----
 
 
-def test_nothing_that_exists_is_replaced(script, tmp_path):
+def test_nothing_that_exists_is_replaced(run, tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", made_documents("sums", 80))
     for out in (tmp_path, ".", source):
-        fails(script("prepare", *arguments(out, f"a={source}")), "exists", "--add")
+        fails(run(out, f"a={source}"), "exists", "--add")
     add = {"tokenizer": False, "add": True}
-    fails(
-        script("prepare", *arguments(tmp_path / "none", f"a={source}", **add)),
-        "not there to add to",
-    )
-    fails(script("prepare", *arguments(source / "d", f"a={source}")), source)
+    fails(run(tmp_path / "none", f"a={source}", **add), "not there to add to")
+    fails(run(source / "d", f"a={source}"), source)
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-def test_a_domain_is_added_as_if_it_had_been_there_from_the_start(tmp_path, script):
+def test_a_domain_is_added_as_if_it_had_been_there_from_the_start(tmp_path, run, script):
     sources = {}
     for domain in ("code", "prose", "sums"):
         sources[domain] = f"{domain}={tmp_path / domain}.jsonl"
         write_jsonl(tmp_path / f"{domain}.jsonl", made_documents(domain, 120))
     two = tmp_path / "two"
     three = tmp_path / "three"
-    assert script("prepare", *arguments(two, sources["code"], sources["sums"]))[0] == 0
+    assert run(two, sources["code"], sources["sums"])[0] == 0
     same_tokenizer = {"tokenizer": two / "tokenizer.json"}
-    assert script("prepare", *arguments(three, *sources.values(), **same_tokenizer))[0] == 0
+    assert run(three, *sources.values(), **same_tokenizer)[0] == 0
     before = {path.name: path.stat().st_mtime_ns for path in two.iterdir()}
     add = options(out=two, add=True, workers=1)
     status, _, err = script("prepare", sources["prose"], *add)
@@ -511,7 +516,8 @@ def test_two_processes_may_add_at_the_same_time(tmp_path):
     paths = {d: write_jsonl(tmp_path / f"{d}.jsonl", made_documents(d, 300)) for d in ("a", "b")}
     prepared(tmp_path / "d", {"first": [paths["a"]]})
     argv = [sys.executable, ROOT / "prepare.py", *options(out=tmp_path / "d", add=True, workers=1)]
-    running = [subprocess.Popen([*argv, f"{d}={path}"]) for d, path in paths.items()]
+    quiet = {"stdout": subprocess.DEVNULL}
+    running = [subprocess.Popen([*argv, f"{d}={path}"], **quiet) for d, path in paths.items()]
     assert [process.wait() for process in running] == [0, 0]
     assert Data(tmp_path / "d").domains == ["a", "b", "first"]
 
@@ -575,10 +581,8 @@ def test_memory_does_not_grow_with_the_input(tmp_path, data):
 
 
 def test_the_sample_is_real_text_in_five_domains_with_little_overlap(tmp_path, script, monkeypatch):
-    def smaller(fractions):
-        return make_sample(fractions, max_bytes=250_000)
-
-    monkeypatch.setattr(prepare_module, "make_sample", smaller)
+    smaller = functools.partial(make_sample, max_bytes=250_000)
+    monkeypatch.setattr("prepare.make_sample", smaller)
     status, out, err = script("prepare", *options(out=tmp_path / "sample", workers=1))
     assert status == 0 and "13-grams" in out, err
     sample = Data(tmp_path / "sample")
