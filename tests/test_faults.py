@@ -1,14 +1,16 @@
 """Killed, stopped, poisoned, damaged, full, twice at once: nothing is lost or silently wrong."""
 
 import json
+import math
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from functools import partial
+from functools import partial, reduce
 from hashlib import sha256
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from conftest import (
     options,
     ranks,
     run_script,
+    same_tensors,
     same_weights,
     train_options,
     write_jsonl,
@@ -35,11 +38,11 @@ from safetensors.torch import load_file
 import model
 import train
 from model import load, save
-from prepare import Data, InputError
+from prepare import Data
 from train import Hyperparameters, Mixture
 
 HYPER = Hyperparameters(seq_len=32, batch_size=8, learning_rate=1e-3)
-COUNTS = {"code": 27, "prose": 27, "sums": 26}  # ten steps
+COUNTS = {"code": 27, "prose": 27, "sums": 26}  # ten steps of HYPER
 
 
 def long_run(data, model, out, **changes) -> list[str]:
@@ -76,16 +79,26 @@ def sound(folder: Path) -> list[int]:
     return steps
 
 
-def interrupted(network, data, out, step: int, **more) -> None:
-    """Train as far as this step, with checkpoints in `out` on the way."""
-    out.mkdir(exist_ok=True)
+def ten_steps(model, data, out=None, **more) -> dict[str, torch.Tensor]:
+    """The weights after a pass of ten steps in this process."""
+    return train.train(load(model), data, COUNTS, HYPER, out=out, **more).state_dict()
+
+
+def interrupted(model, data, out, step: int) -> None:
+    """The first steps of it, with a checkpoint after every second one."""
 
     def interrupt(done):
         if done == step:
             raise KeyboardInterrupt
 
+    out.mkdir(exist_ok=True)
     with pytest.raises(KeyboardInterrupt):
-        train.train(network, data, COUNTS, HYPER, out=out, validate=interrupt, **more)
+        ten_steps(model, data, out, save_every=2, validate=interrupt)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, small):
+    return ten_steps(small, data)
 
 
 # ---- killed ----
@@ -94,9 +107,8 @@ def interrupted(network, data, out, step: int, **more) -> None:
 def killed_in_turn(tmp_path: Path, name: str, words: list, moments: list[str]) -> None:
     """Lives of one run, each of which ends just before one of these changes of the disk."""
     for moment in moments:
-        life = Run(tmp_path, name, *words, kill_at=moment)
-        status, out, err = life.end()
-        assert status == -signal.SIGKILL, (moment, out, err)
+        ended = Run(tmp_path, name, *words, kill_at=moment).end()
+        assert ended[0] == -signal.SIGKILL, (moment, ended)
 
 
 def test_train_killed_at_every_kind_of_moment_ends_with_the_same_weights(
@@ -111,25 +123,6 @@ def test_train_killed_at_every_kind_of_moment_ends_with_the_same_weights(
     words = long_run(data, small, out, resume=True)
     killed_in_turn(tmp_path, "train", words, moments)
     ends_well(Run(tmp_path, "train", *words))
-    assert is_same(out, whole)
-    assert names_in(out) == names_in(whole)
-
-
-def test_train_killed_in_the_middle_of_anything_ends_with_the_same_weights(
-    data, small, whole, tmp_path
-):
-    out = tmp_path / "run"
-    reached = []
-    for pause in (0, 0.005, 0.01):
-        done = len(log_of(out))
-        run = Run(tmp_path, "train", *long_run(data, small, out, resume=True))
-        run.wait_for(lambda done=done: len(log_of(out)) >= done + 5)
-        time.sleep(pause)
-        run.kill()
-        reached.append(len(log_of(out)))
-    assert reached == sorted(reached)
-    assert reached[-1] < 50
-    ends_well(Run(tmp_path, "train", *long_run(data, small, out, resume=True)))
     assert is_same(out, whole)
     assert names_in(out) == names_in(whole)
 
@@ -231,12 +224,6 @@ def test_prepare_killed_at_every_kind_of_moment_makes_the_same_files(tmp_path):
 # ---- damaged, or changed ----
 
 
-@pytest.fixture(scope="module")
-def ten_steps(data, small) -> dict[str, torch.Tensor]:
-    """The weights after ten steps that nobody disturbed."""
-    return train.train(load(small), data, COUNTS, HYPER).state_dict()
-
-
 def flip_a_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-100] ^= 1
@@ -252,36 +239,31 @@ DAMAGES = {
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_checkpoint_is_passed_over_and_named(
-    data, small, ten_steps, tmp_path, capsys, name
+    data, small, undisturbed, tmp_path, capsys, name
 ):
-    out = tmp_path / "run"
-    interrupted(load(small), data, out, 7, save_every=2)
-    assert sound(out) == [4, 6]
-    newer = out / "checkpoint-00000006"
+    interrupted(small, data, tmp_path, 7)
+    assert sound(tmp_path) == [4, 6]
+    newer = tmp_path / "checkpoint-00000006"
     DAMAGES[name](newer / name)
-    found = train.train(load(small), data, COUNTS, HYPER, out=out).state_dict()
+    assert same_tensors(ten_steps(small, data, tmp_path), undisturbed)
     text = capsys.readouterr().out
-    assert f"{newer} is damaged and passed over: " in text
-    assert name in text
-    assert f"going on from {out / 'checkpoint-00000004'}" in text
-    assert all(torch.equal(found[key], p) for key, p in ten_steps.items())
+    assert re.search(f"{newer} is damaged and passed over: .*{name}", text)
+    assert f"going on from {tmp_path / 'checkpoint-00000004'}" in text
 
 
 @pytest.mark.parametrize("manifest", ["{", "{}", "[]", '{"model.safetensors": 3}'])
 def test_with_every_checkpoint_damaged_the_run_is_done_anew_and_keeps_what_it_saves(
-    data, small, ten_steps, tmp_path, capsys, manifest
+    data, small, undisturbed, tmp_path, capsys, manifest
 ):
-    out = tmp_path / "run"
-    interrupted(load(small), data, out, 9, save_every=2)
-    for checkpoint in out.glob("checkpoint-*"):
+    interrupted(small, data, tmp_path, 9)
+    for checkpoint in tmp_path.glob("checkpoint-*"):
         (checkpoint / "manifest.json").write_text(manifest)
-    interrupted(load(small), data, out, 3, save_every=2)
+    interrupted(small, data, tmp_path, 3)
     text = capsys.readouterr().out
     assert text.count("is damaged and passed over: ") == 2
     assert "going on from" not in text
-    found = train.train(load(small), data, COUNTS, HYPER, out=out).state_dict()
-    assert f"going on from {out / 'checkpoint-00000002'}" in capsys.readouterr().out
-    assert all(torch.equal(found[name], p) for name, p in ten_steps.items())
+    assert same_tensors(ten_steps(small, data, tmp_path), undisturbed)
+    assert f"going on from {tmp_path / 'checkpoint-00000002'}" in capsys.readouterr().out
 
 
 def test_files_have_the_mode_that_the_umask_says(data, small, tmp_path):
@@ -309,24 +291,6 @@ def begun(data, small, tmp_path_factory):
     return folder
 
 
-def change_data(folder: Path) -> None:
-    meta = json.loads((folder / "data" / "meta.json").read_text())
-    meta["files"]["sums.train"]["sha256"] = "0" * 64
-    (folder / "data" / "meta.json").write_text(json.dumps(meta))
-
-
-def change_tokenizer(folder: Path) -> None:
-    path = folder / "data" / "tokenizer.json"
-    path.write_text(path.read_text() + "\n")
-    meta = json.loads((folder / "data" / "meta.json").read_text())
-    meta["tokenizer"]["sha256"] = sha256(path.read_bytes()).hexdigest()
-    (folder / "data" / "meta.json").write_text(json.dumps(meta))
-
-
-def change_model(folder: Path) -> None:
-    flip_a_bit(folder / "model" / "model.safetensors")
-
-
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -337,31 +301,32 @@ def change_model(folder: Path) -> None:
         ({"warmup": 0.3}, ["warmup was 0.2, is 0.3"]),
         ({"seq_len": 16}, ["seq_len was 32, is 16"]),
         ({"dtype": "bfloat16"}, ["dtype was float32, is bfloat16"]),
-        (change_data, ["data was"]),
-        (change_tokenizer, ["tokenizer was"]),
-        (change_model, ["model's files was"]),
+        (["files", "sums.train"], ["data was"]),
+        (["tokenizer"], ["tokenizer was"]),
+        ("model", ["model's files was"]),
     ],
 )
 def test_what_changed_before_a_resume_is_named(begun, tmp_path, script, change, words):
-    folder = tmp_path / "begun"
-    shutil.copytree(begun, folder)
-    changes = {}
-    if callable(change):
-        change(folder)
-    else:
-        changes = change
+    """An option, a hash in the data's meta.json, or the model. That folders moved is no change."""
+    folder = shutil.copytree(begun, tmp_path / "moved")
+    options = {"resume": True}
+
+    def resume():
+        places = (folder / "model", folder / "run")
+        return script("train", *train_options(Data(folder / "data"), *places, **options))
+
+    assert resume()[0] == 0
     before = {path: path.read_bytes() for path in (folder / "run").iterdir()}
-    resumed = {"resume": True} | changes
-    line = train_options(Data(folder / "data"), folder / "model", folder / "run", **resumed)
-    fails(script("train", *line), "--resume with other settings", *words)
+    if isinstance(change, dict):
+        options |= change
+    elif change == "model":
+        flip_a_bit(folder / "model" / "model.safetensors")
+    else:
+        meta = json.loads((folder / "data" / "meta.json").read_text())
+        reduce(dict.get, change, meta)["sha256"] = "0" * 64
+        (folder / "data" / "meta.json").write_text(json.dumps(meta))
+    fails(resume(), "--resume with other settings", *words)
     assert {path: path.read_bytes() for path in (folder / "run").iterdir()} == before
-
-
-def test_a_run_goes_on_where_its_folders_were_moved_to(begun, tmp_path, script):
-    shutil.copytree(begun, tmp_path / "moved")
-    places = [tmp_path / "moved" / name for name in ("model", "run")]
-    line = train_options(Data(tmp_path / "moved" / "data"), *places, resume=True)
-    assert script("train", *line)[0] == 0
 
 
 @pytest.mark.parametrize("damaged", ["run/runs/*", "base-*"])
@@ -431,18 +396,17 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
 
 
 @pytest.mark.parametrize("step", [0, 4, 9])
-def test_a_signal_in_any_step_saves_it(data, small, ten_steps, tmp_path, step):
+def test_a_signal_in_any_step_saves_it(data, small, undisturbed, tmp_path, step):
     def kill(at, rows, losses, weights):
         if at == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return weights
 
     with pytest.raises(SystemExit) as ended, train.stoppable():
-        train.train(load(small), data, COUNTS, HYPER, out=tmp_path, weigh=kill)
+        ten_steps(small, data, tmp_path, weigh=kill)
     assert ended.value.code == 128 + signal.SIGTERM
     assert sound(tmp_path) == [step + 1]
-    found = train.train(load(small), data, COUNTS, HYPER, out=tmp_path).state_dict()
-    assert all(torch.equal(found[name], p) for name, p in ten_steps.items())
+    assert same_tensors(ten_steps(small, data, tmp_path), undisturbed)
     assert [line["step"] for line in log_of(tmp_path)] == list(range(10))
 
 
@@ -512,13 +476,23 @@ def poisoned(data: Data, folder: Path, steps: list[int]) -> Data:
 
 
 @pytest.fixture
-def fragile(small, tmp_path) -> Path:
+def with_embedding(small, tmp_path):
+    """The small model, with a number for embeddings: of tokens that the data does not have."""
+
+    def make(number: float, tokens=slice(500, None)) -> Path:
+        network = load(small)
+        with torch.no_grad():
+            network.gpt_neox.embed_in.weight[tokens] = number
+        save(network, tmp_path / "changed", small / "tokenizer.json")
+        return tmp_path / "changed"
+
+    return make
+
+
+@pytest.fixture
+def fragile(with_embedding) -> Path:
     """A model with finite weights whose loss on a certain token is not finite."""
-    network = load(small)
-    with torch.no_grad():
-        network.gpt_neox.embed_in.weight[511] = 1e30
-    save(network, tmp_path / "fragile", small / "tokenizer.json")
-    return tmp_path / "fragile"
+    return with_embedding(1e30, 511)
 
 
 def ten_step_run(data, model, out, **changes) -> list[str]:
@@ -566,14 +540,13 @@ def test_a_poisoned_batch_is_skipped_and_named(data, fragile, tmp_path, script):
 def test_a_run_with_skipped_steps_resumes_to_the_same_weights(data, fragile, tmp_path):
     """Interrupted before there was any update, and later."""
     poison = poisoned(data, tmp_path / "d", [0, 1, 5])
-    whole = train.train(load(fragile), poison, COUNTS, HYPER).state_dict()
-    interrupted(load(fragile), poison, tmp_path / "run", 3, save_every=2)
-    saved = tmp_path / "run" / "checkpoint-00000002"
+    out = tmp_path / "run"
+    interrupted(fragile, poison, out, 3)
+    saved = out / "checkpoint-00000002"
     assert not load_file(saved / "optimizer.safetensors")
     assert json.loads((saved / "state.json").read_text()) == {"step": 2, "skipped": 2}
-    interrupted(load(fragile), poison, tmp_path / "run", 7, save_every=2)
-    resumed = train.train(load(fragile), poison, COUNTS, HYPER, out=tmp_path / "run").state_dict()
-    assert all(torch.equal(resumed[name], p) for name, p in whole.items())
+    interrupted(fragile, poison, out, 7)
+    assert same_tensors(ten_steps(fragile, poison, out), ten_steps(fragile, poison))
 
 
 def test_three_poisoned_batches_in_a_row_end_it_with_the_last_good_checkpoint(
@@ -612,35 +585,28 @@ def test_ranks_skip_a_poisoned_batch_together_and_resume(data, fragile, tmp_path
     )
 
 
-def test_weights_that_are_not_finite_are_neither_used_nor_saved(data, small, tmp_path, script):
-    network = load(small)
-    with torch.no_grad():
-        network.gpt_neox.embed_in.weight[500] = float("inf")  # a token that the data does not have
-    with pytest.raises(InputError, match="embed_in.weight is not finite"):
-        train.train(network, data, COUNTS, HYPER, save_every=2, out=tmp_path)
-    assert not list(tmp_path.glob("*checkpoint*"))
-    with torch.no_grad():
-        network.gpt_neox.embed_in.weight[:] = float("nan")
-    bad = tmp_path / "bad"
-    save(network, bad, small / "tokenizer.json")
-    result = script("train", *train_options(data, bad, tmp_path / "new"))
+def test_a_model_that_is_not_finite_where_it_is_used_is_refused(
+    data, with_embedding, tmp_path, script
+):
+    bad = with_embedding(math.nan, slice(None))
+    result = script("train", *train_options(data, bad, tmp_path / "run"))
     fails(result, "code's val split", "is not finite")
     result = script("eval", bad, *options(data=data.folder, device="cpu", no_compile=True))
     fails(result, "test split", "is not finite")
 
 
-def test_weights_that_overflow_the_type_they_are_saved_in_are_not_saved(
-    data, small, tmp_path, script
+@pytest.mark.parametrize(
+    "number, dtype, saved", [(math.inf, "float32", []), (1e6, "float16", [2, 4])]
+)
+def test_weights_that_are_not_finite_in_the_type_they_are_saved_in_are_not_saved(
+    data, with_embedding, tmp_path, script, number, dtype, saved
 ):
-    network = load(small)
-    with torch.no_grad():
-        network.gpt_neox.embed_in.weight[500] = 1e6
-    save(network, tmp_path / "large", small / "tokenizer.json")
+    bad = with_embedding(number)
     out = tmp_path / "run"
-    words = train_options(data, tmp_path / "large", out, save_dtype="float16", save_every=2)
+    words = train_options(data, bad, out, save_dtype=dtype, save_every=2)
     fails(script("train", *words), "gpt_neox.embed_in.weight is not finite")
     assert not (out / "model.safetensors").exists()
-    assert sound(out) == [2, 4]
+    assert sound(out) == saved
 
 
 # ---- no room ----
