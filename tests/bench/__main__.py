@@ -50,7 +50,7 @@ BACKENDS = {
 
 
 def reweight(folder: str):
-    """The model, its mean loss of inputs and targets, and how it continues a prompt."""
+    """The model, its mean loss of inputs and targets, and what follows a prompt (1, T)."""
     device = start()
     model = load(folder, device)
     if can_compile(device)[0]:
@@ -60,8 +60,7 @@ def reweight(folder: str):
         return model(inputs, targets).mean()
 
     def generate(prompt):
-        new = [list(model.generate(prompt, NEW))]
-        return torch.cat((prompt, torch.tensor(new, device=prompt.device)), dim=1)
+        return list(model.generate(prompt, NEW))
 
     return model, mean_loss, generate
 
@@ -84,7 +83,8 @@ def transformers(folder: str, compiled: bool):
         return model(inputs, labels=targets, shift_labels=targets).loss
 
     def generate(prompt):
-        return model.generate(prompt, attention_mask=torch.ones_like(prompt), **words)
+        tokens = model.generate(prompt, attention_mask=torch.ones_like(prompt), **words)
+        return tokens[0, PROMPT:].tolist()
 
     return model, mean_loss, generate
 
@@ -99,9 +99,9 @@ def work(side: str, folder: str, rows: int) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed is no answer
     if side == "reweight":
-        model, mean_loss, generated = reweight(folder)
+        model, mean_loss, continued = reweight(folder)
     else:
-        model, mean_loss, generated = transformers(folder, side != EAGER)
+        model, mean_loss, continued = transformers(folder, side != EAGER)
     device = next(model.parameters()).device
     dtype = autocast_dtype(None, device)
     optimizer = make_optimizer(model, device)
@@ -127,7 +127,7 @@ def work(side: str, folder: str, rows: int) -> None:
 
     @torch.inference_mode()
     def generate():
-        return generated(inputs[:1, :PROMPT]).size(1)
+        return len(continued(inputs[:1, :PROMPT]))
 
     tasks = {"train": train, "evaluate": evaluate, "generate": generate}
     for line in sys.stdin:

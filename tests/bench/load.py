@@ -20,7 +20,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from model import load, save  # noqa: E402
+from model import load, save
 
 MEASURE = """
 import sys, time

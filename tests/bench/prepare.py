@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from prepare import Tokenizer, prepare  # noqa: E402
+from prepare import Tokenizer, prepare
 
 ENCODE = """
 import json, sys, time
