@@ -394,10 +394,10 @@ def rotary_settings(values: dict, path: Path) -> dict:
         rope = values.get(key)
         if rope is None:
             continue
-        if not isinstance(rope, dict) or {rope.get("rope_type"), rope.get("type")} - {
-            None,
-            "default",
-        }:
+        known = (None, "default")
+        if not (
+            isinstance(rope, dict) and rope.get("rope_type") in known and rope.get("type") in known
+        ):
             raise InputError(f"{path}: {key} is {rope!r}; only plain rotary embeddings are known")
     rope = values.get("rope_parameters") or {}
     found = {
