@@ -217,7 +217,10 @@ def descend(
         slope = slopes(path[-1])
         w = path[-1] * np.exp(np.clip((slope.mean() - slope) / np.sqrt(step + 1), -1, 1))
         for _ in range(50):  # until both hold
+            before = w
             w = np.clip(w / w.sum(), low, high)
+            if (w == before).all():
+                break
         path.append(w / w.sum())
     return path
 
