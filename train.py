@@ -868,7 +868,8 @@ def claim(
                     else:
                         path.unlink()
                 options = dict(vars(args))
-                for name in ("out", "resume", "overwrite"):
+                # What a command says of itself, and what depends on where it runs, is left out.
+                for name in ("out", "resume", "overwrite", "check_data", "device", "fsdp"):
                     del options[name]
                 known = {"settings": settings, "passes": passes, "options": options}
                 write_json(record, known)
