@@ -70,7 +70,7 @@ def test_the_lopsided_mixture_prefers_larger_domains(data):
     assert counts[ranked[0]] < 1000 / 7 < 1000 / 2 < counts[ranked[2]]
 
 
-# ---- searches that many tests look at ----
+# ---- searches ----
 
 
 def mix_options(data, model, out, **changes) -> list[str]:
@@ -107,6 +107,18 @@ def searches(data, small, tmp_path_factory):
         run.kill()
 
 
+@pytest.fixture
+def search(data, small, tmp_path, script):
+    """Searches in this process, in a folder of the test's own; gives that, and what was printed."""
+
+    def run(name, model=small, folder=tmp_path, **changes):
+        status, text, err = script("mix", *mix_options(data, model, folder / name, **changes))
+        assert status == 0, err
+        return folder / name, text
+
+    return run
+
+
 def read(path) -> dict:
     return json.loads(path.read_text())
 
@@ -115,18 +127,53 @@ def history_of(out) -> list[dict]:
     return [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
 
 
-def with_weights(out) -> set[str]:
-    return {path.parent.name for path in out.glob("runs/*/model.safetensors")}
+def losses_of(line: dict) -> np.ndarray:
+    return np.array(list(line["losses"].values()))
 
 
-def run_on(out, counts: dict[str, int]):
-    """The folder of the run on a mixture."""
-    [folder] = [
-        path.parent
-        for path in out.glob("runs/*/run.json")
-        if read(path)["settings"]["counts"] == counts
-    ]
-    return folder
+def with_weights(out) -> list[str]:
+    """The mixtures whose weights are there, as JSON."""
+    kept = [path.with_name("run.json") for path in out.glob("runs/*/model.safetensors")]
+    return sorted(json.dumps(read(path)["settings"]["counts"]) for path in kept)
+
+
+@pytest.mark.parametrize("name", [*METHODS, "whole"])
+def test_a_search_writes_what_it_promises(name, searches, data, small):
+    out, text = searches(name)
+    method = name.replace("whole", "reweight")
+    found = read(out / "mix.json")
+    assert (found["method"], found["unit"], found["seq_len"]) == (method, "sequences", 32)
+    assert (found["seed"], found["data"]) == (0, str(data.folder))
+    history = history_of(out)
+    assert [line["round"] for line in history] == list(range(len(history)))
+    assert history[0]["counts"] is None
+    assert history[found["round"]]["counts"] == found["counts"]
+    assert {sum(line["counts"].values()) for line in history[1:]} == {48}
+    if method == "reweight":
+        means = [losses_of(line).mean() for line in history[1:]]
+        assert found["round"] == 1 + np.argmin(means)
+
+    title = method.replace("reweight", "reweighted")
+    result = read(out / "result.json")
+    assert list(result["models"]) == list(dict.fromkeys(["untouched", "uniform", title]))
+    assert result["models"][title]["difference"]["mean"]["change"] < 0
+    assert all(words in text for words in (verdict(result), "wall time: sample", "comparison"))
+    assert "warning:" not in text
+    card = (out / "README.md").read_text()
+    assert all(words in card for words in ("Losses on the test split", "untouched", title))
+    picture = (out / "mix.png").read_bytes()
+    assert picture[:8] == b"\x89PNG\r\n\x1a\n"
+    assert int.from_bytes(picture[16:20], "big") == 1200  # pixels across
+
+    # What it cost: passes of 48 sequences, and evaluations of at most 20 of a domain.
+    windows = sum(map(len, evaluate(load(small), data, "val", 32, limit=20).values()))
+    rounds = len(history) - 1
+    trained = {"reweight": rounds, "doremi": 3, "returns": 7}.get(method, 0)
+    evaluated = {"reweight": rounds + 1, "returns": 8}.get(method, 1)
+    assert found["tokens"] == {"trained": 32 * 48 * trained, "evaluated": 32 * windows * evaluated}
+    # Weights are there of what the table compares; others were measured, and no more.
+    compared = {json.dumps(found["counts"]), json.dumps(dict.fromkeys(data.domains, 16))}
+    assert set(with_weights(out)) == compared
 
 
 def test_the_result_is_a_mixture_for_train_and_a_model_for_eval(
@@ -142,33 +189,62 @@ def test_the_result_is_a_mixture_for_train_and_a_model_for_eval(
     assert "3 of 3" in text
 
 
-# ---- the methods ----
+def test_grow_trains_on_the_growing_quantities_and_compares_at_equal_length(search, data):
+    """Six times as long, the second round is the better one; of few sequences it warns."""
+    changes = {"sequences": 16, "grow": True, "rule": "additive", "rate": 80, "rounds": 2}
+    out, text = search("grow", eval_sequences=5, **changes)
+    assert [sum(line["counts"].values()) for line in history_of(out)[1:]] == [16, 96]
+    assert read(out / "mix.json")["round"] == 2
+    assert json.dumps(dict.fromkeys(data.domains, 32)) in with_weights(out)
+    assert all(f"documents of {d} are measured" in text for d in data.domains)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_as_a_user_runs_it(method, searches, data, small):
-    out, text = searches(method)
-    found = read(out / "mix.json")
-    result = read(out / "result.json")
-    name = "reweighted" if method == "reweight" else method
-    assert found["method"] == method
-    assert sum(found["counts"].values()) == 48
-    assert list(result["models"]) == list(dict.fromkeys(["untouched", "uniform", name]))
-    assert verdict(result) in text
-    assert "warning:" not in text
-    history = history_of(out)
-    assert history[found["round"]]["counts"] == found["counts"]
-    assert (out / "mix.png").read_bytes()[:4] == b"\x89PNG"
+def test_the_objective_chooses_the_round(search):
+    """As code is learnt the fastest, half of it has the best mean; less of it spares the others."""
+    rounds = {}
+    for objective in ("mean", "worst"):
+        changes = {"objective": objective, "start": "code=24,prose=12,sums=12", "rate": 2}
+        out, text = search(objective, **changes)
+        assert f"round{objective:>9}" in text
+        first, *history = history_of(out)
+        means = [losses_of(line).mean() for line in history]
+        worst = [(losses_of(line) - losses_of(first)).max() for line in history]
+        assert [line["mean"] for line in history] == pytest.approx(means)
+        assert [line["worst"] for line in history] == pytest.approx(worst)
+        rounds[objective] = read(out / "mix.json")["round"]
+        assert rounds[objective] == 1 + np.argmin(means if objective == "mean" else worst)
+    assert rounds["mean"] != rounds["worst"]
 
-    measured = evaluate(load(small), data, "val", 32, limit=20)
-    windows = sum(map(len, measured.values()))
-    rounds = len(history) - 1
-    trained = {"uniform": 0, "natural": 0, "reweight": rounds, "doremi": 3, "returns": 7}[method]
-    evaluated = {"reweight": rounds + 1, "returns": 8}.get(method, 1)
-    assert found["tokens"] == {"trained": 32 * 48 * trained, "evaluated": 32 * windows * evaluated}
-    # Probes are measured, and no more: weights are kept of what the table compares.
-    compared = {run_on(out, found["counts"]), run_on(out, dict.fromkeys(data.domains, 16))}
-    assert with_weights(out) <= {folder.name for folder in compared}
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ({"method": "returns", "start": "code=3,sums=3"}, "--method returns needs every domain"),
+        ({"method": "magic"}, "invalid choice"),
+        ({"objective": "best"}, "invalid choice"),
+        ({"rate": -1}, "--rate -1.0: expected more than 0"),
+    ],
+)
+def test_what_a_method_cannot_do_is_said_at_once(words, message, data, small, tmp_path, script):
+    fails(script("mix", *mix_options(data, small, tmp_path / "run", **words)), message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_forty_domains_need_no_more_open_files_than_three(tmp_path):
+    """Three splits of each are 120 files; a process here may have 256 open, as on macOS."""
+    sources = {}
+    for i in range(40):
+        documents = made_documents("sums", 24, seed=i)
+        sources[f"d{i:02}"] = [write_jsonl(tmp_path / f"{i}.jsonl", documents)]
+    fractions = {"val_fraction": 0.2, "test_fraction": 0.2}
+    data = prepare(tmp_path / "data", sources, "train:300", **fractions)
+    model = small_model(tmp_path / "model", data)
+    words = {"sequences": 40, "rounds": 2, "seq_len": 8, "eval_sequences": 2}
+    ends_well(Run(tmp_path, "mix", *mix_options(data, model, tmp_path / "run", **words)))
+    assert [len(line["losses"]) for line in history_of(tmp_path / "run")] == [40] * 3
+
+
+# ---- interrupted, and in several processes ----
 
 
 MOMENTS = {
@@ -188,110 +264,49 @@ def test_killed_and_resumed_it_ends_the_same(method, searches, data, small, tmp_
     ends_well(Run(tmp_path, "mix", *argv, "--resume"))
     whole, _ = searches(method)
     assert same_weights(out, whole)
-    assert history_of(out) == history_of(whole)
-    for name in ("mix.json", "result.json"):
+    for name in ("history.jsonl", "mix.json", "result.json"):
         assert (out / name).read_text() == (whole / name).read_text()
     assert with_weights(out) == with_weights(whole)
 
 
-def test_a_finished_search_prints_its_result_again(searches, data, small, script):
+def test_a_finished_search_prints_its_result_again(searches, search):
     out, text = searches("reweight")
-    status, again, err = script("mix", *mix_options(data, small, out, resume=True))
-    assert status == 0, err
+    _, again = search("reweight", folder=out.parent, resume=True)
     assert again.splitlines()[-12:-1] == text.splitlines()[-12:-1]  # but for how long it took
 
 
-RANKS = [("reweight", {"fsdp": True}), ("doremi", {}), ("returns", {})]
-
-
-@pytest.mark.parametrize("method, more", RANKS)
-def test_two_processes_search_like_one(method, more, searches, data, small, tmp_path):
+@pytest.mark.parametrize(
+    "method, fsdp", [("reweight", True), ("doremi", False), ("returns", False)]
+)
+def test_two_processes_search_like_one(method, fsdp, searches, data, small, tmp_path):
     """The same mixtures and the same table, with every rank at work in every run."""
-    argv = mix_options(data, small, tmp_path / "two", method=method, **more)
-    printed = ends_well(*ranks(tmp_path, 2, "mix", *argv))
-    assert sum("on cpu x 2," in text for text in printed) == 1
+    two = tmp_path / "two"
+    argv = mix_options(data, small, two, method=method, fsdp=fsdp)
+    assert sum("on cpu x 2," in text for text in ends_well(*ranks(tmp_path, 2, "mix", *argv))) == 1
     one, _ = searches(method)
-    for a, b in zip(history_of(tmp_path / "two"), history_of(one), strict=True):
+    for a, b in zip(history_of(two), history_of(one), strict=True):
         assert a["counts"] == b["counts"]
         assert a["losses"] == (b["losses"] and pytest.approx(b["losses"], abs=1e-5))
-    models = [read(out / "result.json")["models"] for out in (tmp_path / "two", one)]
-    for name, model in models[1].items():
-        assert models[0][name]["nats"] == pytest.approx(model["nats"], abs=1e-5)
-
-
-def test_grow_trains_on_the_growing_quantities_and_compares_at_equal_length(
-    data, small, tmp_path, script
-):
-    """Six times as long, the second round is the better one; of few sequences it warns."""
-    out = tmp_path / "grow"
-    changes = {"sequences": 16, "grow": True, "rule": "additive", "rate": 80, "rounds": 2}
-    argv = mix_options(data, small, out, eval_sequences=5, **changes)
-    status, text, err = script("mix", *argv)
-    assert status == 0, err
-    assert [sum(line["counts"].values()) for line in history_of(out)[1:]] == [16, 96]
-    assert read(out / "mix.json")["round"] == 2
-    assert run_on(out, dict.fromkeys(data.domains, 32)).is_dir()
-    assert all(f"documents of {d} are measured" in text for d in data.domains)
-
-
-def test_the_objective_chooses_the_round(data, small, tmp_path, script):
-    """As code is learnt the fastest, half of it has the best mean; less of it spares the others."""
-    rounds = {}
-    for objective in ("mean", "worst"):
-        out = tmp_path / objective
-        changes = {"objective": objective, "start": "code=24,prose=12,sums=12", "rate": 2}
-        status, text, err = script("mix", *mix_options(data, small, out, **changes))
-        assert status == 0, err
-        assert f"round{objective:>9}" in text
-        history = history_of(out)
-        untouched = np.array(list(history[0]["losses"].values()))
-        values = []
-        for line in history[1:]:
-            losses = np.array(list(line["losses"].values()))
-            values.append({"mean": losses.mean(), "worst": (losses - untouched).max()}[objective])
-            assert line[objective] == pytest.approx(values[-1])
-        rounds[objective] = read(out / "mix.json")["round"]
-        assert rounds[objective] == 1 + np.argmin(values)
-    assert rounds["mean"] != rounds["worst"]
-
-
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        ({"method": "returns", "start": "code=3,sums=3"}, "--method returns needs every domain"),
-        ({"method": "magic"}, "invalid choice"),
-        ({"objective": "best"}, "invalid choice"),
-        ({"rate": -1}, "--rate -1.0: expected more than 0"),
-    ],
-)
-def test_what_a_method_cannot_do_is_said_at_once(words, message, data, small, tmp_path, script):
-    fails(script("mix", *mix_options(data, small, tmp_path / "run", **words)), message)
-    assert not (tmp_path / "run").exists()
+    models = read(two / "result.json")["models"]
+    for name, model in read(one / "result.json")["models"].items():
+        assert models[name]["nats"] == pytest.approx(model["nats"], abs=1e-5)
 
 
 # ---- runs are named by what they are ----
 
 
-def interrupted(whole, out) -> None:
-    """A copy of a search's folder, as if all were measured but nothing compared."""
-    shutil.copytree(whole, out)
-    for name in ("model.safetensors", "result.json", "mix.json", "history.jsonl"):
-        (out / name).unlink()
-
-
 def test_after_the_rule_was_edited_no_other_mixtures_losses_come_back(
-    searches, data, small, tmp_path, script, monkeypatch
+    searches, search, tmp_path, monkeypatch
 ):
     """A search that goes on with another rule finds what one finds that began with it."""
-    interrupted(searches("reweight")[0], tmp_path / "edited")
+    whole, _ = searches("reweight")
+    shutil.copytree(whole, tmp_path / "edited")
+    (tmp_path / "edited" / "model.safetensors").unlink()
     monkeypatch.setitem(RULES, "multiplicative", (lambda A, S, r: A[::-1] * [9, 2, 0], 1.0))
-    for name, resume in (("edited", True), ("fresh", False)):
-        argv = mix_options(data, small, tmp_path / name, resume=resume)
-        status, _, err = script("mix", *argv)
-        assert status == 0, err
-    edited = history_of(tmp_path / "edited")
-    assert edited[2]["counts"] != history_of(searches("reweight")[0])[2]["counts"]
-    for a, b in zip(edited, history_of(tmp_path / "fresh"), strict=True):
+    edited = history_of(search("edited", resume=True)[0])
+    fresh = history_of(search("fresh")[0])
+    assert edited[2]["counts"] != history_of(whole)[2]["counts"]
+    for a, b in zip(edited, fresh, strict=True):
         assert a["counts"] == b["counts"]
         assert a["losses"] == pytest.approx(b["losses"], abs=1e-5)
 
@@ -304,32 +319,26 @@ def runs(data, small, tmp_path) -> Runs:
 
 
 ONE, TWO, THREE, FOUR = ({"code": n, "sums": 8 - n} for n in (1, 2, 3, 4))
-
-
-def change(path, **values) -> None:
-    path.write_text(json.dumps(read(path) | values))
-
-
-DAMAGE = {
-    "of another run": lambda mine, other: shutil.copy(other, mine),
-    "of fewer windows": lambda mine, other: change(mine, eval_sequences=4, losses={}),
-    "of one domain": lambda mine, other: change(mine, losses={"code": 1.0}),
-    "no numbers": lambda mine, other: change(mine, losses={"code": "x", "prose": 1, "sums": 1}),
-    "not finite": lambda mine, other: change(mine, losses={"code": 1, "prose": 1, "sums": np.nan}),
-    "cut": lambda mine, other: mine.write_text("{"),
-    "a list": lambda mine, other: mine.write_text("[]"),
+FLAT = {"code": 1.0, "prose": 1.0, "sums": 1.0}
+DAMAGED = {
+    "of other counts": lambda mine, other: other,
+    "of fewer windows": lambda mine, other: mine | {"eval_sequences": 4, "losses": FLAT},
+    "of two domains": lambda mine, other: mine | {"losses": {"code": 1.0, "prose": 1.0}},
+    "no numbers": lambda mine, other: mine | {"losses": FLAT | {"sums": "x"}},
+    "not finite": lambda mine, other: mine | {"losses": FLAT | {"sums": np.nan}},
+    "a list": lambda mine, other: [mine],
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("damage", DAMAGED)
 def test_a_measurement_that_is_not_this_runs_is_made_anew(damage, runs):
     losses = runs.measure(ONE)
     runs.measure(TWO)
     mine, other = (runs.run(counts).folder / "val.json" for counts in (ONE, TWO))
-    before = mine.read_text()
-    DAMAGE[damage](mine, other)
+    before = read(mine)
+    mine.write_text(json.dumps(DAMAGED[damage](before, read(other))))
     assert runs.measure(ONE).tolist() == losses.tolist()
-    assert mine.read_text() == before
+    assert read(mine) == before
 
 
 def test_a_folder_of_another_run_is_refused(runs):
@@ -368,98 +377,43 @@ def test_no_weights_go_that_are_wanted(runs, tmp_path):
 # ---- what others add ----
 
 
-def test_a_rule_and_a_method_are_added_by_one_entry_each(
-    data, small, tmp_path, script, monkeypatch
-):
-    def lean(runs, history, start, args):
-        """Half of the start, the other half one domain, which an option of its own names."""
-        k = runs.domains.index(args.towards)
-        for counts in (start, runs.counts(runs.shares(start) + np.eye(len(runs.domains))[k])):
-            history.add(counts, runs.measure(counts))
-        return history.lines[-1]["counts"]
+def lean(runs, history, start, args):
+    """A method: the start, and half of it with one domain, which an option names, for the rest."""
+    only = np.eye(len(runs.domains))[runs.domains.index(args.towards)]
+    for counts in (start, runs.counts(runs.shares(start) + only)):
+        history.add(counts, runs.measure(counts))
+    return counts
 
+
+# From 32, 8, 8 the rule makes 32 + 16, 8 + 16, 8 + 64 of 144: a third, a sixth, a half of 48.
+ADDED = [
+    ({"method": "lean", "towards": "sums"}, {"towards": "prose"}, [8, 8, 32]),
+    ({"rule": "reversed", "start": "code=32,prose=8,sums=8"}, {"rule": "share"}, [16, 8, 24]),
+]
+
+
+@pytest.mark.parametrize("words, other, counts", ADDED)
+def test_a_rule_and_a_method_are_added_by_one_entry_each(
+    words, other, counts, search, data, small, script, monkeypatch
+):
     towards = {"choices": data.domains, "default": "code", "help": "a domain"}
     monkeypatch.setitem(METHODS, "lean", Method(lean, {"--towards": towards}))
     monkeypatch.setitem(RULES, "reversed", (lambda A, S, r: A[::-1] * r, 2.0))
-    # From 32, 8, 8 the rule makes 32 + 16, 8 + 16, 8 + 64 of 144: a sixth, a half, a third of 48.
-    cases = {
-        "lean": ({"method": "lean", "towards": "sums"}, [8, 8, 32]),
-        "reversed": ({"rule": "reversed", "start": "code=32,prose=8,sums=8"}, [16, 8, 24]),
-    }
-    for name, (words, counts) in cases.items():
-        out = tmp_path / name
-        status, text, err = script("mix", *mix_options(data, small, out, **words))
-        assert status == 0, err
-        history = history_of(out)
-        assert list(history[2]["counts"].values()) == counts
-        assert (out / "mix.png").read_bytes()[:4] == b"\x89PNG"
-        (out / "model.safetensors").unlink()
-        argv = mix_options(data, small, out, resume=True, **words)
-        status, again, err = script("mix", *argv)
-        assert status == 0, err
-        assert again.splitlines()[:-1] == text.splitlines()[:-1]  # but for how long it took
-        assert history_of(out) == history
-    assert read(tmp_path / "lean" / "mix.json")["towards"] == "sums"
-    assert read(tmp_path / "reversed" / "mix.json")["rate"] == 2
-    argv = mix_options(data, small, tmp_path / "lean", resume=True, method="lean", towards="prose")
-    fails(script("mix", *argv), "towards was sums, is prose")
-
-
-def test_forty_domains_need_no_more_open_files_than_three(tmp_path):
-    """Three splits of each are 120 files; a process here may have 256 open, as on macOS."""
-    sources = {}
-    for i in range(40):
-        documents = made_documents("sums", 24, seed=i)
-        sources[f"d{i:02}"] = [write_jsonl(tmp_path / f"{i}.jsonl", documents)]
-    fractions = {"val_fraction": 0.2, "test_fraction": 0.2}
-    data = prepare(tmp_path / "data", sources, "train:300", **fractions)
-    model = small_model(tmp_path / "model", data)
-    words = {"sequences": 40, "rounds": 2, "seq_len": 8, "eval_sequences": 2}
-    ends_well(Run(tmp_path, "mix", *mix_options(data, model, tmp_path / "run", **words)))
-    assert [len(line["losses"]) for line in history_of(tmp_path / "run")] == [40] * 3
+    out, text = search("run", **words)
+    history = (out / "history.jsonl").read_text()
+    assert list(history_of(out)[2]["counts"].values()) == counts
+    assert (out / "mix.png").read_bytes()[:4] == b"\x89PNG"
+    (out / "model.safetensors").unlink()
+    _, again = search("run", resume=True, **words)
+    assert again.splitlines()[:-1] == text.splitlines()[:-1]  # but for how long it took
+    assert (out / "history.jsonl").read_text() == history
+    [(name, value)] = other.items()
+    assert read(out / "mix.json")[name] == words[name]
+    argv = mix_options(data, small, out, resume=True, **words | other)
+    fails(script("mix", *argv), f"{name} was {words[name]}, is {value}")
 
 
 # ---- the whole search, compiled ----
-
-
-def test_the_main_job_writes_what_it_promises(searches, data):
-    out, text = searches("whole")
-    card = (out / "README.md").read_text()
-    assert all(word in card for word in ("Losses on the test split", "untouched", "reweighted"))
-    history = history_of(out)
-    assert [line["round"] for line in history] == list(range(len(history)))
-    assert history[0]["counts"] is None
-    assert history[1]["counts"] == {"code": 16, "prose": 16, "sums": 16}
-    assert {sum(line["counts"].values()) for line in history[1:]} == {48}
-    best = min(history[1:], key=lambda line: np.mean(list(line["losses"].values())))
-    mixture = read(out / "mix.json")
-    assert (mixture["counts"], mixture["round"]) == (best["counts"], best["round"])
-    assert (mixture["unit"], mixture["seq_len"], mixture["seed"]) == ("sequences", 32, 0)
-    assert (mixture["rule"], mixture["data"]) == ("multiplicative", str(data.folder))
-    result = read(out / "result.json")
-    assert list(result["models"]) == ["untouched", "uniform", "reweighted"]
-    assert result["models"]["reweighted"]["difference"]["mean"]["change"] < 0
-    assert verdict(result) in text
-    assert all(word in text for word in ("wall time: sample", "base", "comparison"))
-    picture = (out / "mix.png").read_bytes()
-    assert picture[:8] == b"\x89PNG\r\n\x1a\n"
-    assert int.from_bytes(picture[16:20], "big") == 1200  # pixels across
-
-
-@pytest.mark.parametrize("name", ["whole", "reweight"])
-def test_every_round_moves_the_mixture_by_the_rule(name, searches):
-    """At rate 1 the growths, in shares of what there was, add up to 1; and the logarithms of two
-    of them differ by as much as the losses."""
-    history = history_of(searches(name)[0])
-    assert len(history) >= 3
-    for before, after in zip(history[1:], history[2:], strict=False):
-        A = np.array(after["quantities"])
-        growth = A / np.array(before["quantities"]) - 1
-        losses = np.array(list(before["losses"].values()))
-        assert growth.sum() == pytest.approx(1)
-        assert np.diff(LN(growth)) == pytest.approx(np.diff(losses))
-        counts = np.array(list(after["counts"].values()))
-        assert counts == pytest.approx(48 * A / A.sum(), abs=1)
 
 
 @pytest.mark.skipif(
@@ -467,17 +421,15 @@ def test_every_round_moves_the_mixture_by_the_rule(name, searches):
 )
 def test_a_whole_search_compiles_each_shape_once(searches):
     """A layer and the losses, each in training, in validation and in the test."""
-    text = searches("whole")[1]
+    _, text = searches("whole")
     assert "torch.compile (" in text
     assert "graphs: 6\n" in text
 
 
-def test_the_base_is_used_again(searches, data, script):
+def test_the_base_is_used_again(searches, search):
     folder = searches("whole")[0].parent
     [base] = folder.glob("base-tiny-*")
     stamp = (base / "model.safetensors").stat().st_mtime_ns
-    changes = {"base_sequences": 128, "rounds": 1}
-    status, _, err = script("mix", *mix_options(data, "scratch:tiny", folder / "second", **changes))
-    assert status == 0, err
+    search("second", "scratch:tiny", folder, base_sequences=128, rounds=1)
     assert [*folder.glob("base-tiny-*")] == [base]
     assert (base / "model.safetensors").stat().st_mtime_ns == stamp

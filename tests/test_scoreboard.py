@@ -1,56 +1,110 @@
-"""The benchmark of the methods: its fit, its verdicts, and a small run of all of it, which the second time only prints."""
+"""The benchmark of the methods: merged experts, the fit, the verdicts, and a small run of all."""
 
-import importlib.util
 import json
 import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL
+import torch
+from conftest import ROOT, train_options
 
-from eval import evaluate
+import mix
+from eval import domain_means, evaluate
+from mix import Method, Runs, begin_history
 from model import load
-from train import parse_mixture, train
+from train import Hyperparameters, parse_mixture, train
+
+sys.path.append(str(ROOT / "tests" / "bench"))  # the last: it has a prepare.py, too
+import scoreboard  # noqa: E402
+
+import merge  # noqa: E402
+
+HYPER = Hyperparameters(seq_len=32, batch_size=8, learning_rate=1e-2)
+
+
+# ---- merged experts ----
 
 
 @pytest.fixture(scope="module")
-def scoreboard():
-    spec = importlib.util.spec_from_file_location(
-        "scoreboard", ROOT / "tests" / "bench" / "scoreboard.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def stand(data, small, tmp_path_factory):
+    """Experts of the small model, and the line of their history."""
+    folder = tmp_path_factory.mktemp("merge")
+    measured = {"sequences": 48, "eval_sequences": 20}
+    runs = Runs(load(small), small, "small", data, HYPER, folder / "runs", **measured)
+    history = begin_history(runs, folder / "history.jsonl", "mean")
+    stand = merge.stand_in(runs, history, dict.fromkeys(data.domains, 16))
+    return stand, history.lines[-1]
 
 
-def test_the_fit_recovers_its_own_law(scoreboard):
+def flat(model) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_the_slopes_of_merged_experts_are_those_of_their_loss(stand, data):
+    """Beside central differences of the loss itself, on the same third of the windows, and for
+    uneven weights of the domains."""
+    stand, _ = stand
+    w = np.array([0.5, 0.2, 0.3])
+    weights = np.array([0.6, 0.3, 0.1])
+    step = 1e-2
+    found = []
+    for e in step * np.eye(3):
+        losses = []
+        for moved in (w + e, w - e):
+            stand.place(moved)
+            losses.append(weights @ stand.losses(weights, 1, 3))
+        found.append((losses[0] - losses[1]) / (2 * step))
+    stand.place(w)
+    losses = stand.losses(weights, 1, 3)
+    assert stand.slopes() == pytest.approx(found, rel=2e-2, abs=1e-4)
+    limited = evaluate(stand.runs.model, data, "val", 32, limit=20)
+    assert losses == pytest.approx([limited[d][1::3].mean() for d in data.domains], abs=1e-5)
+
+
+def test_the_scale_of_the_experts_is_a_projection(stand, data, small):
+    """From θ(start), the way to a run on the start is at right angles to the way from the base."""
+    stand, line = stand
+    base = flat(load(small))
+    uniform = dict.fromkeys(data.domains, 16)
+    run = train(load(small), data, uniform, HYPER)
+    losses = domain_means(evaluate(run, data, "val", 32, limit=20))
+    assert list(line["losses"].values()) == pytest.approx(losses, abs=1e-6)
+    stand.place(np.full(3, 1 / 3))
+    merged = flat(stand.runs.model)
+    dot = torch.dot(flat(run) - merged, merged - base).abs()
+    assert dot < 1e-4 * (merged - base).norm() * (flat(run) - base).norm()
+    only = flat(train(load(small), data, {"code": 16}, HYPER)) - base
+    assert torch.allclose(stand.experts[0], line["scale"] * only, atol=1e-6)
+
+
+# ---- the fit and the verdicts ----
+
+
+def test_the_fit_recovers_its_own_law():
     rng = np.random.default_rng(0)
-    c, t = np.log([2.0, 3.0, 1.0]), rng.normal(-1, 1, (3, 3)) - np.eye(3)
+    t = rng.normal(-1, 1, (3, 3)) - np.eye(3)
     shares = rng.dirichlet(np.ones(3), 40)
-    losses = np.exp(c) + np.exp(shares @ t.T)
+    losses = np.array([2.0, 3.0, 1.0]) + np.exp(shares @ t.T)
     fitted = scoreboard.log_linear(shares[:30], losses[:30])
     assert fitted(shares[30:]) == pytest.approx(losses[30:], abs=2e-3)
-    spoilt = losses[:30].copy()
-    spoilt[3] += 5  # an outlier counts little
-    assert scoreboard.log_linear(shares[:30], spoilt)(shares[30:]) == pytest.approx(
-        losses[30:], abs=0.05
-    )
+    losses[3] += 5  # an outlier counts little
+    fitted = scoreboard.log_linear(shares[:30], losses[:30])
+    assert fitted(shares[30:]) == pytest.approx(losses[30:], abs=0.05)
 
 
-def test_the_minimum_and_its_pull(scoreboard):
+@pytest.mark.parametrize("pull, least", [(0, [0.6, 0.3, 0.1]), (100, [1 / 3] * 3)])
+def test_the_minimum_and_its_pull(pull, least):
     def bowl(p):
         return ((p - np.array([0.6, 0.3, 0.1])) ** 2).sum(-1, keepdims=True) * np.ones(3)
 
-    assert scoreboard.minimum(bowl, 3, pull=0) == pytest.approx([0.6, 0.3, 0.1], abs=0.01)
-    assert scoreboard.minimum(bowl, 3, pull=100) == pytest.approx([1 / 3] * 3, abs=0.01)
+    assert scoreboard.minimum(bowl, 3, pull) == pytest.approx(least, abs=0.01)
 
 
-def test_rank_correlation(scoreboard):
-    """1 - 6 Σ d^2 / (n (n^2 - 1)), the textbook's form."""
-    a, b = np.array([3.0, 1.0, 2.0, 5.0, 4.0]), np.array([10.0, 20.0, 30.0, 50.0, 40.0])
-    assert scoreboard.rank_correlation(a, b) == pytest.approx(
-        1 - 6 * (4 + 1 + 1 + 0 + 0) / (5 * 24)
-    )
+def test_rank_correlation_by_hand():
+    """1 - 6 Σ d² / (n (n² - 1)), the textbook's form; the ranks differ by 2, 1, 1, 0 and 0."""
+    a = np.array([3, 1, 2, 5, 4])
+    b = np.array([10, 20, 30, 50, 40])
+    assert scoreboard.rank_correlation(a, b) == pytest.approx(1 - 6 * 6 / (5 * 24))
     assert scoreboard.rank_correlation(a, -a) == pytest.approx(-1)
 
 
@@ -64,72 +118,61 @@ def test_rank_correlation(scoreboard):
         (0.0, 0.0, 3, "not distinguishable from uniform"),
     ],
 )
-def test_a_gain_counts_where_it_exceeds_the_spread(scoreboard, mean, spread, seeds, words):
+def test_a_gain_counts_where_it_exceeds_the_spread(mean, spread, seeds, words):
     assert scoreboard.verdict({"mean": mean, "spread": spread, "seeds": [None] * seeds}) == words
 
 
-def test_a_small_scoreboard(scoreboard, data, small, tmp_path, monkeypatch, capsys):
+# ---- all of it ----
+
+
+def halves(runs, history, start, args):
+    """A method: the first domain, and the one that its option names."""
+    counts = {runs.domains[0]: args.sequences // 2, args.beside: args.sequences // 2}
+    history.add(counts, runs.measure(counts))
+    return counts
+
+
+def test_a_small_scoreboard(data, small, tmp_path, monkeypatch, capsys):
+    """Of every method, one added here among them; the second time it only prints."""
+    monkeypatch.setitem(mix.METHODS, "halves", Method(halves, {"--beside": {"default": "sums"}}))
     out = tmp_path / "run"
-    options = {
-        "data": data.folder,
-        "model": small,
-        "out": out,
-        "seq-len": 32,
-        "batch-size": 8,
-        "sequences": 24,
-    }
-    options |= {"rounds": 2, "eval-sequences": 10, "runs": 6, "seeds": 2, "lr": 1e-2}
-    argv = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
-    monkeypatch.setattr(sys, "argv", ["scoreboard.py", *argv, *SMALL])
+    words = {"sequences": 24, "rounds": 2, "runs": 6, "seeds": 2, "lr": 1e-2, "seq_len": 32}
+    argv = train_options(data, small, out, mix=False, **words)
+    monkeypatch.setattr(sys, "argv", ["scoreboard.py", *argv])
     scoreboard.main()
     text = capsys.readouterr().out
     result = json.loads((out / "scoreboard.json").read_text())
     rows = result["rows"]
-    assert set(rows) == {*scoreboard.ROWS, *scoreboard.REFERENCE} and list(rows) == sorted(
-        rows, key=lambda r: rows[r]["mean"]
-    )
-    assert rows["uniform"]["mean"] == 0 == rows["uniform"]["spread"]
+    assert set(rows) == {*scoreboard.ROWS, *scoreboard.REFERENCE, "halves"}
+    assert list(rows) == sorted(rows, key=lambda name: rows[name]["mean"])
+    assert rows["uniform"]["mean"] == rows["uniform"]["spread"] == 0
+    assert rows["halves"]["share"] == [0.5, 0, 0.5]
+    assert len(result["reference"]["losses"]) == 6
+    assert "merged experts" in result["proxies"]
     best = min(rows[name]["mean"] for name in scoreboard.REFERENCE)
-    assert (
-        len(result["reference"]["losses"]) == 6
-        and set(result["proxies"])
-        and "merged experts" in text
-    )
+    assert best < 0
     for name, row in rows.items():
         changes = [one["uniform"]["change"] for one in row["seeds"]]
-        assert row["mean"] == pytest.approx(np.mean(changes)) and row["spread"] == pytest.approx(
-            np.ptp(changes)
-        )
-        assert (
-            row["captured"] == (pytest.approx(row["mean"] / best) if best < 0 else None)
-            and name in text
-        )
+        assert row["mean"] == pytest.approx(np.mean(changes))
+        assert row["spread"] == pytest.approx(np.ptp(changes))
+        assert row["captured"] == pytest.approx(row["mean"] / best)
         assert sum(row["share"]) == pytest.approx(1)
-    reference = 32 * 24 * 6  # tokens trained on
-    for name in scoreboard.REFERENCE:
-        assert rows[name]["tokens"]["trained"] == reference and rows[name]["cost"] == 1
-    assert (
-        rows["returns"]["tokens"]["trained"] == 32 * 24 * 7
-        and rows["doremi"]["tokens"]["trained"] == 32 * 24 * 3
-    )
+        assert f"\n{name} " in text
+    passes = {"log-linear fit": 6, "returns": 7, "doremi": 3, "halves": 1, "uniform": 0}
+    for name, number in passes.items():
+        assert rows[name]["tokens"]["trained"] == 32 * 24 * number
+    assert rows["log-linear fit"]["cost"] == 1
 
-    mean = {}
-    for mixture in ("natural", "uniform"):  # the second seed's final runs, by hand
-        hyper = {"seq_len": 32, "batch_size": 8, "lr": 1e-2, "seed": 1001}
-        model = train(load(small), data, parse_mixture(mixture, data, 24, 32), **hyper)
-        mean[mixture] = np.mean(
-            [values.mean() for values in evaluate(model, data, "test", 32).values()]
-        )
-    assert rows["natural"]["seeds"][1]["uniform"]["change"] == pytest.approx(
-        mean["natural"] - mean["uniform"], abs=1e-6
-    )
+    means = {}
+    for mixture in ("natural", "uniform"):  # the second seed's final runs
+        hyper = Hyperparameters(seq_len=32, batch_size=8, learning_rate=1e-2, seed=1001)
+        model = train(load(small), data, parse_mixture(mixture, data, 24, 32), hyper)
+        means[mixture] = domain_means(evaluate(model, data, "test", 32)).mean()
+    change = rows["natural"]["seeds"][1]["uniform"]["change"]
+    assert change == pytest.approx(means["natural"] - means["uniform"], abs=1e-6)
     for name in ("scoreboard.png", "paths.png"):
         assert (out / name).read_bytes()[:4] == b"\x89PNG"
 
-    def fails(*args, **kwargs):
-        raise AssertionError("trained again")
-
-    monkeypatch.setattr(scoreboard, "train", fails)
-    monkeypatch.setattr(sys.modules["mix"], "train", fails)
+    monkeypatch.setattr("train.make_optimizer", None)  # so that nothing can be trained
     scoreboard.main()
     assert capsys.readouterr().out[-1000:] == text[-1000:]
