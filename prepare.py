@@ -696,7 +696,7 @@ def way_out_of(path: Path, error: Exception) -> str:
     if isinstance(error, ImportError):
         library = "pyarrow" if ending(path) == ".parquet" else "backports.zstd"
         return f"pip install {library}"
-    if re.search("memory", repr(error), re.IGNORECASE):
+    if isinstance(error, MemoryError) or "not enough memory" in str(error):
         return "free some memory"
     with open(path, "rb") as file:
         if file.read(40).startswith(b"version https://git-lfs"):

@@ -238,7 +238,7 @@ UNPACK = {
 
 
 @pytest.mark.parametrize("name", [*UNPACK, "a.parquet"])
-@fuzz(100)
+@fuzz(80)
 @given(st.data())
 def test_a_damaged_source_is_read_for_what_it_holds_or_refused_in_one_line(name, d):
     content = d.draw(damaged(SOURCES[name], name))
@@ -304,7 +304,7 @@ def models(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     "name", ["config.json", "model.safetensors", "model.safetensors.index.json"]
 )
-@fuzz(150)
+@fuzz(120)
 @given(st.data())
 def test_a_damaged_model_has_the_shapes_of_its_config_or_is_refused_in_one_line(models, name, d):
     good = (models / name).read_bytes()

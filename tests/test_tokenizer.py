@@ -121,11 +121,11 @@ def test_pythia_on_real_text():
 
 
 def code_points() -> list[str]:
-    """All of planes 0 and 1, and of the others what is normalized, and of each kind a sample."""
-    whole = (range(0xD800), range(0xE000, 0x20000), range(0x2F800, 0x2FA20))
-    ideographs = range(0x20000, 0x40000, 11)
-    rest = range(0x40000, sys.maxunicode + 1, 101)  # tags; private ones, and none at all
-    return [chr(c) for part in (*whole, ideographs, rest) for c in part]
+    """All of planes 0 and 1, but for a sample of ideographs, of syllables and of other planes."""
+    whole = [range(0x3400), range(0xA000, 0xAC00), range(0xE000, 0x20000), range(0x2F800, 0x2FA20)]
+    alike = [range(0x3400, 0xA000, 11), range(0xAC00, 0xD800, 11), range(0x20000, 0x40000, 11)]
+    rest = [range(0x40000, sys.maxunicode + 1, 101)]  # tags; private ones, and none at all
+    return [chr(c) for part in whole + alike + rest for c in part]
 
 
 # Letters join the a before them, digits the 1 after them, white space the space between the two.
@@ -160,7 +160,7 @@ def test_what_chance_writes(pair):
 @pytest.mark.parametrize("run", [" ", "\n", "\t", "\u3000", "\r\n", "\n ", "  \n"])
 def test_endless_white_space(pair, run):
     nearly = 99_999 // len(run)  # what is just short of going to the library
-    pair.check(["x" + run * nearly + "y", run * nearly, "x" + run * (nearly + 2) + "y"])
+    pair.check(["x" + run * nearly + "y", run * (nearly + 2)])
 
 
 def test_a_million_characters(pair):
