@@ -191,9 +191,9 @@ processes.set_forkserver_preload(imported)
 DISK = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
 
 
-def kill_before(moment: str | int) -> None:
-    """SIGKILL this process just before a change of the disk: the first, described by the audit's
-    word and the path, in which a pattern is found, or the n-th."""
+def kill_before(moment: str | int, number: int) -> None:
+    """Send this process a signal just before a change of the disk: the n-th, or each in whose
+    description, the audit's word and the path, a pattern is found."""
     changes = 0
 
     def watch(event, args):
@@ -204,20 +204,22 @@ def kill_before(moment: str | int) -> None:
         path = args[1] if event == "os.rename" else args[0]
         words = f"{event.removeprefix('os.')} {path}"
         if changes == moment or isinstance(moment, str) and re.search(moment, words):
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
 
     sys.addaudithook(watch)
 
 
-def child(what, args: list, output: str, settings: dict) -> None:
+def child(
+    what, args, output, kill_at=0, number=signal.SIGKILL, largest=0, threads=1, env=None
+) -> None:
     for stream in (1, 2):
         os.dup2(os.open(f"{output}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-    os.environ.update(settings["env"])
-    torch.set_num_threads(settings["threads"])
-    if settings["largest"]:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (settings["largest"], settings["largest"]))
-    if settings["kill_at"]:
-        kill_before(settings["kill_at"])
+    os.environ.update(env or {})
+    torch.set_num_threads(threads)
+    if largest:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+    if kill_at:
+        kill_before(kill_at, number)
     if isinstance(what, str):
         run_script(what, args)
     else:
@@ -233,13 +235,14 @@ def run_script(name: str, argv: list) -> None:
 class Run:
     """A script, or a function of a test's file, in a process that has started when this returns.
 
-    kill_at: a moment for kill_before. largest: no file may become larger, in bytes.
+    settings: kill_at, a moment, and number, for kill_before; largest, which no file may exceed, in
+    bytes; threads; env, what is added to the environment.
     """
 
-    def __init__(self, tmp_path, what, *args, kill_at=0, largest=0, threads=1, env=None):
+    def __init__(self, tmp_path: Path, what, *args, **settings):
         self.output = str(tmp_path / f"output-{random.randrange(10**9)}")
-        settings = {"kill_at": kill_at, "largest": largest, "threads": threads, "env": env or {}}
-        self.process = processes.Process(target=child, args=(what, args, self.output, settings))
+        words = (what, args, self.output)
+        self.process = processes.Process(target=child, args=words, kwargs=settings)
         self.process.start()
 
     def end(self, seconds: float = 300) -> tuple[int, str, str]:

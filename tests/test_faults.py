@@ -50,6 +50,11 @@ def long_run(data, model, out, **changes) -> list[str]:
     return train_options(data, model, out, **{"sequences": 400, "save_every": 2} | changes)
 
 
+def endless_run(data, model, out, **changes) -> list[str]:
+    """5000 steps, for what is ended early."""
+    return train_options(data, model, out, **{"sequences": 40_000} | changes)
+
+
 @pytest.fixture(scope="module")
 def whole(data, small, tmp_path_factory):
     """The folder of a long run that nobody disturbed."""
@@ -125,6 +130,15 @@ def test_train_killed_at_every_kind_of_moment_ends_with_the_same_weights(
     ends_well(Run(tmp_path, "train", *words))
     assert is_same(out, whole)
     assert names_in(out) == names_in(whole)
+
+
+def test_resume_alone_goes_on_with_the_options_of_the_run(data, small, whole, tmp_path, script):
+    words = long_run(data, small, tmp_path / "run")
+    killed_in_turn(tmp_path, "train", words, ["rename .*/checkpoint-00000006"])
+    alone = options(out=tmp_path / "run", device="cpu", resume=True)
+    fails(script("train", *alone, "--seed", 1), "seed was 0, is 1")
+    assert script("train", *alone)[0] == 0
+    assert is_same(tmp_path / "run", whole)
 
 
 def train_with(optimizer, settings: dict, words: list) -> None:
@@ -370,29 +384,36 @@ def test_data_that_is_missing_or_damaged_is_named(data, small, tmp_path, script)
 # ---- stopped by a signal ----
 
 
-@pytest.mark.parametrize(
-    "number, changes",
-    [(signal.SIGTERM, {}), (signal.SIGINT, {}), (signal.SIGTERM, {"eval_every": 1})],
-)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
-    data, small, whole, tmp_path, script, number, changes
+    data, small, whole, tmp_path, script, number
 ):
+    """It comes as a checkpoint is written, and again as the last one is."""
     out = tmp_path / "run"
-    words = long_run(data, small, out, save_every=0, overwrite=True, **changes)
-    run = Run(tmp_path, "train", *words)
-    run.wait_for(lambda: len(log_of(out)) > 3)
-    run.send(number)
-    run.send(number)  # torchrun passes on what a scheduler also sends itself
-    status, _, err = run.end()
+    words = long_run(data, small, out, overwrite=True)
+    at = {"kill_at": "rename .*/checkpoint-0000001", "number": number}
+    status, _, err = Run(tmp_path, "train", *words, **at).end()
     assert status == 128 + number, err
-    done = len(log_of(out))
-    assert sound(out) == [done]
-    assert f"stopped and saved after step {done} of 50; go on with: python train.py" in err
+    assert len(log_of(out)) == 11
+    assert sound(out) == [10, 11]
+    assert "stopped and saved after step 11 of 50; go on with: python train.py" in err
     line = shlex.split(err.partition("go on with: ")[2])
     assert line[-1] == "--resume"
     assert "--overwrite" not in line
     assert script("train", *line[2:])[0] == 0
-    assert same_weights(out, whole)
+    assert is_same(out, whole)
+
+
+def test_a_signal_in_an_evaluation_stops_and_saves_after_the_next_step(data, small, tmp_path):
+    """Or in the step itself, which is much shorter."""
+    out = tmp_path / "run"
+    words = endless_run(data, small, out, eval_every=1, eval_sequences=1000)
+    run = Run(tmp_path, "train", *words)
+    run.wait_for(lambda: len(log_of(out)) > 3)
+    run.send(signal.SIGTERM)
+    status, _, err = run.end()
+    assert status == 143, err
+    assert sound(out) == [len(log_of(out))]
 
 
 @pytest.mark.parametrize("step", [0, 4, 9])
@@ -428,7 +449,7 @@ def test_a_signal_before_the_first_step_ends_it_there(data, small, tmp_path, scr
 @pytest.mark.parametrize("changes", [{}, {"fsdp": True}], ids=["DDP", "FSDP"])
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(data, small, tmp_path, changes):
     out = tmp_path / "run"
-    words = long_run(data, small, out, save_every=0, **changes)
+    words = endless_run(data, small, out, **changes)
     both = ranks(tmp_path, 2, "train", *words)
     both[0].wait_for(lambda: len(log_of(out)) > 3)
     both[1].send(signal.SIGTERM)
@@ -437,12 +458,12 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(data, small, tmp_path, 
     done = len(log_of(out))
     assert sound(out) == [done]
     way_on = "go on with: torchrun --nproc_per_node=2 train.py"
-    assert f"saved after step {done} of 50; {way_on}" in ended[0][2]
+    assert f"saved after step {done} of 5000; {way_on}" in ended[0][2]
 
 
-def test_torchrun_passes_a_signal_on(data, small, whole, tmp_path, script):
+def test_torchrun_passes_a_signal_on(data, small, tmp_path):
     out = tmp_path / "run"
-    words = long_run(data, small, out, sequences=4000)
+    words = endless_run(data, small, out)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     torchrun += ["--nproc_per_node=2", ROOT / "train.py"]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
@@ -453,8 +474,8 @@ def test_torchrun_passes_a_signal_on(data, small, whole, tmp_path, script):
     agent.terminate()
     _, err = agent.communicate(timeout=60)
     done = len(log_of(out))
-    assert f"stopped and saved after step {done} of 500; go on with: torchrun" in err
-    assert sound(out)[-1] == done
+    assert f"stopped and saved after step {done} of 5000; go on with: torchrun" in err
+    assert sound(out) == [done]
 
 
 # ---- poisoned ----
@@ -671,7 +692,7 @@ def test_prepare_on_a_full_disk_leaves_nothing(tmp_path, disk, script):
 
 @pytest.mark.parametrize("name", ["train", "mix"])
 def test_a_second_run_in_a_folder_stops_and_a_killed_one_lets_go(data, small, tmp_path, name):
-    words = long_run(data, small, tmp_path / "run", sequences=4000)
+    words = endless_run(data, small, tmp_path / "run", save_every=2)
     if name == "mix":
         words.remove("--mix")
         words.remove("uniform")
@@ -691,7 +712,7 @@ def test_a_second_run_in_a_folder_stops_and_a_killed_one_lets_go(data, small, tm
 
 
 def test_two_searches_do_not_pretrain_one_base_at_the_same_time(data, tmp_path):
-    words = options(data=data.folder, seq_len=32, base_sequences=8000, batch_size=8) + SMALL
+    words = options(data=data.folder, seq_len=32, base_sequences=40_000, batch_size=8) + SMALL
     first = Run(tmp_path, "mix", *words, "--out", tmp_path / "one")
     first.wait_for(lambda: list(tmp_path.glob("base-*/log.jsonl")))
     result = Run(tmp_path, "mix", *words, "--out", tmp_path / "two").end()

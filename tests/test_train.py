@@ -144,6 +144,14 @@ def test_the_model_card_says_what_the_model_is_made_of(data, small, tmp_path, sc
     assert str(data.folder.parent) not in text
 
 
+def test_a_card_that_cannot_be_made_costs_no_weights(data, small, tmp_path, script, monkeypatch):
+    monkeypatch.delattr("train.model_card")
+    status, out, err = script("train", *train_options(data, small, tmp_path / "run"))
+    assert status == 0, err
+    assert f"warning: {tmp_path / 'run' / 'README.md'} could not be made: NameError" in out
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
 def test_resume_of_nothing_starts_and_of_a_finished_run_prints_its_result(
     data, small, tmp_path, script
 ):
