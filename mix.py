@@ -234,23 +234,31 @@ def returns(runs: "Runs", history: "History", start: dict[str, int], args) -> di
     """
     first = runs.shares(start)
     p = first
-    mixtures = [start]
+    mixtures, notes = [start], ["the start"]
     logs, losses = [], []
     for _ in range(2):
         # A quarter more of one domain, for each, around what is the best by now.
         mixtures += [runs.counts(3 * p + only) for only in np.eye(len(p))]
-        for counts in mixtures[len(losses) :]:
+        notes += [f"probe: more {domain}" for domain in runs.domains]
+        for counts, note in list(zip(mixtures, notes, strict=True))[len(losses) :]:
             losses.append(runs.measure(counts, keep=counts is start))
             shares = runs.shares(counts).clip(0.5 / args.sequences)
             logs.append([1, *np.log(shares)])
-            history.add(counts, losses[-1])
+            history.add(counts, losses[-1], note=note)
         # One least-squares problem a domain, all with the same runs.
         fitted = np.linalg.lstsq(np.array(logs), np.array(losses), rcond=None)[0]
         a, B = fitted[0], -fitted[1:]
         slopes = returns_slopes(a - history.untouched, B, history.objective)
         p = descend(slopes, first, first / 4, runs.cap, 1000)[-1]
         predicted = a - np.log(p) @ B
-        history.add(runs.counts(p), predicted=predicted.tolist(), a=a.tolist(), B=B.tolist())
+        note = f"the law's minimum: mean {predicted.mean():.4f} predicted"
+        law = {"predicted": predicted.tolist(), "a": a.tolist(), "B": B.tolist()}
+        history.add(runs.counts(p), note=note, **law)
+    error = np.abs(np.array(logs) @ fitted - np.array(losses)).mean()
+    say(
+        f"the law fits {len(losses)} runs to {error:.4f} nats; its minimum is taken, not the best run,"
+    )
+    say("whose lead may be its seed's")
     return runs.counts(p)
 
 
@@ -499,9 +507,14 @@ class History:
 
     def begin(self) -> None:
         """The head of the table, and the untouched model's line."""
-        head = "".join(f"{d[:16]:>18}" for d in self.domains)
         say("", "share of the mixture and validation loss, nats per token")
-        say(f"{'round':>5}{self.objective:>9}{head}")
+        K = len(self.domains)
+        head = "".join(f"{d[:16]:>17}" for d in self.domains)
+        if K > 8:
+            head = "  the largest moves from the first mixture"
+        elif K > 5:
+            head = "".join(f"{d[:10]:>11}" for d in self.domains)
+        say(f"{'round':>5}{self.objective:>7}{head}")
         self.add(None, self.untouched)
 
     def add(self, counts: dict[str, int] | None, losses: np.ndarray | None = None, **more) -> None:
@@ -512,24 +525,43 @@ class History:
             line["mean"] = float(losses.mean())
             line["worst"] = float((losses - self.untouched).max())
             line["losses"] = dict(zip(self.domains, losses.tolist(), strict=True))
-        self.lines.append(line | more)
+        line |= more
+        self.lines.append(line)
         if rank() == 0:
             prepare.write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
         say(self.words(line))
 
     def words(self, line: dict) -> str:
-        text = f"{line['round']:>5}{'':>9}"
-        if line["losses"]:
-            text = f"{line['round']:>5}{line[self.objective]:>9.4f}"
+        """A line of the table, within 100 columns, and below it what else there is to say."""
+        text = f"{line['round']:>5}"
+        text += f"{line[self.objective]:>7.4f}" if line["losses"] else " " * 7
         counts = line["counts"] or {}
-        for d in self.domains:
-            share = f"{counts.get(d, 0) / sum(counts.values()):.1%}" if counts else ""
-            loss = f"{line['losses'][d]:.4f}" if line["losses"] else ""
-            text += f"{share:>10}{loss:>8}"
+        K = len(self.domains)
+        for d in self.domains if K <= 8 else []:
+            share = counts.get(d, 0) / sum(counts.values()) if counts else 0
+            loss = line["losses"][d] if line["losses"] else 0
+            cell = f"{share:>5.0%}{loss:>6.3f}" if K > 5 else f"{share:>9.1%}{loss:>8.4f}"
+            half = len(cell) - (6 if K > 5 else 8)
+            text += cell[:half] if counts else " " * half
+            text += cell[half:] if line["losses"] else " " * (len(cell) - half)
+        if K > 8 and counts and len(self.lines) > 2:
+            text += self.moves(counts)
+        below = [line["note"]] if "note" in line else []
+        again = self.round_of(counts)
+        if counts and again is not None and again < line["round"]:
+            below.append(f"as round {again}")
         for d, n in counts.items():
             if n > self.windows[d]:
-                text += f"  {d} {n / self.windows[d]:.1f} times"
-        return text.rstrip()
+                below.append(f"{d} {n / self.windows[d]:.1f} times")
+        return text.rstrip() + (f"\n{'':>12}  {', '.join(below)}" if below else "")
+
+    def moves(self, counts: dict[str, int]) -> str:
+        """The four domains whose shares are the farthest from the first mixture's."""
+        first = self.counts(1)
+        share = {d: counts.get(d, 0) / sum(counts.values()) for d in self.domains}
+        moved = {d: share[d] - first.get(d, 0) / sum(first.values()) for d in self.domains}
+        largest = sorted(moved, key=lambda d: -abs(moved[d]))[:4]
+        return "".join(f"  {d[:12]} {share[d]:.1%}" for d in largest)
 
     def counts(self, number: int) -> dict[str, int]:
         return self.lines[number]["counts"]
@@ -600,19 +632,29 @@ def comparison(runs: Runs, counts: dict[str, int], method: str) -> dict:
 
     Uniform has as many sequences. `difference` is the mixture found less uniform.
     """
-    T = runs.hyper.seq_len
-    uniform = train.parse_mixture("uniform", runs.data, sum(counts.values()), T)
+    data, T = runs.data, runs.hyper.seq_len
+    uniform = train.parse_mixture("uniform", data, sum(counts.values()), T)
     title = title_of(method)
     losses = {}
     for name, mixture in {"untouched": None, "uniform": uniform, title: counts}.items():
+        if mixture == uniform and "uniform" in losses:
+            losses[name] = losses["uniform"]
+            continue
         if mixture is None:
             train.fill(runs.model, runs.base)
         else:
             runs.train(mixture, name)
         dtype, stop = runs.hyper.dtype, runs.stop_if_asked
-        losses[name] = evaluate(runs.model, runs.data, "test", T, dtype, after_batch=stop)
-    difference = compare(losses["uniform"], losses[title], runs.data, "test", T)
-    return results(losses, runs.data, "test", T) | {"difference": difference}
+        losses[name] = evaluate(runs.model, data, "test", T, dtype, after_batch=stop)
+    result = results(losses, data, "test", T)
+    found, base = losses[title], losses["uniform"]
+    result["difference"] = compare(base, found, data, "test", T)
+    # Once more without the domains that have too few documents to say anything.
+    sure = [d for d, n in result["domains"].items() if n["documents"] >= FEW_DOCUMENTS]
+    if 0 < len(sure) < len(base):
+        without = compare({d: base[d] for d in sure}, {d: found[d] for d in sure}, data, "test", T)
+        result["difference"]["sure"] = without["mean"]
+    return result
 
 
 def verdict(result: dict) -> str:
@@ -627,9 +669,14 @@ def verdict(result: dict) -> str:
         words = "better than"
     if low > 0:
         words = "worse than"
+    few = ""
+    low, high = difference.get("sure", difference["mean"])["interval"]
+    if words != "not distinguishable from" and low <= 0 <= high:
+        words = "not distinguishable from"
+        few = f" (what differs are domains of fewer than {FEW_DOCUMENTS} documents)"
     better = f"better in {difference['improved']} of {len(result['domains'])} domains"
     change = signed(difference["mean"])
-    return f"{name} - uniform: {change} nats, {better}: {words} uniform, by this seed"
+    return f"{name} - uniform: {change} nats, {better}: {words} uniform, by this seed{few}"
 
 
 def draw(history: History, found: int, is_path: bool, path: Path) -> None:
@@ -808,8 +855,20 @@ def main():
         say("", f"test split, {result['seq_len']} tokens a sequence", table(result))
         say(verdict(result), "")
         say(f"{out} holds the mixture (mix.json), the picture (mix.png) and the model")
-        say(wall_time(clock))
+        say(wall_time(clock), *next_steps(args, result))
     finish()
+
+
+def next_steps(args, result: dict) -> list[str]:
+    """Commands that are worth a try now."""
+    steps = [f"next    python model.py {args.out} 'def main('"]
+    if not args.model.startswith("scratch:"):
+        larger = f"--data {args.data} --model pythia-1b --mix {args.out}/mix.json"
+        steps = [f"next    python train.py {larger} --sequences {args.sequences} --out out/larger"]
+    if args.method == "reweight" and "not distinguishable" in verdict(result):
+        same = f"--data {args.data} --model {args.model} --sequences {args.sequences}"
+        steps.append(f"or      python mix.py {same} --method returns --out out/returns")
+    return steps
 
 
 def wall_time(clock: dict[str, float]) -> str:

@@ -1082,6 +1082,8 @@ def main():
     if rank() == 0:
         result = load_json(out / "result.json")
         say(f"validation losses, {T} tokens a sequence", table(result), f"model and log in {out}")
+        say(f"next    python eval.py {args.model} {out} --data {args.data}")
+        say(f"or      python model.py {out} 'def main('")
     finish()
 
 
