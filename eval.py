@@ -254,33 +254,32 @@ def table(result: dict) -> str:
     rows = shortened([*domains, "mean"], 17)
     columns = shortened([base, *others], 26) | shortened([base], 12)
     width = max(len("domains better"), *map(len, rows.values())) + 1  # with a mark
+    models = result["models"]
     lines = []
     for i in range(0, max(1, len(others)), 2):
         shown = others[i : i + 2]
-        if lines:
-            lines.append("")
-        above = f"{'':<{width}}{'':>10}  {columns[base]:>12}"
-        lines.append(above + "".join(f"   {columns[name]:<26}" for name in shown))
-        head = f"{'domain':<{width}}{'documents':>10}  {'nats':>12}"
-        lines.append(head + f"   {'change in nats [95%]':<26}" * len(shown))
+        differences = [models[name]["difference"] for name in shown]
+        cells = [
+            ["", "", columns[base], *(columns[name] for name in shown)],
+            ["domain", "documents", "nats", *["change in nats [95%]"] * len(shown)],
+        ]
         for d, label in rows.items():
             mark = "*" if d in few else ""
             documents = f"{domains[d]['documents']:,}" if d in domains else ""
-            nats = result["models"][base]["nats"][d]
-            line = f"{label + mark:<{width}}{documents:>10}  {nats:>12.4f}"
-            changes = [result["models"][name]["difference"][d] for name in shown]
-            lines.append(line + "".join(f"   {signed(change):<26}" for change in changes))
-        line = f"{'domains better':<{width}}{'':>24}"
-        for name in shown:
-            difference = result["models"][name]["difference"]
-            better = f"{difference['improved']} of {len(domains)}"
-            worst = f"{difference['worst']:+.4f}"
-            line += f"   {f'{better}, worst {worst}':<26}"
-        if shown:
-            lines.append(line)
-        bits = [result["models"][name]["bits_per_byte"]["mean"] for name in (base, *shown)]
-        line = f"{'bits per byte':<{width}}{'':>10}  {bits[0]:>12.4f}"
-        lines.append(line + "".join(f"   {value:<26.4f}" for value in bits[1:]))
+            nats = f"{models[base]['nats'][d]:.4f}"
+            cells.append([label + mark, documents, nats, *(signed(x[d]) for x in differences)])
+        better = [
+            f"{x['improved']} of {len(domains)}, worst {x['worst']:+.4f}" for x in differences
+        ]
+        if better:
+            cells.append(["domains better", "", "", *better])
+        bits = [models[name]["bits_per_byte"]["mean"] for name in (base, *shown)]
+        cells.append(["bits per byte", "", *(f"{value:.4f}" for value in bits)])
+        if lines:
+            lines.append("")
+        for label, documents, nats, *changes in cells:
+            line = f"{label:<{width}}{documents:>10}  {nats:>12}"
+            lines.append(line + "".join(f"   {change:<26}" for change in changes))
     if few:
         lines.append(f"* fewer than {FEW_DOCUMENTS} documents: too few to say anything")
     for name, short in (rows | columns).items():

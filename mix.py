@@ -12,6 +12,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,7 +65,7 @@ def reweight(runs: "Runs", history: "History", start: dict[str, int], args) -> d
     alone = losses_alone(runs) if args.signal == "excess" else None
     for number in range(1, args.rounds + 1):
         counts = runs.counts(A, round(A.sum()) if args.grow else args.sequences)
-        L = runs.measure(counts, keep=True)  # trained on A from the base: each domain's loss
+        L = runs.measure(counts)  # trained on A from the base: each domain's loss
         history.add(counts, L, quantities=A.tolist())
         runs.keep_only(history.counts(1), history.best()["counts"])  # the comparison needs these
         if number - history.best()["round"] == 2:
@@ -77,8 +78,11 @@ def reweight(runs: "Runs", history: "History", start: dict[str, int], args) -> d
 
 def losses_alone(runs: "Runs") -> np.ndarray:
     """The loss (K,) of every domain where it gets the whole budget alone."""
-    losses = [runs.measure(runs.counts(only)) for only in np.eye(len(runs.domains))]
-    return np.array(losses).diagonal()
+    losses = []
+    for k, only in enumerate(np.eye(len(runs.domains))):
+        losses.append(runs.measure(runs.counts(only))[k])
+        runs.keep_only()
+    return np.array(losses)
 
 
 def excess(losses: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -241,7 +245,8 @@ def returns(runs: "Runs", history: "History", start: dict[str, int], args) -> di
         mixtures += [runs.counts(3 * p + only) for only in np.eye(len(p))]
         notes += [f"probe: more {domain}" for domain in runs.domains]
         for counts, note in list(zip(mixtures, notes, strict=True))[len(losses) :]:
-            losses.append(runs.measure(counts, keep=counts is start))
+            losses.append(runs.measure(counts))
+            runs.keep_only(start)
             shares = runs.shares(counts).clip(0.5 / args.sequences)
             logs.append([1, *np.log(shares)])
             history.add(counts, losses[-1], note=note)
@@ -255,10 +260,8 @@ def returns(runs: "Runs", history: "History", start: dict[str, int], args) -> di
         law = {"predicted": predicted.tolist(), "a": a.tolist(), "B": B.tolist()}
         history.add(runs.counts(p), note=note, **law)
     error = np.abs(np.array(logs) @ fitted - np.array(losses)).mean()
-    say(
-        f"the law fits {len(losses)} runs to {error:.4f} nats; its minimum is taken, not the best run,"
-    )
-    say("whose lead may be its seed's")
+    say(f"the law fits {len(losses)} runs to {error:.4f} nats; its minimum is taken, not the best")
+    say("run, whose lead may be its seed's")
     return runs.counts(p)
 
 
@@ -320,78 +323,56 @@ def train_once(
     What was kept before is loaded, if it is of this very run (else InputError) and undamaged.
     """
     weights = run.folder / "model.safetensors"
-    record = run.folder / "run.json"
+    path = run.folder / "run.json"
+    passes = [*run.passes, train.this_pass(data, run.hyper, run.counts)]
+    record = {"settings": run.settings, "passes": passes}
     if rank() == 0:
         run.folder.mkdir(parents=True, exist_ok=True)
-        if not record.is_file():
-            passes = [*run.passes, train.this_pass(data, run.hyper, run.counts)]
-            prepare.write_json(record, {"settings": run.settings, "passes": passes})
-        check_run(run)
-        known = prepare.load_json(record).get("sha256")
-        if weights.is_file() and known not in (None, prepare.sha256_of(weights)):
+        known = prepare.load_json(path) if path.is_file() else record
+        if known.get("settings") != run.settings:
+            raise InputError(f"{run.folder}: its run.json is of another run; remove the folder")
+        if weights.is_file() and known.get("sha256") != prepare.sha256_of(weights):
             say(f"{weights} is damaged, and made anew")
             weights.unlink()
     barrier()
     if weights.is_file():
         train.fill(model, run.folder)
-    else:
-        if base is not None:
-            train.fill(model, base)
-        seen = train.times_seen(data, run.hyper.seq_len, run.passes)
-        more = {"out": run.folder, "save_every": save_every, "title": title}
-        train.train(model, data, run.counts, run.hyper, seen=seen, **more)
-        train.keep(model, data, run.folder)
-    # The hash comes last: weights without one were whole when they got their name.
-    if rank() == 0 and "sha256" not in prepare.load_json(record):
-        known = prepare.load_json(record) | {"sha256": prepare.sha256_of(weights)}
-        prepare.write_json(record, known)
+        return
+    if base is not None:
+        train.fill(model, base)
+    seen = train.times_seen(data, run.hyper.seq_len, run.passes)
+    more = {"out": run.folder, "save_every": save_every, "title": title}
+    train.train(model, data, run.counts, run.hyper, seen=seen, **more)
+    train.keep(model, data, run.folder)
+    if rank() == 0:
+        prepare.write_json(path, record | {"sha256": prepare.sha256_of(weights)})
 
 
-def check_run(run: Run) -> None:
-    """Raise InputError if what is in a run's folder is of another run."""
-    if prepare.load_json(run.folder / "run.json").get("settings") != run.settings:
-        raise InputError(f"{run.folder}: its run.json is of another run; remove the folder")
-
-
+@dataclass
 class Runs:
     """Mixtures to losses: each is trained from the base once, and kept.
 
     A run's folder is named by a hash of all that determines it (base, data, counts, hyper, code),
-    has that in its run.json, and in val.json the losses on the validation split. base: a model;
-    base_name says which one it is. passes: those it was trained on. sequences: of a pass.
-    eval_sequences: of a domain, at most. tokens: what was trained and evaluated on, as if nothing
-    had been kept.
+    has that in its run.json, and in val.json the losses on the validation split.
     """
 
-    def __init__(
-        self,
-        model: GPTNeoX,
-        base: str | Path,
-        base_name: str,
-        data: Data,
-        hyper: Hyperparameters,
-        folder: Path,
-        *,
-        sequences: int,
-        eval_sequences: int,
-        save_every: int = 0,
-    ):
-        self.model = model
-        self.base = base
-        self.base_name = base_name
-        self.data = data
-        self.domains = data.domains
-        self.hyper = hyper
-        self.folder = folder
-        self.sequences = sequences
-        self.eval_sequences = eval_sequences
-        self.save_every = save_every
-        self.passes = train.passes_of(base)
-        self.tokens = {"trained": 0, "evaluated": 0}
-        self.kept: list[Path] = []  # folders of runs whose weights are wanted
-        windows = [data.windows(d, "train", hyper.seq_len) for d in data.domains]
-        self.windows = np.array(windows)
-        self.cap = 4 * self.windows / sequences  # shares (K,) of 4 repeats (2305.16264)
+    model: GPTNeoX
+    base: str | Path  # a model
+    base_name: str  # says which one it is
+    data: Data
+    hyper: Hyperparameters
+    folder: Path
+    sequences: int  # of a pass
+    eval_sequences: int  # of a domain, at most
+    save_every: int = 0
+
+    def __post_init__(self):
+        T = self.hyper.seq_len
+        self.domains = self.data.domains
+        self.passes = train.passes_of(self.base)  # that the base was trained on
+        self.tokens = {"trained": 0, "evaluated": 0}  # as if nothing had been kept
+        self.windows = np.array([self.data.windows(d, "train", T) for d in self.domains])
+        self.cap = 4 * self.windows / self.sequences  # shares (K,) of 4 repeats (2305.16264)
 
     def counts(self, shares: np.ndarray, sequences: int | None = None) -> dict[str, int]:
         """Shares (K,), in any unit, as a mixture of so many sequences, or of a pass."""
@@ -415,13 +396,12 @@ class Runs:
     def train(self, counts: dict[str, int], title: str = "train") -> None:
         """Make the model the base trained on the mixture, and keep it."""
         run = self.run(counts)
-        self.kept.append(run.folder)
         train_once(self.model, self.base, self.data, run, self.save_every, title)
         self.tokens["trained"] += sum(counts.values()) * self.hyper.seq_len
 
     def train_further(self, counts, seen, title: str, weigh, **changes) -> None:
         """Train the model as it is; nothing is kept. changes: of hyperparameters."""
-        hyper = Hyperparameters(**{**vars(self.hyper), **changes})
+        hyper = replace(self.hyper, **changes)
         train.train(self.model, self.data, counts, hyper, seen=seen, title=title, weigh=weigh)
         self.tokens["trained"] += sum(counts.values()) * hyper.seq_len
 
@@ -449,13 +429,11 @@ class Runs:
                 return losses
         return None
 
-    def measure(self, counts: dict[str, int], keep: bool = False) -> np.ndarray:
-        """The mixture's losses (K,). keep: its weights, too."""
+    def measure(self, counts: dict[str, int]) -> np.ndarray:
+        """The mixture's losses (K,). Its weights stay until keep_only."""
         run = self.run(counts)
         T = self.hyper.seq_len
         self.tokens["trained"] += sum(counts.values()) * T
-        if keep:
-            self.kept.append(run.folder)
         losses = self.known_losses(run)
         barrier()  # before the first rank may write
         if losses is None:
@@ -469,17 +447,15 @@ class Runs:
         else:  # what it cost, as if it had been done now
             windows = [self.data.windows(d, "val", T) for d in self.domains]
             self.tokens["evaluated"] += sum(min(n, self.eval_sequences) for n in windows) * T
-        if rank() == 0 and run.folder not in self.kept:
-            (run.folder / "model.safetensors").unlink(missing_ok=True)
         barrier()
         return losses
 
     def keep_only(self, *mixtures: dict[str, int]) -> None:
         """Remove the weights of all other mixtures; their losses stay."""
-        self.kept = [self.run(counts).folder for counts in mixtures]
+        kept = [self.run(counts).folder for counts in mixtures]
         if rank() == 0:
             for weights in self.folder.glob("*/model.safetensors"):
-                if weights.parent not in self.kept:
+                if weights.parent not in kept:
                     weights.unlink()
 
 
@@ -603,7 +579,7 @@ def pretrain(model: GPTNeoX, data: Data, hyper: Hyperparameters, args) -> Path:
     It is named by a hash of all that determines it, and used again where that is the same.
     """
     peak = args.base_lr or train.defaults(model.config)["base_learning_rate"]
-    hyper = Hyperparameters(**{**vars(hyper), "learning_rate": peak, "warmup": 0.1})
+    hyper = replace(hyper, learning_rate=peak, warmup=0.1)
     counts = lopsided(data, args.base_sequences)
     settings = {"model": args.model, "data": data.identity, "counts": counts, **hyper.record()}
     size = args.model.removeprefix("scratch:")
@@ -826,23 +802,21 @@ def main():
     model = train.load_to_train(args, data, hyper.dtype, device)
     own_files = (*train.OWN_FILES, "history.jsonl", "mix.json", "mix.png", "runs")
     with train.claim(out, args, settings, [], own_files), train.stoppable():
-        base = args.model
-        base_name = name_of_base(
-            base, prepare.load_json(out / "run.json")["settings"]["model's files"]
-        )
-        if args.model.startswith("scratch:"):
-            base = pretrain(model, data, hyper, args)
-            base_name = base.name
-        clock["base"] = time.perf_counter()
         if not (out / "model.safetensors").is_file():
-            measured = {"sequences": args.sequences, "eval_sequences": args.eval_sequences}
-            place = (base, base_name, data, hyper, out / "runs")
-            runs = Runs(model, *place, **measured, save_every=args.save_every)
+            base = args.model
+            files = prepare.load_json(out / "run.json")["settings"]["model's files"]
+            base_name = name_of_base(base, files)
+            if base.startswith("scratch:"):
+                base = pretrain(model, data, hyper, args)
+                base_name = base.name
+            clock["base"] = time.perf_counter()
+            sizes = (args.sequences, args.eval_sequences, args.save_every)
+            runs = Runs(model, base, base_name, data, hyper, out / "runs", *sizes)
             history = begin_history(runs, out / "history.jsonl", args.objective)
             counts = METHODS[args.method].find(runs, history, first, args)
             cost = dict(runs.tokens)
             if history.round_of(counts) is None:
-                history.add(counts, runs.measure(counts, keep=True))
+                history.add(counts, runs.measure(counts))
             clock["search"] = time.perf_counter()
             result = comparison(runs, counts, args.method)
             if rank() == 0:

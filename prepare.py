@@ -721,21 +721,23 @@ def look_up(record: dict, key: str) -> str:
     return value
 
 
-def strings_in(line: bytes | dict, path: Path, number: int, keys: list[str]) -> list[str]:
-    """What line `number` of a file, or a row, has under the keys; a .txt is its own text.
+def record_of(line: bytes | dict, path: Path, number: int, text_key: str) -> dict:
+    """Line `number` of a file, or a row, as a record; a .txt is the text of one.
 
     Raises ValueError and RecursionError.
     """
-    if isinstance(line, bytes):
-        if len(line) > LONGEST:
-            raise ValueError(f"longer than {LONGEST:,} bytes")
-        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        if not is_txt(path) and text.strip() in ("{", "["):
-            raise ValueError("JSON over many lines; a line is an object, as jq -c . writes them")
-        if text.startswith("version https://git-lfs"):
-            raise ValueError("it stands for a file that Git LFS keeps: git lfs pull")
-        line = {keys[0]: text} if is_txt(path) else json.loads(text)
-    return [look_up(line, key) for key in keys]
+    if isinstance(line, dict):
+        return line
+    if len(line) > LONGEST:
+        raise ValueError(f"longer than {LONGEST:,} bytes")
+    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+    if text.startswith("version https://git-lfs"):
+        raise ValueError("it stands for a file that Git LFS keeps: git lfs pull")
+    if is_txt(path):
+        return {text_key: text}
+    if text.strip() in ("{", "["):
+        raise ValueError("JSON over many lines; a line is an object, as jq -c . writes them")
+    return json.loads(text)
 
 
 def read(
@@ -759,8 +761,10 @@ def read(
                     if not is_txt(path) and isinstance(line, bytes) and not line.strip():
                         continue
                     try:
-                        text, *named = strings_in(line, path, number, keys)
-                        yield Document(named[0] if named else domain, text)
+                        record = record_of(line, path, number, text_key)
+                        text = look_up(record, text_key)
+                        label = look_up(record, domain_key) if domain_key else domain
+                        yield Document(label, text)
                     except (ValueError, RecursionError) as e:
                         kind = "" if type(e) is ValueError else f"{type(e).__name__}: "
                         yield BadLine(domain, path, number, f"{kind}{e}"[:300])
@@ -1161,35 +1165,39 @@ def prepare(
         vocab_size = int(tokenizer.removeprefix("train:"))
         if not 257 <= vocab_size <= 2**16:
             raise InputError(f"--tokenizer {tokenizer}: a vocabulary has 257 to 65,536 tokens")
-    sample, overlap = ([], {}) if sources else make_sample(fractions)
+    sources = sources or {}
+    sample, overlap = [], {}
+    if not sources:
+        sample, overlap = make_sample(fractions)
+
+    def documents(full: set[str] = frozenset()) -> Iterable[Document | BadLine]:
+        return read(sources, text_key, domain_key, full) if sources else sample
 
     # The same command, after it was killed, finds its own leftovers; another one does not.
     name = hashlib.sha256(repr((sources, domain_key)).encode()).hexdigest()[:8]
     with staged(out, name) as stage:
         path = stage / "tokenizer.json"
         if vocab_size:
-            documents = read(sources, text_key, domain_key) if sources else sample
-            files = itertools.chain.from_iterable((sources or {}).values())
+            files = itertools.chain.from_iterable(sources.values())
             every = 1 + sum(file.stat().st_size for file in files) // 2**27  # of much text, a part
-            train_tokenizer(train_texts(documents, fractions, every), vocab_size, path)
+            train_tokenizer(train_texts(documents(), fractions, every), vocab_size, path)
             tokenizer = path
         loaded = Tokenizer(tokenizer)
         path.write_text(loaded.json, encoding="utf-8")
 
         # From text to bins, as a stream: nothing is read before there is room for it.
         full = set()
-        documents = read(sources, text_key, domain_key, full) if sources else sample
-        placed = place(documents, fractions, by_record=domain_key is not None)
+        placed = place(documents(full), fractions, by_record=domain_key is not None)
         encoded = encode_all(placed, workers, path)
         files, left_out = write_bins(stage, encoded, limit_tokens, max_bad, full)
         small = leave_out_small(files, min_documents, stage)
         if small:
             left_out["in a small domain"] = small
-        check_no_split_is_empty(files, [] if min_documents else sources or [])
+        check_no_split_is_empty(files, [] if min_documents else sources)
         for file_name, file in files.items():
             file["sha256"] = sha256_of(stage / f"{file_name}.bin")
         # What is said of it all in meta.json, without which a folder is no data set.
-        named = {d or domain_key: list(map(str, paths)) for d, paths in (sources or {}).items()}
+        named = {d or domain_key: list(map(str, paths)) for d, paths in sources.items()}
         meta = {"format": FORMAT, "tokenizer": loaded.meta, "fractions": fractions}
         meta |= {"overlap": overlap, "sources": named, "left_out": left_out}
         meta["files"] = dict(sorted(files.items()))
@@ -1256,9 +1264,12 @@ def main():
         if vars(args)[name] is not None and vars(args)[name] < low:
             option = name.replace("_", "-")
             raise InputError(f"--{option} {vars(args)[name]}: expected at least {low}")
-    if args.add and not args.sources or args.sources and args.add == bool(args.tokenizer):
-        tokenizer = "--tokenizer (pythia-70m is Pythia's, train:4096 trains one)"
-        raise InputError(f"name sources, and {tokenizer} or --add")
+    if args.add and not args.sources:
+        raise InputError("--add: name the sources to add")
+    if args.add and args.tokenizer:
+        raise InputError("--add: the data set's own tokenizer is taken; leave --tokenizer out")
+    if args.sources and not args.add and not args.tokenizer:
+        raise InputError("name a --tokenizer: pythia-70m is Pythia's, train:4096 trains one")
     data = prepare(
         args.out,
         parse_sources(args.sources, args.domain_key) or None,

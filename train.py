@@ -359,10 +359,10 @@ def add_gradients(
     """Add the gradient of the mean loss of a batch of `sequences` to the parameters' gradients.
 
     parts: this rank's micro-batches. weigh: gives the weights that sequences have instead.
-    Returns (2,): this rank's part of the loss, and how many signals asked it to stop.
+    Returns this rank's part of that loss: ().
     """
     device = next(network.parameters()).device
-    total = torch.zeros(2, device=device)
+    total = torch.zeros((), device=device)
     # All that the step reads is read before it begins to compute.
     parts = [(tokens.to(device), weights.to(device), rows) for tokens, weights, rows in parts]
     for i, (tokens, weights, rows) in enumerate(parts):
@@ -375,8 +375,7 @@ def add_gradients(
         # Of the batch on all ranks, for micro-batches and ranks are not equally full.
         loss = (losses * weights).sum() / (sequences * hyper.seq_len)
         (loss * world_size()).backward()  # DDP and FSDP divide by the number of ranks
-        total[0] += loss.detach()
-    total[1] = len(stop_signals)
+        total += loss.detach()
     return total
 
 
@@ -469,7 +468,8 @@ def train(
         progress = load_checkpoint(out, model, optimizer) if out else Progress()
         if world_size() > 1 and not is_sharded(model):
             network = DistributedDataParallel(model, gradient_as_bucket_view=True)
-            network.broadcast_buffers = False  # they are the same everywhere
+            # Buffers are the same everywhere. As an argument this would warn.
+            network.broadcast_buffers = False
     logging = out is not None and rank() == 0
     if logging:
         cut_log(out / "log.jsonl", progress.step)
@@ -486,8 +486,9 @@ def train(
         # The step. All ranks learn the same loss, norm and signals, and so decide the same.
         with enough_memory(*memory):
             parts = list(micro_batches(mixture, batch, M))
-            total = add_gradients(network, parts, step, len(batch), hyper, weigh)
-            loss, stop = add_up(total).tolist()
+            part = add_gradients(network, parts, step, len(batch), hyper, weigh)
+            asked = torch.full_like(part, len(stop_signals))
+            loss, stop = add_up(torch.stack((part, asked))).tolist()  # one exchange for both
             grad_norm = clip_gradients(model)
             finite = math.isfinite(loss) and math.isfinite(grad_norm)
             if finite:
@@ -652,9 +653,9 @@ def save_checkpoint(
         write_json(folder / "manifest.json", hashes)
         sync(out / "log.jsonl")
         shutil.rmtree(final, ignore_errors=True)  # one that was passed over as damaged
-    # Those of later steps were passed over, too, and go first.
-    newest_last = sorted(checkpoints(out), key=lambda path: path <= final)
-    for folder in newest_last[:-2]:
+    later = [path for path in checkpoints(out) if path > final]  # passed over as damaged
+    older = [path for path in checkpoints(out) if path < final]
+    for folder in later + older[:-1]:
         shutil.rmtree(folder)
 
 
@@ -899,23 +900,40 @@ def model_card(
     """
     on_hub = re.fullmatch("([^/]+/[^/]+)@([0-9a-f]{40})", model)
     base = f"`{Path(model).name}`"
-    front = ["library_name: transformers"]
+    front = "library_name: transformers"
     if on_hub:
         base = f"`{on_hub[1]}`, commit `{on_hub[2]}`"
-        front.append(f"base_model: {on_hub[1]}")
+        front += f"\nbase_model: {on_hub[1]}"
     width = max(map(len, counts))
-    shares = [f"{d:<{width}}{n:>12,}{n / sum(counts.values()):>8.1%}" for d, n in counts.items()]
+    total = sum(counts.values())
+    shares = "\n".join(f"{d:<{width}}{n:>12,}{n / total:>8.1%}" for d, n in counts.items())
     settings = ", ".join(f"{name} {value}" for name, value in hyper.record().items())
-    lines = ["---", *front, "---", "", f"# {title}", "", f"Trained by reweight from {base}.", ""]
-    lines += ["## Mixture, in sequences", "", "```", *shares, "```", "", "## Training", ""]
-    lines += [f"One pass: {settings}; linear warm-up, then a cosine to 0.", ""]
-    lines += [f"Data set `{data.identity}`, tokenizer `{data.meta['tokenizer']['sha256']}`.", ""]
-    lines += [
-        f"## Losses on the {result['split']} split, {result['seq_len']} tokens a sequence",
-        "",
-    ]
-    lines += ["```", table(result), "```", ""]
-    return "\n".join(lines)
+    return f"""---
+{front}
+---
+
+# {title}
+
+Trained by reweight from {base}.
+
+## Mixture, in sequences
+
+```
+{shares}
+```
+
+## Training
+
+One pass: {settings}; linear warm-up, then a cosine to 0.
+
+Data set `{data.identity}`, tokenizer `{data.meta["tokenizer"]["sha256"]}`.
+
+## Losses on the {result["split"]} split, {result["seq_len"]} tokens a sequence
+
+```
+{table(result)}
+```
+"""
 
 
 # ---- options and main ----
