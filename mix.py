@@ -110,7 +110,8 @@ def doremi_step(
     alpha: α. scores: λ of the last step. excess: max(ℓ_proxy - ℓ_ref, 0) summed over a batch's
     tokens; tokens: how many there were. All (K,). Returns the new α and λ.
     """
-    rate, smoothing = 1.0, 1e-3
+    rate = 1.0
+    smoothing = 1e-3
     scores = scores.copy()
     seen = tokens > 0  # a domain that the batch lacks keeps its last score
     scores[seen] = excess[seen] / tokens[seen]

@@ -108,7 +108,8 @@ def merge(runs: Runs, history: History, start: dict[str, int], args) -> dict[str
 
     With Olmix's pull to the start, and its cap on repeats (2602.12237).
     """
-    steps, pull = 12, 0.05
+    steps = 12
+    pull = 0.05
     hyper = runs.hyper
     fill(runs.model, runs.base)
     limit = runs.eval_sequences
