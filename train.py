@@ -1009,6 +1009,7 @@ def set_up(args) -> tuple[Data, Hyperparameters]:
     for domain in data.domains:
         for split in SPLITS:
             data.windows(domain, split, hyper.seq_len)
+    data.check_tokenizer()  # it goes into the model's folder, at the very end
     if args.check_data:
         data.check()
     warn_of_another_tokenizer(args.model, data)
