@@ -205,7 +205,7 @@ def test_the_objective_chooses_the_round(search):
     for objective in ("mean", "worst"):
         changes = {"objective": objective, "start": "code=24,prose=12,sums=12", "rate": 2}
         out, text = search(objective, **changes)
-        assert f"round{objective:>9}" in text
+        assert f"round{objective:>7}" in text
         first, *history = history_of(out)
         means = [losses_of(line).mean() for line in history]
         worst = [(losses_of(line) - losses_of(first)).max() for line in history]
@@ -231,7 +231,8 @@ def test_what_a_method_cannot_do_is_said_at_once(words, message, data, small, tm
 
 
 def test_forty_domains_need_no_more_open_files_than_three(tmp_path):
-    """Three splits of each are 120 files; a process here may have 256 open, as on macOS."""
+    """Three splits of each are 120 files; a process here may have 256 open, as on macOS. Nor do
+    the lines of the rounds become longer than others."""
     sources = {}
     for i in range(40):
         documents = made_documents("sums", 24, seed=i)
@@ -240,7 +241,11 @@ def test_forty_domains_need_no_more_open_files_than_three(tmp_path):
     data = prepare(tmp_path / "data", sources, "train:300", **fractions)
     model = small_model(tmp_path / "model", data)
     words = {"sequences": 40, "rounds": 2, "seq_len": 8, "eval_sequences": 2}
-    ends_well(Run(tmp_path, "mix", *mix_options(data, model, tmp_path / "run", **words)))
+    argv = mix_options(data, model, tmp_path / "run", **words)
+    [text] = ends_well(Run(tmp_path, "mix", *argv))
+    rounds = [line for line in text.splitlines() if line[:5].strip().isdigit()]
+    assert len(rounds) == 3
+    assert max(map(len, rounds)) <= 100
     assert [len(line["losses"]) for line in history_of(tmp_path / "run")] == [40] * 3
 
 
@@ -272,7 +277,8 @@ def test_killed_and_resumed_it_ends_the_same(method, searches, data, small, tmp_
 def test_a_finished_search_prints_its_result_again(searches, search):
     out, text = searches("reweight")
     _, again = search("reweight", folder=out.parent, resume=True)
-    assert again.splitlines()[-12:-1] == text.splitlines()[-12:-1]  # but for how long it took
+    result = text[text.index("\ntest split") : text.index("wall time")]
+    assert result in again
 
 
 @pytest.mark.parametrize(
@@ -318,7 +324,7 @@ def runs(data, small, tmp_path) -> Runs:
     return Runs(load(small), small, "small", data, hyper, tmp_path / "runs", **measured)
 
 
-ONE, TWO, THREE, FOUR = ({"code": n, "sums": 8 - n} for n in (1, 2, 3, 4))
+ONE, TWO, THREE = ({"code": n, "sums": 8 - n} for n in (1, 2, 3))
 FLAT = {"code": 1.0, "prose": 1.0, "sums": 1.0}
 DAMAGED = {
     "of other counts": lambda mine, other: other,
@@ -349,29 +355,29 @@ def test_a_folder_of_another_run_is_refused(runs):
         runs.measure(TWO)
 
 
-def test_no_weights_go_that_are_wanted(runs, tmp_path):
-    """Neither the search's own model nor a run's that was kept goes, whoever measures it again."""
+def test_only_weights_go_that_nobody_wants(runs, tmp_path):
+    """Neither the search's own model nor a run's that is to be kept goes, measured again or not."""
     own = tmp_path / "model.safetensors"
     own.write_text("the search's own")
 
     def kept() -> list[bool]:
         assert own.is_file()
-        folders = [runs.run(counts).folder for counts in (ONE, TWO, THREE, FOUR)]
+        folders = [runs.run(counts).folder for counts in (ONE, TWO, THREE)]
         return [(folder / "model.safetensors").is_file() for folder in folders]
 
-    runs.measure(ONE, keep=True)
-    runs.train(TWO)
-    for counts in (ONE, TWO, THREE, FOUR | {"prose": 0}):
+    for counts in (ONE, TWO, THREE):
         runs.measure(counts)
-    assert kept() == [True, True, False, False]
+    runs.keep_only(ONE | {"prose": 0}, TWO)
+    assert kept() == [True, True, False]
     (runs.run(ONE).folder / "val.json").unlink()
-    runs.measure(ONE)  # anew
-    assert kept() == [True, True, False, False]
-    runs.train(FOUR)
-    runs.keep_only(ONE, FOUR)
-    assert kept() == [True, False, False, True]
+    for counts in (ONE, TWO, THREE):  # the first one anew, the last one not
+        runs.measure(counts)
+    assert kept() == [True, True, False]
+    runs.train(THREE)
+    runs.keep_only(THREE)
+    assert kept() == [False, False, True]
     runs.keep_only()
-    assert kept() == [False] * 4
+    assert kept() == [False] * 3
 
 
 # ---- what others add ----
@@ -405,7 +411,7 @@ def test_a_rule_and_a_method_are_added_by_one_entry_each(
     assert (out / "mix.png").read_bytes()[:4] == b"\x89PNG"
     (out / "model.safetensors").unlink()
     _, again = search("run", resume=True, **words)
-    assert again.splitlines()[:-1] == text.splitlines()[:-1]  # but for how long it took
+    assert again.partition("wall time")[0] == text.partition("wall time")[0]
     assert (out / "history.jsonl").read_text() == history
     [(name, value)] = other.items()
     assert read(out / "mix.json")[name] == words[name]
