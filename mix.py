@@ -284,14 +284,12 @@ class Method(NamedTuple):
     needs_every_domain: bool = False  # in --start
 
 
-growing = "train on the growing quantities, not on --sequences in their proportions"
-rates = ", ".join(f"{rule} {rate:g}" for rule, (_, rate) in RULES.items())
 REWEIGHT_OPTIONS = {
     "--rule": {"choices": RULES, "default": "multiplicative", "help": "reading of the formula"},
-    "--rate": {"type": float, "metavar": "R", "help": f"r; default: {rates}"},
+    "--rate": {"type": float, "metavar": "R", "help": "r; default: the rule's, found by trying"},
     "--signal": {"choices": ("loss", "excess"), "default": "loss", "help": "what the rule sees"},
     "--rounds": {"type": int, "metavar": "N", "default": 4, "help": "at most"},
-    "--grow": {"action": "store_true", "help": growing},
+    "--grow": {"action": "store_true", "help": "train on the quantities, as they grow"},
 }
 
 METHODS = {
@@ -708,7 +706,6 @@ def write_results(
         "tokens": cost,
         "method": args.method,
         "objective": args.objective,
-        "rule": None,
         "seed": args.seed,
         "data": args.data,
         "model": args.model,
@@ -729,8 +726,8 @@ def write_results(
 
 def own_options(args) -> dict:
     """The options of the method that was chosen, by name."""
-    names = [option.removeprefix("--") for option in METHODS[args.method].options]
-    return {name: vars(args)[name.replace("-", "_")] for name in names}
+    names = [option[2:].replace("-", "_") for option in METHODS[args.method].options]
+    return {name: vars(args)[name] for name in names}
 
 
 def warn_of_few_documents(losses: Losses, data: Data, seq_len: int) -> None:

@@ -802,6 +802,11 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return None
 
 
+def is_sharded(model: GPTNeoX) -> bool:
+    """Whether the model is spread over the ranks by FSDP."""
+    return hasattr(model, "reshard")
+
+
 def sequences_at_once(
     model: GPTNeoX, seq_len: int, dtype: torch.dtype, device: torch.device, training: bool
 ) -> int:
@@ -816,7 +821,7 @@ def sequences_at_once(
     memory = torch.cuda.get_device_properties(device).total_memory
     # In training 16 bytes a parameter: fp32 weight and gradient, and Adam's two moments.
     state = (16 if training else 4) * model.parameter_count()
-    if hasattr(model, "reshard"):  # spread over the ranks by FSDP
+    if is_sharded(model):
         state //= world_size()
     sequence = seq_len * model.bytes_per_token(training, dtype)
     fits = (memory * 9 // 10 - state) // sequence

@@ -1134,6 +1134,37 @@ def merged(old: dict, new: dict, out: Path) -> dict:
     return both
 
 
+def publish(stage: Path, out: Path, meta: dict, add: bool) -> None:
+    """Make the staged folder the data set `out`, or add its domains to the one there.
+
+    All that is written is on the disk before it has its name, and meta.json is the last.
+    """
+    with contextlib.ExitStack() as stack:
+        bins = [f"{name}.bin" for name in meta["files"]]
+        if add:  # as another process may do, too
+            stack.enter_context(locked(out / "tokenizer.json", out, wait=True))
+            meta = merged(Data(out).meta, meta, out)
+        text = json.dumps(meta, indent=1) + "\n"
+        (stage / "meta.json").write_text(text, encoding="utf-8")
+        if hasattr(os, "sync"):
+            os.sync()
+        if add:
+            for name in (*bins, "meta.json"):
+                os.replace(stage / name, out / name)
+        else:
+            os.rename(stage, out)
+
+
+def vocabulary_of(tokenizer: str) -> int:
+    """The N of train:N; 0 for a tokenizer that there is already. Raises InputError."""
+    if not re.fullmatch(r"train:\d{1,9}", tokenizer):
+        return 0
+    vocab_size = int(tokenizer.removeprefix("train:"))
+    if not 257 <= vocab_size <= 2**16:
+        raise InputError(f"--tokenizer {tokenizer}: a vocabulary has 257 to 65,536 tokens")
+    return vocab_size
+
+
 def prepare(
     out: str | Path,
     sources: Sources | None = None,
@@ -1168,11 +1199,7 @@ def prepare(
         tokenizer = str(out)
     if not (all(f > 0 for f in fractions.values()) and sum(fractions.values()) < 1):
         raise InputError(f"--val-fraction, --test-fraction: {fractions}: every split needs a share")
-    vocab_size = 0
-    if re.fullmatch(r"train:\d{1,9}", tokenizer):
-        vocab_size = int(tokenizer.removeprefix("train:"))
-        if not 257 <= vocab_size <= 2**16:
-            raise InputError(f"--tokenizer {tokenizer}: a vocabulary has 257 to 65,536 tokens")
+    vocab_size = vocabulary_of(tokenizer)
     sources = sources or {}
     sample, overlap = [], {}
     if not sources:
@@ -1209,19 +1236,7 @@ def prepare(
         meta = {"format": FORMAT, "tokenizer": loaded.meta, "fractions": fractions}
         meta |= {"overlap": overlap, "sources": named, "left_out": left_out}
         meta["files"] = dict(sorted(files.items()))
-        with contextlib.ExitStack() as stack:
-            if add:  # as another process may do, too
-                stack.enter_context(locked(out / "tokenizer.json", out, wait=True))
-                meta = merged(Data(out).meta, meta, out)
-            text = json.dumps(meta, indent=1) + "\n"
-            (stage / "meta.json").write_text(text, encoding="utf-8")
-            if hasattr(os, "sync"):
-                os.sync()  # all that is written is on the disk before it has its name
-            if add:
-                for file_name in [*(f"{name}.bin" for name in files), "meta.json"]:
-                    os.replace(stage / file_name, out / file_name)
-            else:
-                os.rename(stage, out)
+        publish(stage, out, meta, add)
     return Data(out)
 
 

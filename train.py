@@ -63,6 +63,7 @@ from model import (
     find_device,
     finish,
     from_first_rank,
+    is_sharded,
     load,
     peak_flops,
     pinned,
@@ -549,10 +550,6 @@ def shard(model: GPTNeoX, dtype: torch.dtype, device: torch.device) -> None:
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     model.to_empty(device=device)
     model.make_rotary()
-
-
-def is_sharded(model: GPTNeoX) -> bool:
-    return hasattr(model, "reshard")
 
 
 # The first rank gets whole tensors on its CPU, the others nothing.
