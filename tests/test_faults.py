@@ -315,13 +315,13 @@ def begun(data, small, tmp_path_factory):
         ({"warmup": 0.3}, ["warmup was 0.2, is 0.3"]),
         ({"seq_len": 16}, ["seq_len was 32, is 16"]),
         ({"dtype": "bfloat16"}, ["dtype was float32, is bfloat16"]),
-        (["files", "sums.train"], ["data was"]),
-        (["tokenizer"], ["tokenizer was"]),
+        (("sums.train.bin", "files", "sums.train"), ["data was"]),
+        (("tokenizer.json", "tokenizer"), ["tokenizer was"]),
         ("model", ["model's files was"]),
     ],
 )
 def test_what_changed_before_a_resume_is_named(begun, tmp_path, script, change, words):
-    """An option, a hash in the data's meta.json, or the model. That folders moved is no change."""
+    """An option, a file of the data and its hash, or the model. That folders moved is no change."""
     folder = shutil.copytree(begun, tmp_path / "moved")
     options = {"resume": True}
 
@@ -336,8 +336,11 @@ def test_what_changed_before_a_resume_is_named(begun, tmp_path, script, change, 
     elif change == "model":
         flip_a_bit(folder / "model" / "model.safetensors")
     else:
+        path, *keys = change
+        flip_a_bit(folder / "data" / path)
         meta = json.loads((folder / "data" / "meta.json").read_text())
-        reduce(dict.get, change, meta)["sha256"] = "0" * 64
+        content = (folder / "data" / path).read_bytes()
+        reduce(dict.get, keys, meta)["sha256"] = sha256(content).hexdigest()
         (folder / "data" / "meta.json").write_text(json.dumps(meta))
     fails(resume(), "--resume with other settings", *words)
     assert {path: path.read_bytes() for path in (folder / "run").iterdir()} == before
