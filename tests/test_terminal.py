@@ -1,0 +1,187 @@
+"""What a person sees, wherever it goes: a terminal, a log, a pipe that closes; and what costs no run."""
+
+import json
+import os
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, made_documents, options, processes, write_jsonl
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+import prepare
+from mix import History
+from model import Config, GPTNeoX, compile_for
+from prepare import Bar, Data, cli, notice, tell
+
+# ---- where it goes ----
+
+
+def printing(output: int, encoding: str, words: list[str]) -> None:
+    """In a process of its own: words printed to a file, by a script."""
+    with open(output, "w", encoding=encoding, closefd=False) as sys.stdout:
+        cli(lambda: [tell(word) for word in words])
+
+
+def test_what_cannot_be_encoded_is_escaped(tmp_path):
+    """A name of a file that is no UTF-8 reaches Python as a lone surrogate."""
+    for encoding, expected in (("ascii", r"\u2026 caf\udce9"), ("utf-8", r"… caf\udce9")):
+        path = tmp_path / encoding
+        os.mkfifo(path)
+        reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        writer = processes.Process(target=to_path, args=(str(path), encoding))
+        writer.start()
+        writer.join(60)
+        assert writer.exitcode == 0
+        assert os.read(reader, 100).decode(encoding) == expected + "\n"
+
+
+def to_path(path: str, encoding: str) -> None:
+    printing(os.open(path, os.O_WRONLY), encoding, ["… caf\udce9"])
+
+
+def to_a_closed_pipe() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    printing(writer, "utf-8", ["a line"] * 3)
+
+
+def test_a_pipe_that_closes_ends_no_work():
+    """As `| head` closes it: the script goes on to its end, which is a good one."""
+    process = processes.Process(target=to_a_closed_pipe)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+
+
+def test_names_of_files_that_are_no_utf8(tmp_path, script):
+    folder = tmp_path / "lat"
+    folder.mkdir()
+    source = write_jsonl(tmp_path / "a.jsonl", made_documents("sums", 80))
+    name = os.fsdecode(b"caf\xe9.jsonl")
+    source.rename(folder / name)
+    fractions = {"val_fraction": 0.2, "test_fraction": 0.2}
+    words = options(out=tmp_path / "d", tokenizer="train:300", workers=1, **fractions)
+    status, _, err = script("prepare", f"a={folder}", *words)
+    assert status == 0, err
+    assert Data(tmp_path / "d").meta["sources"]["a"] == [str(folder / name)]
+    (folder / name).write_text("{\n")
+    words = options(out=tmp_path / "e", tokenizer="train:300", workers=1)
+    status, _, err = script("prepare", f"a={folder}", *words)
+    assert status == 2
+    assert err.count("\n") == 1
+
+
+# ---- how far it has come ----
+
+
+def test_without_a_terminal_a_line_now_and_then_says_how_far_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(prepare, "SECONDS_BETWEEN_LINES", -1)
+    with notice("compiling (once)"), Bar("train", 10, "step", done=2) as bar:
+        bar.to(4, "loss 3.141")
+        bar.to(10)
+    with Bar("read", 2000, "B") as bar:
+        bar.to(500, "web")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "compiling (once)"
+    assert re.fullmatch(r"train: step 4 of 10, loss 3\.141, \d+\.\d min left", lines[1])
+    assert re.fullmatch(r"train: step 10 of 10, 0\.0 min left", lines[2])
+    assert re.fullmatch(r"read: 25%, web, \d+\.\d min left", lines[3])
+
+
+def test_a_log_is_not_flooded(capsys):
+    with Bar("train", 1000, "step") as bar:
+        for step in range(1000):
+            bar.to(step)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("K", [3, 5, 7, 8, 40])
+def test_lines_of_a_search_keep_to_100_columns(K, tmp_path, capsys):
+    """Whatever the number of domains; a mixture that was measured before says so."""
+    domains = [f"a_domain_with_a_name_{k}" for k in range(K)]
+    losses = np.linspace(1.5, 12.5, K)
+    history = History(tmp_path / "history.jsonl", domains, np.full(K, 30), losses, "mean")
+    history.begin()
+    even = dict.fromkeys(domains, 10)
+    history.add(even, losses - 0.25)
+    history.add(even | {domains[0]: 90}, losses - 0.5, note="a probe")
+    history.add(even, losses - 0.25)
+    history.add(even | {domains[1]: 70})
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 100
+    assert "a probe, a_domain_with_a_name_0 3.0 times" in text
+    assert text.count("as round 1") == 1
+    lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == [0, 1, 2, 3, 4]
+    assert lines[2]["note"] == "a probe"
+
+
+# ---- what a compiler does ----
+
+
+@pytest.fixture
+def network() -> GPTNeoX:
+    """As compiled, but for the compiler."""
+    model = GPTNeoX(Config(64, 16, 1, 2, 32, 16))
+    model.compile_parts = lambda: None
+    model.compiled = True
+    model.compiled_for = set()
+    return model
+
+
+def test_what_a_kill_left_in_the_compilers_cache_is_made_anew(network, capsys):
+    broken = os.path.join(cache_dir(), "cut-short.so")
+    open(broken, "w").close()
+    plain = network.token_losses
+
+    def losses(x, targets):
+        if os.path.exists(broken):
+            raise ImportError(f"{broken}: file too short")
+        return plain(x, targets)
+
+    network.token_losses = losses
+    compile_for(network, 2, 8, torch.float32, training=True)
+    assert not os.path.exists(broken)
+    assert network.compiled
+    assert "warning" not in capsys.readouterr().out
+    assert all(p.grad is None for p in network.parameters())
+
+
+@pytest.mark.parametrize("named", ["", " /lib/libstdc++.so: version GLIBCXX not found"])
+def test_a_compiler_that_fails_is_done_without(network, named, tmp_path, capsys):
+    """One line says so; a library that is not of the compiler's cache stays where it is."""
+    mine = tmp_path / "libmine.so"
+    mine.write_text("")
+
+    def fails(x, targets):
+        raise RuntimeError(f"C++ compile error{named or f' {mine}: no such symbol'}\nmore of it")
+
+    network.token_losses = fails
+    compile_for(network, 2, 8, torch.float32, training=False)
+    assert not network.compiled
+    assert mine.exists()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert len(lines) == 1
+    assert "torch.compile failed, going on without it: C++ compile error" in lines[0]
+    tokens = torch.zeros(2, 8, dtype=torch.int64)
+    assert network(tokens, tokens).shape == (2, 8)
+
+
+def test_a_broken_compiler_on_the_path_ends_no_run(data, small, tmp_path, script, monkeypatch):
+    """It answers `which`, but that is all it does."""
+    compiler = tmp_path / "g++"
+    compiler.write_text("#!/bin/sh\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, str(compiler)))
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    torch._dynamo.reset()
+    eager = [word for word in SMALL if word != "--no-compile"]
+    words = options(data=data.folder, model=small, out=tmp_path / "run", mix="sums=8", batch_size=8)
+    status, out, err = script("train", *words, *eager)
+    assert status == 0, err
+    assert out.count("torch.compile failed") == 1
+    assert (tmp_path / "run" / "model.safetensors").exists()
