@@ -136,7 +136,7 @@ def test_a_small_scoreboard(data, small, tmp_path, monkeypatch, capsys):
     """Of every method, one added here among them; the second time it only prints."""
     monkeypatch.setitem(mix.METHODS, "halves", Method(halves, {"--beside": {"default": "sums"}}))
     out = tmp_path / "run"
-    words = {"sequences": 24, "rounds": 2, "runs": 6, "seeds": 2, "lr": 1e-2, "seq_len": 32}
+    words = {"sequences": 24, "rounds": 2, "runs": 9, "seeds": 2, "lr": 1e-2, "seq_len": 32}
     argv = train_options(data, small, out, mix=False, **words)
     monkeypatch.setattr(sys, "argv", ["scoreboard.py", *argv])
     scoreboard.main()
@@ -147,7 +147,7 @@ def test_a_small_scoreboard(data, small, tmp_path, monkeypatch, capsys):
     assert list(rows) == sorted(rows, key=lambda name: rows[name]["mean"])
     assert rows["uniform"]["mean"] == rows["uniform"]["spread"] == 0
     assert rows["halves"]["share"] == [0.5, 0, 0.5]
-    assert len(result["reference"]["losses"]) == 6
+    assert len(result["reference"]["losses"]) == 9
     assert "merged experts" in result["proxies"]
     best = min(rows[name]["mean"] for name in scoreboard.REFERENCE)
     assert best < 0
@@ -158,7 +158,7 @@ def test_a_small_scoreboard(data, small, tmp_path, monkeypatch, capsys):
         assert row["captured"] == pytest.approx(row["mean"] / best)
         assert sum(row["share"]) == pytest.approx(1)
         assert f"\n{name} " in text
-    passes = {"log-linear fit": 6, "returns": 7, "doremi": 3, "halves": 1, "uniform": 0}
+    passes = {"log-linear fit": 9, "returns": 7, "doremi": 3, "halves": 1, "uniform": 0}
     for name, number in passes.items():
         assert rows[name]["tokens"]["trained"] == 32 * 24 * number
     assert rows["log-linear fit"]["cost"] == 1
