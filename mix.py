@@ -584,7 +584,10 @@ def pretrain(model: GPTNeoX, data: Data, hyper: Hyperparameters, args) -> Path:
     size = args.model.removeprefix("scratch:")
     folder = Path(args.out).parent / f"base-{size}-{train.name_of(settings)}"
     shown = ", ".join(f"{d} {n:,}" for d, n in counts.items())
-    say(f"base    {folder}, lr {peak:g}, sequences: {shown}")
+    say(
+        f"base    {folder}, lr {peak:g}, from {args.base_sequences:,} sequences:",
+        f"        {shown}",
+    )
     with contextlib.ExitStack() as stack:
         if rank() == 0 and not (folder / "model.safetensors").is_file():
             folder.mkdir(parents=True, exist_ok=True)
@@ -651,7 +654,7 @@ def verdict(result: dict) -> str:
         few = f" (what differs are domains of fewer than {FEW_DOCUMENTS} documents)"
     better = f"better in {difference['improved']} of {len(result['domains'])} domains"
     change = signed(difference["mean"])
-    return f"{name} - uniform: {change} nats, {better}: {words} uniform, by this seed{few}"
+    return f"{name} - uniform: {change} nats, {better}:\n{words} uniform, by this seed{few}"
 
 
 def draw(history: History, found: int, is_path: bool, path: Path) -> None:
@@ -798,6 +801,9 @@ def main():
     for name in ("method", "objective", "sequences", "eval_sequences", "base_sequences", "base_lr"):
         settings[name] = vars(args)[name]
     model = train.load_to_train(args, data, hyper.dtype, device)
+    train.say_cost(model, hyper, args.sequences, device)
+    if args.dry_run:
+        return
     own_files = (*train.OWN_FILES, "history.jsonl", "mix.json", "mix.png", "runs")
     with train.claim(out, args, settings, [], own_files), train.stoppable():
         if not (out / "model.safetensors").is_file():

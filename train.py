@@ -867,7 +867,15 @@ def claim(
                         path.unlink()
                 options = dict(vars(args))
                 # What a command says of itself, and what depends on where it runs, is left out.
-                for name in ("out", "resume", "overwrite", "check_data", "device", "fsdp"):
+                for name in (
+                    "out",
+                    "resume",
+                    "overwrite",
+                    "dry_run",
+                    "check_data",
+                    "device",
+                    "fsdp",
+                ):
                     del options[name]
                 known = {"settings": settings, "passes": passes, "options": options}
                 write_json(record, known)
@@ -961,6 +969,7 @@ def add_options(parser: ArgumentParser, out: str) -> None:
     add("--activation-checkpointing", action="store_true", help="keep less, compute more")
     add("--fsdp", action="store_true", help="spread the model over the ranks: it fits no GPU")
     add("--check-data", action="store_true", help="compare the data with its hashes first")
+    add("--dry-run", action="store_true", help="check everything, say what it takes, and end")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--overwrite", action="store_true", help="start anew, over the run in --out")
 
@@ -1034,12 +1043,41 @@ def load_to_train(args, data: Data, dtype: torch.dtype, device: torch.device) ->
         model.compile_parts()
 
     tokens = sum(data.size(d, "train")["tokens"] for d in data.domains)
-    where = f"{where_it_runs(device, dtype, args.dtype)}, {how}"
     say(
         f"data    {args.data}: {tokens:,} training tokens of {len(data.domains)} domains",
-        f"model   {args.model}: {model.parameter_count():,} parameters on {where}",
+        f"model   {args.model}: {model.parameter_count():,} parameters",
+        f"runs    on {where_it_runs(device, dtype, args.dtype)}, {how}",
     )
     return model
+
+
+def say_cost(model: GPTNeoX, hyper: Hyperparameters, sequences: int, device: torch.device) -> None:
+    """Say what a pass is, and what it takes by arithmetic."""
+    T = hyper.seq_len
+    say(
+        f"pass    {sequences:,} sequences of {T} tokens ({sequences * T:,} in all), "
+        f"{hyper.batch_size} a step, lr {hyper.learning_rate:g}"
+    )
+    parameters = model.parameter_count()
+    takes = (
+        f"takes   {12 * parameters / 1e9:.2f} GB on the disk for a checkpoint, of which two stay"
+    )
+    if device.type == "cuda":
+        M = micro_batch_size(model, hyper, device)
+        tokens = M * T * model.bytes_per_token(True, hyper.dtype)
+        state = 16 * parameters // (world_size() if is_sharded(model) else 1)
+        takes += f"; {(state + tokens) / 1e9:.1f} GB on a GPU, {M} sequences at a time"
+    say(takes)
+
+
+def say_repeats(repeats: dict[str, float]) -> None:
+    """Say which domains a pass goes through more than once."""
+    often = ", ".join(f"{d} {n:.1f}" for d, n in repeats.items() if n > 1)
+    if often:
+        say(f"        times through a domain: {often}")
+    for d, n in repeats.items():
+        if n > 4:  # 2305.16264
+            say(f"warning: {n:.1f} times through {d}; more than 4 teach little: prepare more of it")
 
 
 def main():
@@ -1067,14 +1105,14 @@ def main():
         means = domain_means(validation())
         return {**dict(zip(data.domains, means.tolist(), strict=True)), "mean": float(means.mean())}
 
+    say_cost(model, hyper, sum(counts.values()), device)
+    say_repeats(Mixture(data, counts, T).repeats())
+    if args.dry_run:
+        return
     settings = settings_of(args, data, hyper) | {"counts": counts}
     passes = [*earlier, this_pass(data, hyper, counts)]
     with claim(out, args, settings, passes), stoppable():
         if not (out / "model.safetensors").is_file():
-            repeats = Mixture(data, counts, T).repeats().items()
-            times = ", ".join(f"{d} {r:.2f}" for d, r in repeats)
-            size = f"{sum(counts.values()):,} sequences of {T} tokens, {hyper.batch_size} a step"
-            say(f"pass    {size}, lr {hyper.learning_rate:g}; times through a domain: {times}")
             # A later evaluation is not cut short: the steps before it would be lost.
             losses = {"before": validation(partial(stop_if_asked, device))}
             train(

@@ -1,4 +1,4 @@
-"""What a person sees, wherever it goes: a terminal, a log, a pipe that closes; and what costs no run."""
+"""What a person sees, wherever it goes: a terminal, a log, a closed pipe; and what costs no run."""
 
 import json
 import os

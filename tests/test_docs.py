@@ -1,0 +1,81 @@
+"""The README and the pages beside it: their commands parse, their links lead somewhere."""
+
+import re
+import shlex
+import sys
+
+import pytest
+from conftest import ROOT
+
+import prepare
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SCRIPTS = ("prepare", "model", "eval", "train", "mix")
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of every command that runs a script, torchrun's own options left out."""
+    found = []
+    for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
+        lines = block.replace("\\\n", " ").splitlines()
+        for part in (part for line in lines for part in line.split("&&")):
+            words = shlex.split(part, comments=True)
+            scripts = [i for i, word in enumerate(words) if word.removesuffix(".py") in SCRIPTS]
+            if scripts and words[0] in ("python", "torchrun"):
+                found.append([word for word in words[scripts[0] :] if word != "…"])
+    return found
+
+
+class Parsed(Exception):
+    """The command line was understood."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_commands_parse(page, monkeypatch):
+    plain = prepare.ArgumentParser.parse_args
+
+    def parse(self):
+        plain(self)
+        raise Parsed
+
+    monkeypatch.setattr(prepare.ArgumentParser, "parse_args", parse)
+    for script, *words in commands(page.read_text(encoding="utf-8")):
+        monkeypatch.setattr(sys, "argv", [script, *words])
+        with pytest.raises(Parsed):
+            __import__(script.removesuffix(".py")).main()
+
+
+def test_there_are_commands_of_every_script():
+    found = commands((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert {words[0].removesuffix(".py") for words in found} == set(SCRIPTS)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_and_names_of_files_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#]+)[)#]", text):
+        assert link.startswith("https://") or (page.parent / link).exists(), link
+    for name in re.findall(r"`((?:tests|docs)/[\w./]+|\w+\.py)`", text):
+        assert (ROOT / name).exists() or (ROOT / "tests" / "bench" / name).exists(), name
+
+
+def test_the_readme_is_short_and_its_table_narrow():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.encode()) <= 12_000
+    table = next(block for block in re.findall(r"```\n(.*?)```", text, re.DOTALL))
+    assert max(map(len, table.splitlines())) <= 111
+    head = next(line for line in table.splitlines() if line.startswith("domain "))
+    assert head.split() == [
+        "domain",
+        "documents",
+        "nats",
+        "change",
+        "in",
+        "nats",
+        "[95%]",
+        "change",
+        "in",
+        "nats",
+        "[95%]",
+    ]
+    assert re.search(r"^reweighted - uniform: [-+]0\.\d{4} \[", table, re.MULTILINE)
