@@ -827,7 +827,7 @@ def check_same(out: Path, old: dict, settings: dict) -> None:
 
 
 # What a run leaves in its folder: first what makes it a finished one.
-OWN_FILES = ("model.safetensors", "checkpoint-*", "log.jsonl", "result.json")
+OWN_FILES = ("model.safetensors", "checkpoint-*", "log.jsonl", "result.json", "train.png")
 
 
 def parse_args(parser: ArgumentParser):
@@ -893,6 +893,33 @@ def decorating(path: Path) -> Iterator[None]:
         yield
     except Exception as e:  # whatever it is, it must not cost the weights
         say(f"warning: {path} could not be made: {type(e).__name__}: {' '.join(str(e).split())}")
+
+
+def draw(log: Path, path: Path) -> None:
+    """The loss and the learning rate by step and, where it was measured, each domain's loss."""
+    from matplotlib.figure import Figure
+
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    measured = [line for line in lines if "val" in line]
+    panels = 2 if measured else 1
+    figure = Figure(figsize=(5 * panels, 4), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    steps = [line["step"] + 1 for line in lines if line["loss"] is not None]
+    axes[0].plot(steps, [line["loss"] for line in lines if line["loss"] is not None], lw=1)
+    axes[0].set(title="Training", xlabel="step", ylabel="loss, nats per token")
+    rate = axes[0].twinx()
+    rate.plot([line["step"] + 1 for line in lines], [line["lr"] for line in lines], color="0.7")
+    rate.set_ylabel("learning rate", color="0.5")
+    rate.set_ylim(bottom=0)
+    if measured:
+        for domain in measured[0]["val"]:
+            losses = [line["val"][domain] for line in measured]
+            style = "k--" if domain == "mean" else ".-"
+            axes[1].plot([line["step"] + 1 for line in measured], losses, style, label=domain)
+        axes[1].set(title="Validation", xlabel="step", ylabel="loss, nats per token")
+        axes[1].legend(frameon=False)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
 
 
 def model_card(
@@ -1129,13 +1156,19 @@ def main():
             if rank() == 0:
                 result = results(losses, data, "val", T)
                 write_json(out / "result.json", result)
+                with decorating(out / "train.png"):
+                    draw(out / "log.jsonl", out / "train.png")
                 with decorating(out / "README.md"):
                     card = model_card(out.name, args.model, data, counts, hyper, result)
                     write_text(out / "README.md", card)
         keep(model, data, out, getattr(torch, args.save_dtype))
     if rank() == 0:
         result = load_json(out / "result.json")
-        say(f"validation losses, {T} tokens a sequence", table(result), f"model and log in {out}")
+        say(
+            f"validation losses, {T} tokens a sequence",
+            table(result),
+            f"model, log and train.png in {out}",
+        )
         say(f"next    python eval.py {args.model} {out} --data {args.data}")
         say(f"or      python model.py {out} 'def main('")
     finish()
