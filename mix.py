@@ -658,9 +658,10 @@ def verdict(result: dict) -> str:
 
 
 def draw(history: History, found: int, is_path: bool, path: Path) -> None:
-    """Two panels by round: the mixture, and each domain's change from the untouched model's loss.
+    """Two panels by round: the mixture, and each domain's change of loss from the first mixture.
 
-    found: the round whose mixture was taken.
+    That is where the differences are; the untouched model's stands in words. found: the round
+    whose mixture was taken.
     """
     from matplotlib.figure import Figure
 
@@ -668,9 +669,10 @@ def draw(history: History, found: int, is_path: bool, path: Path) -> None:
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     mixtures = history.lines[1:]
-    measured = [line for line in history.lines if line["losses"]]
+    measured = history.measured()
     rounds = [line["round"] for line in measured]
-    changes = [np.array(list(line["losses"].values())) - history.untouched for line in measured]
+    first = np.array(list(measured[0]["losses"].values()))
+    changes = [np.array(list(line["losses"].values())) - first for line in measured]
     for k, d in enumerate(history.domains):
         style = {"color": f"C{k % 10}", "marker": "os^Dv"[k // 10 % 5], "label": d}
         style["linestyle"] = "-" if is_path else ""
@@ -681,11 +683,15 @@ def draw(history: History, found: int, is_path: bool, path: Path) -> None:
     means = [change.mean() for change in changes]
     right.plot(rounds, means, "k--" if is_path else "k_", lw=2, label="mean")
     right.axhline(0, color="0.7", linewidth=1, zorder=0)
+    counts = measured[0]["counts"].values()
+    even = len(counts) == len(history.domains) and max(counts) - min(counts) <= 1
+    start = "uniform" if even else "the first mixture"
+    untouched = (history.untouched - first).mean()
+    title = f"Validation loss (untouched: {untouched:+.3f} in the mean)"
     left.set(title="The mixture", ylabel="share of the sequences (%)", ylim=(0, None))
-    right.set(title="Validation loss", ylabel="change in nats per token")
-    left.set_xlabel("round")
-    right.set_xlabel("round (0: untouched)")
+    right.set(title=title, ylabel=f"change from {start}, nats per token")
     for axes in (left, right):
+        axes.set_xlabel("round")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.axvline(found, color="0.88", linewidth=10, zorder=0, label="mixture found")
         axes.spines[["top", "right"]].set_visible(False)

@@ -911,6 +911,8 @@ def draw(log: Path, path: Path) -> None:
     rate.plot([line["step"] + 1 for line in lines], [line["lr"] for line in lines], color="0.7")
     rate.set_ylabel("learning rate", color="0.5")
     rate.set_ylim(bottom=0)
+    for panel in axes:
+        panel.xaxis.get_major_locator().set_params(integer=True)
     if measured:
         for domain in measured[0]["val"]:
             losses = [line["val"][domain] for line in measured]
