@@ -1292,7 +1292,8 @@ def main():
     if args.add and args.tokenizer:
         raise InputError("--add: the data set's own tokenizer is taken; leave --tokenizer out")
     if args.sources and not args.add and not args.tokenizer:
-        raise InputError("name a --tokenizer: pythia-70m is Pythia's, train:4096 trains one")
+        ways = "pythia-70m is Pythia's, train:4096 trains one, --add takes a data set's own"
+        raise InputError(f"name a --tokenizer: {ways}")
     data = prepare(
         args.out,
         parse_sources(args.sources, args.domain_key) or None,
