@@ -459,7 +459,7 @@ def test_sources_need_a_tokenizer_and_a_tokenizer_needs_sources(run, tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", made_documents("sums", 60))
     out = tmp_path / "d"
     fails(run(out, f"a={source}", tokenizer=False), "--tokenizer", "--add")
-    fails(run(out, add=True, tokenizer=False), "name sources")
+    fails(run(out, add=True, tokenizer=False), "--add: name the sources")
 
 
 def test_small_domains_can_be_left_out(run, tmp_path):
