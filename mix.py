@@ -809,6 +809,7 @@ def main():
     model = train.load_to_train(args, data, hyper.dtype, device)
     train.say_cost(model, hyper, args.sequences, device)
     if args.dry_run:
+        finish()
         return
     own_files = (*train.OWN_FILES, "history.jsonl", "mix.json", "mix.png", "runs")
     with train.claim(out, args, settings, [], own_files), train.stoppable():
@@ -849,7 +850,8 @@ def next_steps(args, result: dict) -> list[str]:
     if not args.model.startswith("scratch:"):
         larger = f"--data {args.data} --model pythia-1b --mix {args.out}/mix.json"
         steps = [f"next    python train.py {larger} --sequences {args.sequences} --out out/larger"]
-    if args.method == "reweight" and "not distinguishable" in verdict(result):
+    better = "better than" in verdict(result)
+    if args.method == "reweight" and not better:
         same = f"--data {args.data} --model {args.model} --sequences {args.sequences}"
         steps.append(f"or      python mix.py {same} --method returns --out out/returns")
     return steps
@@ -859,7 +861,8 @@ def wall_time(clock: dict[str, float]) -> str:
     """What the stages took, of the times at which each ended."""
     ends = list(clock.values())
     stages = zip(list(clock)[1:], np.diff(ends), strict=True)
-    parts = "".join(f"{name} {seconds:.0f} s, " for name, seconds in stages)
+    # A stage that took no time did not take place.
+    parts = "".join(f"{name} {seconds:.0f} s, " for name, seconds in stages if seconds >= 0.5)
     return f"wall time: {parts}all {ends[-1] - ends[0]:.0f} s"
 
 

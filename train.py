@@ -1137,6 +1137,7 @@ def main():
     say_cost(model, hyper, sum(counts.values()), device)
     say_repeats(Mixture(data, counts, T).repeats())
     if args.dry_run:
+        finish()
         return
     settings = settings_of(args, data, hyper) | {"counts": counts}
     passes = [*earlier, this_pass(data, hyper, counts)]
