@@ -201,13 +201,15 @@ def results(losses: dict[str, Losses], data: Data, split: str, seq_len: int) -> 
     Bits per byte are nats x tokens / (ln 2 x UTF-8 bytes of the text).
     """
     base = next(iter(losses.values()))
-    domains, models = {}, {}
+    domains = {}
+    models = {}
     for domain, values in base.items():
         numbers = evaluated_windows(data, domain, split, seq_len, len(values))
         documents = np.unique(data.documents_of(domain, split, seq_len, numbers))
         domains[domain] = {"sequences": len(values), "documents": len(documents)}
     for name, by_domain in losses.items():
-        nats, bits = {}, {}
+        nats = {}
+        bits = {}
         for domain, values in by_domain.items():
             size = data.size(domain, split)
             nats[domain] = float(values.mean())

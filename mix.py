@@ -239,8 +239,10 @@ def returns(runs: "Runs", history: "History", start: dict[str, int], args) -> di
     """
     first = runs.shares(start)
     p = first
-    mixtures, notes = [start], ["the start"]
-    logs, losses = [], []
+    mixtures = [start]
+    notes = ["the start"]
+    logs = []
+    losses = []
     for _ in range(2):
         # A quarter more of one domain, for each, around what is the best by now.
         mixtures += [runs.counts(3 * p + only) for only in np.eye(len(p))]
@@ -253,7 +255,8 @@ def returns(runs: "Runs", history: "History", start: dict[str, int], args) -> di
             history.add(counts, losses[-1], note=note)
         # One least-squares problem a domain, all with the same runs.
         fitted = np.linalg.lstsq(np.array(logs), np.array(losses), rcond=None)[0]
-        a, B = fitted[0], -fitted[1:]
+        a = fitted[0]
+        B = -fitted[1:]
         slopes = returns_slopes(a - history.untouched, B, history.objective)
         p = descend(slopes, first, first / 4, runs.cap, 1000)[-1]
         predicted = a - np.log(p) @ B
@@ -409,7 +412,8 @@ class Runs:
 
     def evaluate(self) -> Losses:
         """The model's losses on the validation split."""
-        T, dtype = self.hyper.seq_len, self.hyper.dtype
+        T = self.hyper.seq_len
+        dtype = self.hyper.dtype
         limit = self.eval_sequences
         losses = evaluate(self.model, self.data, "val", T, dtype, limit, self.stop_if_asked)
         self.tokens["evaluated"] += sum(map(len, losses.values())) * T
@@ -508,27 +512,39 @@ class History:
 
     def words(self, line: dict) -> str:
         """A line of the table, within 100 columns, and below it what else there is to say."""
-        text = f"{line['round']:>5}"
-        text += f"{line[self.objective]:>7.4f}" if line["losses"] else " " * 7
+        text = f"{line['round']:>5}{'':>7}"
+        if line["losses"]:
+            text = f"{line['round']:>5}{line[self.objective]:>7.4f}"
         counts = line["counts"] or {}
-        K = len(self.domains)
-        for d in self.domains if K <= 8 else []:
-            share = counts.get(d, 0) / sum(counts.values()) if counts else 0
-            loss = line["losses"][d] if line["losses"] else 0
-            cell = f"{share:>5.0%}{loss:>6.3f}" if K > 5 else f"{share:>9.1%}{loss:>8.4f}"
-            half = len(cell) - (6 if K > 5 else 8)
-            text += cell[:half] if counts else " " * half
-            text += cell[half:] if line["losses"] else " " * (len(cell) - half)
-        if K > 8 and counts and len(self.lines) > 2:
+        if len(self.domains) <= 8:
+            text += "".join(self.cell(line, d) for d in self.domains)
+        elif counts and len(self.lines) > 2:
             text += self.moves(counts)
-        below = [line["note"]] if "note" in line else []
+        below = []
+        if "note" in line:
+            below.append(line["note"])
         again = self.round_of(counts)
-        if counts and again is not None and again < line["round"]:
+        if again is not None and again < line["round"]:
             below.append(f"as round {again}")
-        for d, n in counts.items():
-            if n > self.windows[d]:
-                below.append(f"{d} {n / self.windows[d]:.1f} times")
-        return text.rstrip() + (f"\n{'':>12}  {', '.join(below)}" if below else "")
+        below += [
+            f"{d} {n / self.windows[d]:.1f} times" for d, n in counts.items() if n > self.windows[d]
+        ]
+        text = text.rstrip()
+        if below:
+            text += f"\n{'':>12}  {', '.join(below)}"
+        return text
+
+    def cell(self, line: dict, domain: str) -> str:
+        """A domain's share and loss, as far as they are known; shorter for more than five."""
+        share = ""
+        loss = ""
+        short = len(self.domains) > 5
+        if line["counts"]:
+            part = line["counts"].get(domain, 0) / sum(line["counts"].values())
+            share = f"{part:.0%}" if short else f"{part:.1%}"
+        if line["losses"]:
+            loss = f"{line['losses'][domain]:.3f}" if short else f"{line['losses'][domain]:.4f}"
+        return f"{share:>5}{loss:>6}" if short else f"{share:>9}{loss:>8}"
 
     def moves(self, counts: dict[str, int]) -> str:
         """The four domains whose shares are the farthest from the first mixture's."""
@@ -610,7 +626,8 @@ def comparison(runs: Runs, counts: dict[str, int], method: str) -> dict:
 
     Uniform has as many sequences. `difference` is the mixture found less uniform.
     """
-    data, T = runs.data, runs.hyper.seq_len
+    data = runs.data
+    T = runs.hyper.seq_len
     uniform = train.parse_mixture("uniform", data, sum(counts.values()), T)
     title = title_of(method)
     losses = {}
@@ -622,10 +639,11 @@ def comparison(runs: Runs, counts: dict[str, int], method: str) -> dict:
             train.fill(runs.model, runs.base)
         else:
             runs.train(mixture, name)
-        dtype, stop = runs.hyper.dtype, runs.stop_if_asked
-        losses[name] = evaluate(runs.model, data, "test", T, dtype, after_batch=stop)
+        dtype = runs.hyper.dtype
+        losses[name] = evaluate(runs.model, data, "test", T, dtype, None, runs.stop_if_asked)
     result = results(losses, data, "test", T)
-    found, base = losses[title], losses["uniform"]
+    found = losses[title]
+    base = losses["uniform"]
     result["difference"] = compare(base, found, data, "test", T)
     # Once more without the domains that have too few documents to say anything.
     sure = [d for d, n in result["domains"].items() if n["documents"] >= FEW_DOCUMENTS]

@@ -104,7 +104,8 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     x (B, H, T, D), cos and sin (T, R) -> (B, H, T, D).
     """
     R = cos.size(-1)
-    rotated, rest = x[..., :R], x[..., R:]
+    rotated = x[..., :R]
+    rest = x[..., R:]
     a, b = rotated.chunk(2, dim=-1)  # a pair is (i, i + R/2)
     return torch.cat((rotated * cos + torch.cat((-b, a), dim=-1) * sin, rest), dim=-1)
 
@@ -117,7 +118,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     keep the half of a sequence's H T^2 probabilities that is not zero for the backward pass. On a
     GPU the choice of kernel is SDPA's own.
     """
-    T, S = q.size(2), k.size(2)
+    T = q.size(2)
+    S = k.size(2)
     in_blocks = q.device.type == "cpu" and torch.compiler.is_compiling() and T == S
     if not in_blocks:
         return F.scaled_dot_product_attention(q, k, v, is_causal=T == S)
@@ -627,7 +629,8 @@ def find_device(name: str | None) -> torch.device:
 
 def keep_freed_memory() -> None:
     """glibc gives large blocks back to the system, which zeroes their pages anew for every step."""
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    M_TRIM_THRESHOLD = -1
+    M_MMAP_MAX = -4
     with contextlib.suppress(AttributeError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_MAX, 0)

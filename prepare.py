@@ -115,8 +115,11 @@ class Bar:
     def __init__(self, title: str, total: int, unit: str, done: int = 0, shown: bool = True):
         from tqdm import tqdm
 
-        self.title, self.total, self.unit = title, total, unit
-        self.first = self.done = done
+        self.title = title
+        self.total = total
+        self.unit = unit
+        self.first = done
+        self.done = done
         self.began = self.spoke = time.monotonic()
         on_terminal = sys.stderr.isatty()
         self.speaks = shown and not on_terminal
@@ -1201,7 +1204,8 @@ def prepare(
         raise InputError(f"--val-fraction, --test-fraction: {fractions}: every split needs a share")
     vocab_size = vocabulary_of(tokenizer)
     sources = sources or {}
-    sample, overlap = [], {}
+    sample = []
+    overlap = {}
     if not sources:
         sample, overlap = make_sample(fractions)
 

@@ -690,7 +690,8 @@ def load_checkpoint(out: Path, model: GPTNeoX, optimizer: torch.optim.Optimizer)
         return Progress()
     folder = out / f"checkpoint-{step:08d}"
     say(f"going on from {folder}")
-    weights, moments = {}, {}
+    weights = {}
+    moments = {}
     if reads_state(model):
         weights = load_file(folder / "model.safetensors")
         moments = load_file(folder / "optimizer.safetensors")
@@ -1065,9 +1066,11 @@ def load_to_train(args, data: Data, dtype: torch.dtype, device: torch.device) ->
 
     compiles, how = can_compile(device)
     if args.no_compile:
-        compiles, how = False, "eager (--no-compile)"
+        compiles = False
+        how = "eager (--no-compile)"
     elif args.fsdp and device.type == "cpu" and dtype == torch.bfloat16:
-        compiles, how = False, "eager (torch.compile fails on a CPU with bfloat16 parameters)"
+        compiles = False
+        how = "eager (torch.compile fails on a CPU with bfloat16 parameters)"
     if compiles:
         model.compile_parts()
 
