@@ -279,6 +279,17 @@ def hub_folder(name: str, patterns: list[str], kind: str = "model") -> Path:
         raise InputError(f"{name}: no such folder, and {hub_fault(e)}") from None
 
 
+def files_on_hub(repo: str, revision: str | None) -> str:
+    """The first files of a data set on the hub, in words; "" where it does not tell."""
+    with contextlib.suppress(Exception):  # of several libraries
+        from huggingface_hub import HfApi
+
+        revision = revision.removeprefix("@") if revision else None
+        names = HfApi().list_repo_files(repo, repo_type="dataset", revision=revision)
+        return f"; there are {', '.join(sorted(names)[:10])}"
+    return ""
+
+
 def hub_fault(error: Exception) -> str:
     """Why the hub did not give what was asked for, and what helps."""
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
@@ -612,6 +623,8 @@ def is_txt(path: Path) -> bool:
 def source_files(source: str) -> list[Path]:
     """The files of a path, a folder and all below it, a glob or hf://datasets/ORG/NAME/GLOB@REV."""
     hub = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)/([^@]+)(@[^@]+)?", source)
+    if source.startswith("hf:") and not hub:
+        raise InputError(f"{source}: expected hf://datasets/ORG/NAME/GLOB, perhaps with @REVISION")
     if hub:
         folder = hub_folder(hub[1] + (hub[3] or ""), [hub[2]], "dataset")
         pattern = f"{glob.escape(str(folder))}/{hub[2]}"
@@ -628,7 +641,8 @@ def source_files(source: str) -> list[Path]:
             kind = Path(source).suffix or "without an ending"
             raise InputError(f"{source}: {kind} is not read; make it .jsonl, .txt or .parquet")
         known = ".txt, .jsonl, .ndjson, .json (these also with .gz or .zst) or .parquet"
-        raise InputError(f"{source}: no file there that ends in {known}")
+        there = files_on_hub(hub[1], hub[3]) if hub else ""
+        raise InputError(f"{source}: no file there that ends in {known}{there}")
     return files
 
 

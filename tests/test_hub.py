@@ -257,5 +257,11 @@ def test_a_data_set_on_the_hub(hub, run, tmp_path):
 
     ends_well(prepare("e", "a-*.jsonl", HF_HUB_OFFLINE="1"))
     assert Data(tmp_path / "e").identity == made.identity
-    fails(prepare("f", "b-*.jsonl").end(), "b-*.jsonl", "no file there")
+    there = "there are data/a-0.jsonl, data/a-1.jsonl, data/other.jsonl"
+    fails(prepare("f", "b-*.jsonl").end(), "b-*.jsonl", "no file there", there)
     fails(prepare("f", "a-*.jsonl@v9").end(), "v9")
+    elsewhere = [
+        "a=hf://ORG/texts/data/a-*.jsonl",
+        *options(out=tmp_path / "f", tokenizer="x.json"),
+    ]
+    fails(run("prepare", *elsewhere).end(), "expected hf://datasets/ORG/NAME/GLOB")
