@@ -65,7 +65,8 @@ def reweight(runs: "Runs", history: "History", start: dict[str, int], args) -> d
     alone = losses_alone(runs) if args.signal == "excess" else None
     for number in range(1, args.rounds + 1):
         counts = runs.counts(A, round(A.sum()) if args.grow else args.sequences)
-        L = runs.measure(counts)  # trained on A from the base: each domain's loss
+        # Trained on A from the base: the validation loss of each domain.
+        L = runs.measure(counts, f"round {number}")
         history.add(counts, L, quantities=A.tolist())
         runs.keep_only(history.counts(1), history.best()["counts"])  # the comparison needs these
         if number - history.best()["round"] == 2:
@@ -80,7 +81,7 @@ def losses_alone(runs: "Runs") -> np.ndarray:
     """The loss (K,) of every domain where it gets the whole budget alone."""
     losses = []
     for k, only in enumerate(np.eye(len(runs.domains))):
-        losses.append(runs.measure(runs.counts(only))[k])
+        losses.append(runs.measure(runs.counts(only), f"{runs.domains[k]} alone")[k])
         runs.keep_only()
     return np.array(losses)
 
@@ -248,7 +249,7 @@ def returns(runs: "Runs", history: "History", start: dict[str, int], args) -> di
         mixtures += [runs.counts(3 * p + only) for only in np.eye(len(p))]
         notes += [f"probe: more {domain}" for domain in runs.domains]
         for counts, note in list(zip(mixtures, notes, strict=True))[len(losses) :]:
-            losses.append(runs.measure(counts))
+            losses.append(runs.measure(counts, note))
             runs.keep_only(start)
             shares = runs.shares(counts).clip(0.5 / args.sequences)
             logs.append([1, *np.log(shares)])
@@ -432,15 +433,14 @@ class Runs:
                 return losses
         return None
 
-    def measure(self, counts: dict[str, int]) -> np.ndarray:
-        """The mixture's losses (K,). Its weights stay until keep_only."""
+    def measure(self, counts: dict[str, int], title: str = "run") -> np.ndarray:
+        """The mixture's losses (K,), its training under a title. Weights stay until keep_only."""
         run = self.run(counts)
         T = self.hyper.seq_len
         self.tokens["trained"] += sum(counts.values()) * T
         losses = self.known_losses(run)
         barrier()  # before the first rank may write
         if losses is None:
-            title = f"run {run.folder.name}"
             train_once(self.model, self.base, self.data, run, self.save_every, title)
             losses = domain_means(self.evaluate())
             if rank() == 0:
@@ -608,7 +608,8 @@ def pretrain(model: GPTNeoX, data: Data, hyper: Hyperparameters, args) -> Path:
         if rank() == 0 and not (folder / "model.safetensors").is_file():
             folder.mkdir(parents=True, exist_ok=True)
             # Other searches may want it, too.
-            stack.enter_context(prepare.locked(folder / ".lock", folder))
+            wait = "wait until it has pretrained that base"
+            stack.enter_context(prepare.locked(folder / ".lock", folder, way_out=wait))
         run = Run(folder, settings, counts, hyper, passes=[])
         train_once(model, None, data, run, args.save_every, "pretrain")
     return folder
@@ -845,7 +846,7 @@ def main():
             counts = METHODS[args.method].find(runs, history, first, args)
             cost = dict(runs.tokens)
             if history.round_of(counts) is None:
-                history.add(counts, runs.measure(counts))
+                history.add(counts, runs.measure(counts, "the mixture found"))
             clock["search"] = time.perf_counter()
             result = comparison(runs, counts, args.method)
             if rank() == 0:

@@ -231,11 +231,14 @@ def sha256_of(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def locked(path: Path, folder: Path, wait: bool = False) -> Iterator[None]:
+def locked(
+    path: Path, folder: Path, wait: bool = False, way_out: str = "choose another --out"
+) -> Iterator[None]:
     """Keep other processes out of `folder` while the block runs, or until this one ends, somehow.
 
     path: the file that is locked, which is made. wait: for another process to let go, rather than
-    raise InputError. Where there are no locks (Windows, some network file systems) a line says so.
+    raise InputError with that way out. Where there are no locks (Windows, some network file
+    systems) a line says so.
     """
     with open(path, "a") as file:
         try:
@@ -243,7 +246,7 @@ def locked(path: Path, folder: Path, wait: bool = False) -> Iterator[None]:
                 raise OSError("this system has none")
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            message = f"{folder}: another process is at work there; choose another --out"
+            message = f"{folder}: another process is at work there; {way_out}"
             raise InputError(message) from None
         except OSError as e:
             warning = f"warning: {folder}: no lock ({e}): do not start a second run there"
@@ -1309,6 +1312,8 @@ def main():
         raise InputError("--add: name the sources to add")
     if args.add and args.tokenizer:
         raise InputError("--add: the data set's own tokenizer is taken; leave --tokenizer out")
+    if args.add and (args.val_fraction or args.test_fraction):
+        raise InputError("--add: the data set's own fractions are taken; leave them out")
     if args.sources and not args.add and not args.tokenizer:
         ways = "pythia-70m is Pythia's, train:4096 trains one, --add takes a data set's own"
         raise InputError(f"name a --tokenizer: {ways}")

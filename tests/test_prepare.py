@@ -475,12 +475,13 @@ def test_small_domains_can_be_left_out(run, tmp_path):
 # ---- the folder ----
 
 
-def test_nothing_that_exists_is_replaced(run, tmp_path):
+def test_nothing_that_exists_is_replaced(run, script, tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", made_documents("sums", 80))
     for out in (tmp_path, ".", source):
         fails(run(out, f"a={source}"), "exists", "--add")
-    add = {"tokenizer": False, "add": True}
-    fails(run(tmp_path / "none", f"a={source}", **add), "not there to add to")
+    add = options(out=tmp_path / "none", add=True, workers=1)
+    fails(script("prepare", f"a={source}", *add), "not there to add to")
+    fails(script("prepare", f"a={source}", *add, "--val-fraction", 0.2), "own fractions are taken")
     fails(run(source / "d", f"a={source}"), source)
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
