@@ -147,8 +147,10 @@ def domain_means(losses: Losses) -> np.ndarray:
 def bootstrap(
     differences: np.ndarray, documents: np.ndarray, resamples: int = 2000, seed: int = 0
 ) -> np.ndarray:
-    """Means of per-sequence values (n,) over resampled documents, each taken with all its sequences
-    (documents: (n,), the number of each one's): (resamples,)."""
+    """Means (resamples,) over resampled documents, each taken with all its sequences.
+
+    differences: (n,), of every sequence. documents: (n,), the number of each one's.
+    """
     _, index = np.unique(documents, return_inverse=True)
     total = np.bincount(index, weights=differences)
     size = np.bincount(index)

@@ -1,5 +1,4 @@
-"""GPT-NeoX, the architecture of Pythia, written out; Pythia's safetensors in, a Hugging Face folder
-out.
+"""GPT-NeoX, Pythia's architecture, written out; its safetensors in, a Hugging Face folder out.
 
     python model.py out/mix "def main("                              # what a model says
     python model.py pythia-70m out/mix "The capital of" --temperature 0.8      # one after another
@@ -243,9 +242,9 @@ class GPTNeoX(nn.Module):
         targets: torch.Tensor | None = None,
         cache: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """tokens (B, T) int64 -> logits (B, T, V); with targets, likewise (B, T) int64, -> the loss
-        of every token (B, T), fp32, nats.
+        """tokens (B, T) int64 -> logits (B, T, V), or with targets the loss of every token.
 
+        targets: (B, T) int64, too; losses: (B, T), fp32, nats.
         cache: (L, 2, B, H, S, D), keys and values of S tokens, these T the last; they are filled
         in.
         """
@@ -334,8 +333,10 @@ class GPTNeoX(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Floating-point operations of training on one token: 6 for each weight that multiplies,
-        and 12 L C T for attention, not halved for its causality (2204.02311, appendix B)."""
+        """Floating-point operations of training on one token (2204.02311, appendix B).
+
+        6 for each weight that multiplies, and 12 L C T for attention, not halved for causality.
+        """
         c = self.config
         matrices = self.parameter_count()
         if not c.tie_word_embeddings:
@@ -343,8 +344,11 @@ class GPTNeoX(nn.Module):
         return 6 * matrices + 12 * c.num_hidden_layers * c.hidden_size * seq_len
 
     def bytes_per_token(self, training: bool, dtype: torch.dtype) -> int:
-        """Memory that a token takes, compiled: measured in training in bf16 (40 C a layer and 2 V
-        are 8% to 47% more than pythia-70m, 410m and 1b took on an H100), reckoned elsewhere."""
+        """Memory that a token takes, compiled.
+
+        Measured in training in bf16, where 40 C a layer and 2 V are 8% to 47% more than
+        pythia-70m, 410m and 1b took on an H100; reckoned elsewhere.
+        """
         c = self.config
         if not training:  # one layer at a time, and the logits: as they are, in fp32, as a softmax
             return 40 * c.hidden_size + 8 * c.vocab_size
@@ -509,9 +513,9 @@ def load(
     vocab_size: int | None = None,
     seed: int = 0,
 ) -> GPTNeoX:
-    """A model from a Hugging Face folder, of the hub (`pythia-70m`, `ORG/NAME@REVISION`), or random
-    (`scratch:SIZE`).
+    """A model from a Hugging Face folder, of the hub, or with random weights (`scratch:SIZE`).
 
+    On the hub `pythia-70m` is EleutherAI's; any other is `ORG/NAME` or `ORG/NAME@REVISION`.
     vocab_size and seed are for scratch; the vocabulary is rounded up to a multiple of 128, like
     Pythia's. On device "meta" it has its shape alone, and the weights stay unread. Raises
     InputError where there is no such model, or a tensor is unknown, missing or of another shape.
@@ -813,10 +817,10 @@ def is_sharded(model: GPTNeoX) -> bool:
 def sequences_at_once(
     model: GPTNeoX, seq_len: int, dtype: torch.dtype, device: torch.device, training: bool
 ) -> int:
-    """How many sequences to take at a time: on a GPU as many as its memory holds by arithmetic, but
-    no more than make 4 GB of logits in fp32 or a tenth of the memory; elsewhere some 300 MB.
+    """How many sequences to take at a time, the same on all ranks.
 
-    The same on all ranks.
+    On a GPU as many as its memory holds by arithmetic, but no more than make 4 GB of logits in
+    fp32 or a tenth of the memory; elsewhere some 300 MB, which is 32 sequences of tiny.
     """
     if device.type != "cuda":
         sequence = seq_len * model.bytes_per_token(False, dtype)

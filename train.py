@@ -1,9 +1,8 @@
 """One model, one mixture, one short pass: continued pretraining on exactly the sequences counted.
 
-    python train.py --mix uniform --sequences 800     # scratch:tiny on data/sample; seconds on a
-    CPU python train.py --data data/pile --model pythia-1b --mix out/mix/mix.json --out
-    out/pythia-1b torchrun --nproc_per_node=8 train.py --data data/pile --model pythia-1b --mix
-    horizon --out out/1b
+    python train.py --mix uniform --sequences 800           # scratch:tiny on the sample; seconds
+    python train.py --data data/pile --model pythia-1b --mix out/mix/mix.json --out out/pythia-1b
+    torchrun --nproc_per_node=8 train.py --data data/pile --model pythia-1b --mix horizon
 
 The order of the pass is a pure function of data, counts and seed; ranks, micro-batches and
 restarts only slice it.
@@ -727,8 +726,7 @@ def note_signal(number: int, frame) -> None:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """In this block SIGINT and SIGTERM are only noted: train ends its step, saves and raises
-    Stopped.
+    """Only note SIGINT and SIGTERM in this block: train ends its step, saves and raises Stopped.
 
     The process then ends with status 128 + the signal, and the command that goes on.
     """
@@ -928,10 +926,9 @@ def draw(log: Path, path: Path) -> None:
 def model_card(
     title: str, model: str, data: Data, counts: dict[str, int], hyper: Hyperparameters, result: dict
 ) -> str:
-    """The README.md of a trained model's folder, in the hub's format: what made it, what came of
-    it.
+    """The README.md of a trained model's folder, in the hub's format.
 
-    Of a folder of this machine it has no more than the name.
+    What made it, and what came of it; of a folder of this machine no more than the name.
     """
     on_hub = re.fullmatch("([^/]+/[^/]+)@([0-9a-f]{40})", model)
     base = f"`{Path(model).name}`"
@@ -976,32 +973,40 @@ Data set `{data.identity}`, tokenizer `{data.meta["tokenizer"]["sha256"]}`.
 
 def add_options(parser: ArgumentParser, out: str) -> None:
     """The options that train.py and mix.py share."""
-    add = parser.add_argument
+    add = parser.add_argument_group("what to train on").add_argument
     add("--data", default=SAMPLE, help="a folder that prepare.py wrote")
     names = "a folder, a name on the hub, or scratch:SIZE"
     add("--model", default="scratch:tiny", help=names)
-    add("--out", default=out, help="folder of the run")
     add("--sequences", type=int, metavar="N", help="length of a pass")
     add("--seq-len", type=int, metavar="T", help="tokens a sequence; default: the model's context")
+
+    add = parser.add_argument_group("how").add_argument
     add("--batch-size", type=int, metavar="B", help="sequences a step; default: the model's")
     add("--micro-batch-size", type=int, metavar="M", help="of these, at a time; default: what fits")
     add("--lr", type=float, help="peak learning rate; default: the model's")
     add("--warmup", type=float, default=0.2, help="share of the steps")
     add("--seed", type=int, default=0, help="of the order of the pass")
-    most = "of a domain's validation split, at most"
-    add("--eval-sequences", type=int, metavar="N", default=512, help=most)
+
+    add = parser.add_argument_group("where to").add_argument
+    add("--out", default=out, help="folder of the run")
+    add("--dry-run", action="store_true", help="check everything, say what it takes, and end")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--overwrite", action="store_true", help="start anew, over the run in --out")
     add("--save-every", type=int, metavar="N", default=100, help="steps between checkpoints")
     dtypes = ("float32", "float16", "bfloat16")
     add("--save-dtype", choices=dtypes, default="float32", help="of the weights that come out")
+
+    add = parser.add_argument_group("evaluation").add_argument
+    most = "of a domain's validation split, at most"
+    add("--eval-sequences", type=int, metavar="N", default=512, help=most)
+    add("--check-data", action="store_true", help="compare the data with its hashes first")
+
+    add = parser.add_argument_group("hardware").add_argument
     add("--device", help="default: cuda where there is one, else cpu")
     add("--dtype", choices=dtypes[::2], help="of autocast; default: bfloat16 where it is fast")
     add("--no-compile", action="store_true", help="do without torch.compile")
     add("--activation-checkpointing", action="store_true", help="keep less, compute more")
     add("--fsdp", action="store_true", help="spread the model over the ranks: it fits no GPU")
-    add("--check-data", action="store_true", help="compare the data with its hashes first")
-    add("--dry-run", action="store_true", help="check everything, say what it takes, and end")
-    add("--resume", action="store_true", help="go on with the run in --out")
-    add("--overwrite", action="store_true", help="start anew, over the run in --out")
 
 
 def check_range(name: str, value: float | None, low: float, high: float) -> None:

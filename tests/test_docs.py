@@ -3,6 +3,7 @@
 import re
 import shlex
 import sys
+import textwrap
 
 import pytest
 from conftest import ROOT
@@ -43,6 +44,18 @@ def test_commands_parse(page, monkeypatch):
         monkeypatch.setattr(sys, "argv", [script, *words])
         with pytest.raises(Parsed):
             __import__(script.removesuffix(".py")).main()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_examples_in_the_help_are_commands(name):
+    """Each on lines of its own, and of this script."""
+    doc = __import__(name).__doc__
+    examples = re.search(r"\n\n((?:    .*\n)+)", doc)[1]
+    found = commands(f"```sh\n{textwrap.dedent(examples)}```")
+    assert len(found) >= 2
+    for script, *words in found:
+        assert script == f"{name}.py"
+        assert not {"python", "torchrun"} & set(words)
 
 
 def test_there_are_commands_of_every_script():
