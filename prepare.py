@@ -170,6 +170,8 @@ def notice(words: str, shown: bool = True) -> Iterator[None]:
 
 def sync(path: Path) -> None:
     """Wait until a file, or a folder's list of files, is on the disk."""
+    if os.name == "nt":  # which does that for neither a folder nor a file that is open to be read
+        return
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
