@@ -749,11 +749,11 @@ def can_compile(device: torch.device) -> tuple[bool, str]:
     if not headers.is_file():
         return False, "eager (no Python.h found: install Python's headers for torch.compile)"
     if device.type == "cpu":
-        return True, f"torch.compile ({compiler} found; --no-compile for eager)"
+        return True, f"torch.compile ({Path(compiler).name} found)"
     has_triton = importlib.util.find_spec("triton") is not None
     if not has_triton or torch.cuda.get_device_capability(device) < (7, 0):
         return False, "eager (no triton for this GPU)"
-    return True, "torch.compile (triton found; --no-compile for eager)"
+    return True, "torch.compile (triton found)"
 
 
 def compile_for(
@@ -786,6 +786,9 @@ def compile_for(
                 # Of the libraries that it names, the system's are not ours to remove.
                 named = re.findall(r"/[^\s:]+\.(?:so|dylib|pyd)\b", str(e))
                 made = {path for path in named if Path(path).is_relative_to(cache_dir())}
+                # One that is empty need not be named: the probes of what the CPU can are such.
+                found = Path(cache_dir()).rglob("*.so")
+                made |= {str(path) for path in found if path.stat().st_size == 0}
                 if made - removed:
                     removed |= made
                     for path in made:

@@ -132,14 +132,16 @@ def network() -> GPTNeoX:
     return model
 
 
-def test_what_a_kill_left_in_the_compilers_cache_is_made_anew(network, capsys):
+@pytest.mark.parametrize("error", ["{}: file too short", "C++ compile error"])
+def test_what_a_kill_left_in_the_compilers_cache_is_made_anew(network, error, capsys):
+    """Whether the error names it or not."""
     broken = os.path.join(cache_dir(), "cut-short.so")
     open(broken, "w").close()
     plain = network.token_losses
 
     def losses(x, targets):
         if os.path.exists(broken):
-            raise ImportError(f"{broken}: file too short")
+            raise ImportError(error.format(broken))
         return plain(x, targets)
 
     network.token_losses = losses
