@@ -239,7 +239,6 @@ def losses_of_experts(runs: "Runs", start: dict[str, int], sequences: int) -> li
     for domain, only in zip(runs.train_on, np.eye(len(u)), strict=True):
         counts = runs.counts((1 - SOFT) * u + SOFT * only, sequences)
         losses.append(runs.token_losses(counts, windows, f"expert {domain}"))
-        runs.keep_only(start)
     return losses
 
 
@@ -492,7 +491,10 @@ class Runs:
         return losses
 
     def token_losses(self, counts: dict[str, int], limit: int, title: str) -> Losses:
-        """The mixture's loss of every token, of at most `limit` windows a domain; they are kept."""
+        """The mixture's loss of every token, of at most `limit` windows a domain.
+
+        They are kept, and the weights are not.
+        """
         run = self.run(counts)
         path = run.folder / f"tokens-{limit}.npz"
         self.tokens["trained"] += sum(counts.values()) * self.hyper.seq_len
@@ -506,6 +508,8 @@ class Runs:
                     np.savez(file, **{f"{d}.val": values for d, values in losses.items()})
         else:  # what it cost, as if it had been done now
             self.tokens["evaluated"] += sum(values.size for values in losses.values())
+        if rank() == 0:
+            (run.folder / "model.safetensors").unlink(missing_ok=True)
         barrier()
         return losses
 
@@ -748,7 +752,7 @@ def comparison(runs: Runs, counts: dict[str, int], method: str, objective: Objec
         losses[name] = evaluate(runs.model, data, "test", T, dtype, None, runs.stop_if_asked)
     shown = None if objective.name == "mean" else objective
     result = results(losses, data, "test", T, shown)
-    three = list(losses.values())
+    three = [losses[name] for name in ("untouched", "uniform", title)]
     result["difference"] = compare(three[1], three[2], data, "test", T)
     result["judged"] = judge(*three, data, "test", T, objective)
     sure = [d for d, n in result["domains"].items() if n["documents"] >= FEW_DOCUMENTS]
