@@ -10,6 +10,7 @@ split, trained on as many sequences.
 
 import contextlib
 import json
+import math
 import time
 import zipfile
 from collections.abc import Callable
@@ -75,8 +76,6 @@ def reweight(runs: "Runs", history: "History", start: dict[str, int], args) -> d
     Returns the counts of the best round.
     """
     A = np.array([start.get(d, 0) for d in runs.train_on], dtype=np.float64)
-    # With --signal excess the rule sees what can still be learnt, in place of the loss itself.
-    alone = losses_alone(runs) if args.signal == "excess" else None
     for number in range(1, args.rounds + 1):
         counts = runs.counts(A, round(A.sum()) if args.grow else args.sequences)
         # Trained on A from the base: the validation loss of each domain.
@@ -86,37 +85,16 @@ def reweight(runs: "Runs", history: "History", start: dict[str, int], args) -> d
         if number - history.best()["round"] == 2:
             say(f"stopped: the {history.objective.name} has not improved for two rounds")
             break
-        signal = L[runs.trained]  # of the domains that may have a share
-        if alone is not None:
-            signal = excess(signal, alone)
-        A = update(A, signal, args.rate, args.rule)
+        A = update(A, L[runs.trained], args.rate, args.rule)
     return history.best()["counts"]
-
-
-def losses_alone(runs: "Runs") -> np.ndarray:
-    """The loss (K,) of every domain where it gets the whole budget alone."""
-    losses = []
-    for domain, only in zip(runs.train_on, np.eye(len(runs.train_on)), strict=True):
-        measured = runs.measure(runs.counts(only), f"{domain} alone")
-        losses.append(measured[runs.domains.index(domain)])
-        runs.keep_only()
-    return np.array(losses)
-
-
-def excess(losses: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """What can still be learnt (2305.10429, section 2): L - L_ref, in units of its deviation.
-
-    Both are (K,). Excesses are some hundredths of a nat, of which a softmax makes nothing.
-    """
-    difference = losses - reference
-    return difference / max(difference.std(), 1e-9)
 
 
 # ---- soft experts ----
 
 
 SOFT = 0.5  # λ: the share of an expert's sequences that are its own domain's
-SHORT = 8  # an expert has so many times fewer sequences than a pass
+SHORT = 4  # an expert has so many times fewer sequences than a pass
+STEPS = 25  # and at least so many steps, of a smaller batch if need be
 
 
 class Law:
@@ -232,13 +210,17 @@ def losses_of_experts(runs: "Runs", start: dict[str, int], sequences: int) -> li
     """Train an expert for each domain on so many sequences: its loss of every token measured."""
     u = runs.shares(start)
     sequences = max(1, sequences)
+    # A few steps of a large batch would leave the experts too much alike.
+    batch_size = min(runs.hyper.batch_size, math.ceil(sequences / STEPS))
     # Of so many windows an expert takes less time to be measured than to be trained.
     windows = max(16, 2 * sequences // len(runs.domains))
-    say(f"{len(u)} experts of {sequences} sequences, on {windows} windows of each domain")
+    size = f"{sequences} sequences, {batch_size} a step"
+    say(f"{len(u)} experts, each of {size}, measured on {windows} windows a domain")
     losses = []
     for domain, only in zip(runs.train_on, np.eye(len(u)), strict=True):
         counts = runs.counts((1 - SOFT) * u + SOFT * only, sequences)
-        losses.append(runs.token_losses(counts, windows, f"expert {domain}"))
+        title = f"expert {domain}"
+        losses.append(runs.token_losses(counts, windows, title, batch_size=batch_size))
     return losses
 
 
@@ -354,13 +336,12 @@ class Method(NamedTuple):
 REWEIGHT_OPTIONS = {
     "--rule": {"choices": RULES, "default": "multiplicative", "help": "reading of the formula"},
     "--rate": {"type": float, "metavar": "R", "help": "r; default: the rule's, found by trying"},
-    "--signal": {"choices": ("loss", "excess"), "default": "loss", "help": "what the rule sees"},
     "--rounds": {"type": int, "metavar": "N", "default": 4, "help": "at most"},
     "--grow": {"action": "store_true", "help": "train on the quantities, as they grow"},
 }
 
 EXPERTS_OPTIONS = {
-    "--expert-sequences": {"type": int, "metavar": "N", "help": "default: an eighth of a pass"},
+    "--expert-sequences": {"type": int, "metavar": "N", "help": "default: a quarter of a pass"},
     "--spare": {"type": float, "metavar": "X", "help": "nats that a domain may lose, by the law"},
 }
 
@@ -456,16 +437,17 @@ class Runs:
     def shares(self, counts: dict[str, int]) -> np.ndarray:
         return np.array([counts.get(d, 0) for d in self.train_on]) / sum(counts.values())
 
-    def run(self, counts: dict[str, int]) -> Run:
-        """The run on a mixture, whether it took place or not."""
+    def run(self, counts: dict[str, int], **changes) -> Run:
+        """The run on a mixture, whether it took place or not. changes: of hyperparameters."""
+        hyper = replace(self.hyper, **changes)
         settings = {
             "base": self.base_name,
             "data": self.data.identity,
             "counts": {d: n for d, n in sorted(counts.items()) if n},
-            **self.hyper.record(),
+            **hyper.record(),
         }
         folder = self.folder / train.name_of(settings)
-        return Run(folder, settings, counts, self.hyper, self.passes)
+        return Run(folder, settings, counts, hyper, self.passes)
 
     def train(self, counts: dict[str, int], title: str = "train") -> None:
         """Make the model the base trained on the mixture, and keep it."""
@@ -490,12 +472,12 @@ class Runs:
         self.tokens["evaluated"] += sum(map(len, losses.values())) * T
         return losses
 
-    def token_losses(self, counts: dict[str, int], limit: int, title: str) -> Losses:
+    def token_losses(self, counts: dict[str, int], limit: int, title: str, **changes) -> Losses:
         """The mixture's loss of every token, of at most `limit` windows a domain.
 
-        They are kept, and the weights are not.
+        They are kept, and the weights are not. changes: of hyperparameters.
         """
-        run = self.run(counts)
+        run = self.run(counts, **changes)
         path = run.folder / f"tokens-{limit}.npz"
         self.tokens["trained"] += sum(counts.values()) * self.hyper.seq_len
         losses = self.known_token_losses(path)
@@ -631,6 +613,10 @@ class History:
         again = self.round_of(counts)
         if again is not None and again < line["round"]:
             below.append(f"as round {again}")
+        foretold = [one for one in self.lines if "predicted" in one and one["counts"] == counts]
+        if line["losses"] and foretold:
+            score = self.score(self.untouched + np.array(foretold[-1]["predicted"]))
+            below.append(f"{score:.4f} was predicted")
         below += [
             f"{d} {n / self.windows[d]:.1f} times"
             for d, n in counts.items()

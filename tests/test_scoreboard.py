@@ -159,7 +159,14 @@ def test_a_small_scoreboard(data, small, tmp_path, monkeypatch, capsys):
         assert row["captured"] == pytest.approx(row["mean"] / best)
         assert sum(row["share"]) == pytest.approx(1)
         assert f"\n{name} " in text
-    passes = {"log-linear fit": 9, "returns": 7, "doremi": 3, "halves": 1, "uniform": 0, "experts": 1.375}
+    passes = {
+        "log-linear fit": 9,
+        "returns": 7,
+        "doremi": 3,
+        "halves": 1,
+        "uniform": 0,
+        "experts": 1.375,
+    }
     for name, number in passes.items():
         assert rows[name]["tokens"]["trained"] == 32 * 24 * number
     assert rows["log-linear fit"]["cost"] == 1

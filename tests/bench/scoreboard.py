@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from excess import EXCESS
 from returns import RETURNS
 
 from eval import Losses, compare, domain_means, evaluate, parse_objective, signed
@@ -64,12 +65,12 @@ ROWS = {
     "reweight multiplicative": {"method": "reweight", "rule": "multiplicative"},
     "reweight additive": {"method": "reweight", "rule": "additive"},
     "reweight share": {"method": "reweight", "rule": "share"},
-    "reweight excess": {"method": "reweight", "signal": "excess"},
+    "reweight, excess": {"method": "excess"},
     "doremi": {"method": "doremi"},
     "merge": {"method": "merge"},
     "returns": {"method": "returns"},
     "experts": {"method": "experts"},
-    "experts, twice as long": {"method": "experts", "length": 2},
+    "experts, half as long": {"method": "experts", "length": 1 / 2},
     "experts worst": {"method": "experts", "objective": "worst"},
 }
 REFERENCE = {"log-linear fit": 0.0, "log-linear fit, pull": 0.05}  # to uniform; 0.05 is Olmix's
@@ -77,7 +78,7 @@ REFERENCE = {"log-linear fit": 0.0, "log-linear fit, pull": 0.05}  # to uniform;
 
 def methods() -> dict[str, Method]:
     """Those of mix.py, and those that stand beside this file."""
-    return METHODS | {"merge": MERGE, "returns": RETURNS}
+    return METHODS | {"excess": EXCESS, "merge": MERGE, "returns": RETURNS}
 
 
 def all_rows() -> dict[str, dict]:
@@ -144,7 +145,7 @@ class Bench:
         choice = {"rounds": self.args.rounds, "objective": "mean"} | all_rows()[row]
         choice["sequences"] = self.args.sequences
         if "length" in choice:
-            choice["expert_sequences"] = choice["length"] * self.args.sequences // SHORT
+            choice["expert_sequences"] = int(choice["length"] * self.args.sequences / SHORT)
         method = methods()[choice["method"]]
         args = options_of(method, choice)
         key = name_of(self.settings(seed) | vars(args))
