@@ -466,73 +466,49 @@ class Runs:
 
     def evaluate(self, limit: int | None = None, per_token: bool = False) -> Losses:
         """The model's losses on the validation split, as `evaluate` of eval.py gives them."""
-        T = self.hyper.seq_len
         how = (self.hyper.dtype, limit or self.eval_sequences, self.stop_if_asked, per_token)
-        losses = evaluate(self.model, self.data, "val", T, *how)
-        self.tokens["evaluated"] += sum(map(len, losses.values())) * T
-        return losses
+        return evaluate(self.model, self.data, "val", self.hyper.seq_len, *how)
 
-    def token_losses(self, counts: dict[str, int], limit: int, title: str, **changes) -> Losses:
-        """The mixture's loss of every token, of at most `limit` windows a domain.
-
-        They are kept, and the weights are not. changes: of hyperparameters.
-        """
-        run = self.run(counts, **changes)
-        path = run.folder / f"tokens-{limit}.npz"
-        self.tokens["trained"] += sum(counts.values()) * self.hyper.seq_len
-        losses = self.known_token_losses(path)
+    def measured(self, run: Run, limit: int, title: str, per_token: bool = False) -> Losses:
+        """A run's losses, of at most `limit` windows a domain, which are kept; it is trained only
+        if they are not there yet. What that costs is counted all the same."""
+        T = self.hyper.seq_len
+        windows = [min(limit, self.data.windows(d, "val", T)) for d in self.domains]
+        self.tokens["trained"] += sum(run.counts.values()) * T
+        self.tokens["evaluated"] += sum(windows) * T
+        kind = "tokens" if per_token else "sequences"
+        path = run.folder / f"{kind}-{limit}.npz"
+        losses = self.known(path)
         barrier()  # before the first rank may write
         if losses is None:
             train_once(self.model, self.base, self.data, run, self.save_every, title)
-            losses = self.evaluate(limit, per_token=True)
+            losses = self.evaluate(limit, per_token)
             if rank() == 0:
+                named = {f"{d}.val": values for d, values in losses.items()}
                 with prepare.replacing(path) as partial, open(partial, "wb") as file:
-                    np.savez(file, **{f"{d}.val": values for d, values in losses.items()})
-        else:  # what it cost, as if it had been done now
-            self.tokens["evaluated"] += sum(values.size for values in losses.values())
-        if rank() == 0:
-            (run.folder / "model.safetensors").unlink(missing_ok=True)
+                    np.savez(file, run=run.folder.name, **named)
         barrier()
         return losses
 
-    def known_token_losses(self, path: Path) -> Losses | None:
-        """Those in a file, if it is there and sound."""
+    def known(self, path: Path) -> Losses | None:
+        """The losses in a file, if it is there, sound, and of the run in whose folder it lies."""
         unsound = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
         with contextlib.suppress(*unsound), np.load(path) as found:
-            return {d: found[f"{d}.val"] for d in self.domains}
-        return None
-
-    def known_losses(self, run: Run) -> np.ndarray | None:
-        """The losses (K,) that were measured before, if they were, and in the same way."""
-        path = run.folder / "val.json"
-        if not path.is_file():
-            return None
-        with contextlib.suppress(InputError, KeyError, TypeError, ValueError):
-            found = prepare.load_json(path)
-            losses = np.array([found["losses"][d] for d in self.domains], dtype=np.float64)
-            same = (found["run"], found["eval_sequences"]) == (run.folder.name, self.eval_sequences)
-            if same and np.isfinite(losses).all():
-                return losses
+            if found["run"] == path.parent.name:
+                return {d: found[f"{d}.val"] for d in self.domains}
         return None
 
     def measure(self, counts: dict[str, int], title: str = "run") -> np.ndarray:
         """The mixture's losses (K,), its training under a title. Weights stay until keep_only."""
-        run = self.run(counts)
-        T = self.hyper.seq_len
-        self.tokens["trained"] += sum(counts.values()) * T
-        losses = self.known_losses(run)
-        barrier()  # before the first rank may write
-        if losses is None:
-            train_once(self.model, self.base, self.data, run, self.save_every, title)
-            losses = domain_means(self.evaluate())
-            if rank() == 0:
-                by_domain = dict(zip(self.domains, losses.tolist(), strict=True))
-                measured = {"run": run.folder.name, "eval_sequences": self.eval_sequences}
-                prepare.write_json(run.folder / "val.json", measured | {"losses": by_domain})
-        else:  # what it cost, as if it had been done now
-            windows = [self.data.windows(d, "val", T) for d in self.domains]
-            self.tokens["evaluated"] += sum(min(n, self.eval_sequences) for n in windows) * T
-        barrier()
+        return domain_means(self.measured(self.run(counts), self.eval_sequences, title))
+
+    def token_losses(self, counts: dict[str, int], limit: int, title: str, **changes) -> Losses:
+        """The mixture's loss of every token; its weights are not kept. changes: of
+        hyperparameters."""
+        run = self.run(counts, **changes)
+        losses = self.measured(run, limit, title, per_token=True)
+        if rank() == 0:
+            (run.folder / "model.safetensors").unlink(missing_ok=True)
         return losses
 
     def keep_only(self, *mixtures: dict[str, int]) -> None:
@@ -878,6 +854,7 @@ def begin_history(runs: Runs, path: Path, objective: Objective) -> History:
     """A search's history, which begins with the untouched model; that is measured here."""
     train.fill(runs.model, runs.base)
     untouched = runs.evaluate()
+    runs.tokens["evaluated"] += sum(map(len, untouched.values())) * runs.hyper.seq_len
     warn_of_few_documents(untouched, runs.data, runs.hyper.seq_len)
     history = History(path, runs, domain_means(untouched), objective)
     history.begin()

@@ -335,26 +335,35 @@ def runs(data, small, tmp_path) -> Runs:
 
 
 ONE, TWO, THREE = ({"code": n, "sums": 8 - n} for n in (1, 2, 3))
-FLAT = {"code": 1.0, "prose": 1.0, "sums": 1.0}
+
+
+def flipped(archive: bytes) -> bytes:
+    """With one bit of the last array changed, whose data begin 123 bytes after this word."""
+    at = archive.rindex(b"NUMPY") + 130
+    return archive[:at] + bytes([archive[at] ^ 1]) + archive[at + 1 :]
+
+
 DAMAGED = {
     "of other counts": lambda mine, other: other,
-    "of fewer windows": lambda mine, other: mine | {"eval_sequences": 4, "losses": FLAT},
-    "of two domains": lambda mine, other: mine | {"losses": {"code": 1.0, "prose": 1.0}},
-    "no numbers": lambda mine, other: mine | {"losses": FLAT | {"sums": "x"}},
-    "not finite": lambda mine, other: mine | {"losses": FLAT | {"sums": np.nan}},
-    "a list": lambda mine, other: [mine],
+    "cut short": lambda mine, other: mine[:-40],
+    "a bit flipped": lambda mine, other: flipped(mine),
+    "no archive": lambda mine, other: b"losses",
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
-def test_a_measurement_that_is_not_this_runs_is_made_anew(damage, runs):
-    losses = runs.measure(ONE)
-    runs.measure(TWO)
-    mine, other = (runs.run(counts).folder / "val.json" for counts in (ONE, TWO))
-    before = read(mine)
-    mine.write_text(json.dumps(DAMAGED[damage](before, read(other))))
-    assert runs.measure(ONE).tolist() == losses.tolist()
-    assert read(mine) == before
+@pytest.mark.parametrize("per_token", [False, True])
+def test_losses_that_are_not_this_runs_are_measured_anew(damage, per_token, runs):
+    first, other = (runs.run(counts) for counts in (ONE, TWO))
+    losses, _ = (runs.measured(run, 5, "run", per_token) for run in (first, other))
+    kind = "tokens" if per_token else "sequences"
+    mine, its = (run.folder / f"{kind}-5.npz" for run in (first, other))
+    before = mine.read_bytes()
+    mine.write_bytes(DAMAGED[damage](before, its.read_bytes()))
+    again = runs.measured(first, 5, "run", per_token)
+    assert all((again[d] == losses[d]).all() for d in losses)
+    assert again["code"].shape == ((5, 32) if per_token else (5,))
+    assert mine.read_bytes() == before
 
 
 def test_a_folder_of_another_run_is_refused(runs):
@@ -379,7 +388,7 @@ def test_only_weights_go_that_nobody_wants(runs, tmp_path):
         runs.measure(counts)
     runs.keep_only(ONE | {"prose": 0}, TWO)
     assert kept() == [True, True, False]
-    (runs.run(ONE).folder / "val.json").unlink()
+    (runs.run(ONE).folder / "sequences-5.npz").unlink()
     for counts in (ONE, TWO, THREE):  # the first one anew, the last one not
         runs.measure(counts)
     assert kept() == [True, True, False]

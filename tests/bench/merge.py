@@ -95,7 +95,9 @@ def stand_in(runs: Runs, history: History, start: dict[str, int]) -> StandIn:
         return parameters_to_vector(runs.model.parameters()).detach() - base
 
     target = way(start)
-    losses = domain_means(runs.evaluate())
+    measured = runs.evaluate()
+    runs.tokens["evaluated"] += sum(map(len, measured.values())) * runs.hyper.seq_len
+    losses = domain_means(measured)
     one = max(1, runs.sequences // len(runs.domains))
     experts = torch.stack([way({d: one}) for d in runs.domains])
     merged = torch.from_numpy(runs.shares(start)).to(base) @ experts
