@@ -748,57 +748,68 @@ def verdict(result: dict) -> str:
 
 
 def draw(history: History, found: int, is_path: bool, path: Path) -> None:
-    """Panels by round: the mixture, and each domain's change of loss from the first mixture.
+    """The mixtures and the changes of loss, by round, and of a law the trade-off; as a PNG.
 
-    That is where the differences are; the untouched model's stands in words. A third one shows
-    what sparing the domain that pays most costs, where that is known. found: the round whose
-    mixture was taken.
+    found: the round whose mixture was taken.
     """
     from matplotlib.figure import Figure
 
-    mixtures = history.lines[1:]
-    measured = history.measured()
-    rounds = [line["round"] for line in measured]
-    first = np.array(list(measured[0]["losses"].values()))
-    changes = [np.array(list(line["losses"].values())) - first for line in measured]
-    predicted = [np.array(line["predicted"]) for line in mixtures if "predicted" in line]
+    predicted = [np.array(line["predicted"]) for line in history.lines if "predicted" in line]
     panels = 3 if predicted else 2
     # Not by pyplot, which keeps every figure that is not closed.
     figure = Figure(figsize=(5 * panels, 4.2), layout="constrained")
     left, right, *others = figure.subplots(1, panels)
-    for k, d in enumerate(history.domains):
-        style = {"color": f"C{k % 10}", "marker": "os^Dv"[k // 10 % 5], "label": d}
-        style["linestyle"] = "-" if is_path else ""
-        shares = [100 * m["counts"].get(d, 0) / sum(m["counts"].values()) for m in mixtures]
-        left.plot([line["round"] for line in mixtures], shares, **style)
-        right.plot(rounds, [change[k] for change in changes], **style)
-    # Their mean, the line at no change, and a bar behind the round that was taken.
-    means = [change.mean() for change in changes]
-    right.plot(rounds, means, "k--" if is_path else "k_", lw=2, label="mean")
-    right.axhline(0, color="0.7", linewidth=1, zorder=0)
-    counts = measured[0]["counts"].values()
-    even = len(counts) == len(history.domains) and max(counts) - min(counts) <= 1
-    start = "uniform" if even else "the first mixture"
-    untouched = (history.untouched - first).mean()
-    title = f"Validation loss (untouched: {untouched:+.3f} in the mean)"
-    left.set(title="The mixture", ylabel="share of the sequences (%)", ylim=(0, None))
-    right.set(title=title, ylabel=f"change from {start}, nats per token")
+    draw_rounds(history, is_path, left, right)
     for axes in (left, right):
-        axes.set_xlabel("round")
+        axes.set_xlabel("round (hollow: predicted)" if predicted and axes is right else "round")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.axvline(found, color="0.88", linewidth=10, zorder=0, label="mixture found")
-    for axes in others:
+    for axes in others:  # what sparing the domain that pays most costs
+        worst = [change.max() for change in predicted]
         scores = [history.objective.of(change) for change in predicted]
-        axes.plot([change.max() for change in predicted], scores, "k.-")
-        axes.plot(predicted[-1].max(), scores[-1], "o", color="0.7", ms=12, zorder=0)
-        words = {"xlabel": "largest change of a domain, nats", "ylabel": history.objective.name}
-        axes.set(title="Changes from the untouched model, predicted", **words)
+        axes.plot(worst[:-1], scores[:-1], "k.-")
+        axes.plot(worst[-1], scores[-1], "o", color="0.8", markersize=12, zorder=0)
+        words = {
+            "xlabel": "largest change of a domain",
+            "ylabel": f"change of the {history.objective.name}",
+        }
+        axes.set(title="Predicted, from the untouched model", **words)
     for axes in (left, right, *others):
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = right.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=7, frameon=False)
     with prepare.replacing(path) as partial:
         figure.savefig(partial, dpi=120, format="png")
+
+
+def draw_rounds(history: History, is_path: bool, left, right) -> None:
+    """On the left the shares of every mixture, on the right changes of loss from the first one's.
+
+    That is where the differences are; the untouched model's stands in words.
+    """
+    mixtures = history.lines[1:]
+    measured = history.measured()
+    foretold = [line for line in mixtures if "predicted" in line]
+    first = np.array(list(measured[0]["losses"].values()))
+    changes = np.array([list(line["losses"].values()) for line in measured]) - first
+    rounds = [line["round"] for line in measured]
+    for k, d in enumerate(history.domains):
+        style = {"color": f"C{k % 10}", "marker": "os^Dv"[k // 10 % 5]}
+        style["linestyle"] = "-" if is_path else ""
+        shares = [100 * m["counts"].get(d, 0) / sum(m["counts"].values()) for m in mixtures]
+        left.plot([line["round"] for line in mixtures], shares, **style)
+        right.plot(rounds, changes[:, k], label=d, **style)
+        guesses = [line["predicted"][k] + history.untouched[k] - first[k] for line in foretold]
+        right.plot([line["round"] for line in foretold], guesses, mfc="none", **style)
+    right.plot(rounds, changes.mean(1), "k--" if is_path else "k_", lw=2, label="mean")
+    right.axhline(0, color="0.7", linewidth=1, zorder=0)
+    counts = measured[0]["counts"].values()
+    even = len(counts) == len(history.domains) and max(counts) - min(counts) <= 1
+    start = "uniform" if even else "the first mixture"
+    untouched = (history.untouched - first).mean()
+    left.set(title="The mixture", ylabel="share of the sequences (%)", ylim=(0, None))
+    title = f"Validation loss (untouched: {untouched:+.3f} in the mean)"
+    right.set(title=title, ylabel=f"change from {start}, nats per token")
 
 
 def write_results(
@@ -955,10 +966,20 @@ def main():
     if rank() == 0:
         result = prepare.load_json(out / "result.json")
         say("", f"test split, {result['seq_len']} tokens a sequence", table(result))
-        say(verdict(result), "")
+        say(verdict(result), *whether_spared(result, args), "")
         say(f"{out} holds the mixture (mix.json), the picture (mix.png) and the model")
         say(wall_time(clock), *next_steps(args, result))
     finish()
+
+
+def whether_spared(result: dict, args) -> list[str]:
+    """Whether --spare held on the test split."""
+    spare = own_options(args).get("spare")
+    if spare is None:
+        return []
+    worst = list(result["models"].values())[-1]["difference"]["worst"]
+    held = "held" if worst <= spare else "did not hold"
+    return [f"--spare {spare} {held} on the test split: the domain that pays most, {worst:+.4f}"]
 
 
 def next_steps(args, result: dict) -> list[str]:
@@ -967,10 +988,10 @@ def next_steps(args, result: dict) -> list[str]:
     if not args.model.startswith("scratch:"):
         larger = f"--data {args.data} --model pythia-1b --mix {args.out}/mix.json"
         steps = [f"next    python train.py {larger} --sequences {args.sequences} --out out/larger"]
-    better = "better than" in verdict(result)
-    if args.method == "reweight" and not better:
+    if args.method == "reweight" and "better than" not in verdict(result):
+        # In docs/scoreboard.md it is better than uniform on three data sets, the rule on none.
         same = f"--data {args.data} --model {args.model} --sequences {args.sequences}"
-        steps.append(f"or      python mix.py {same} --method experts --out out/experts")
+        steps.append(f"better  python mix.py {same} --method experts --out out/experts")
     return steps
 
 
