@@ -130,7 +130,7 @@ class Law:
 def capped(w: np.ndarray, high: np.ndarray) -> np.ndarray:
     """Weights in the proportions of w, of sum 1, none above `high`, if that leaves a choice."""
     if high.sum() <= 1:
-        return high / high.sum()
+        return (high + 1e-9) / (high + 1e-9).sum()
     w = w / w.sum()
     while (w > high + 1e-12).any():
         full = w >= high

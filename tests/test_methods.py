@@ -262,6 +262,12 @@ def test_no_expert_counts_for_more_than_four_repeats(tmp_path):
     assert counts["x"] == 200
 
 
+def test_where_every_share_is_repeated_too_often_nothing_moves(tmp_path):
+    runs = Mixed(tmp_path, lambda p: -LN(p + 1), 400, x=3, y=3)
+    counts, _ = runs.search(mix.experts, [200, 200], [1, 1], expert_sequences=9, spare=None)
+    assert counts == {"x": 200, "y": 200}
+
+
 def test_a_domain_that_is_not_trained_on_is_a_goal_all_the_same(tmp_path):
     """z is measured alone: what serves it is x, though y has the experts' better mean."""
     runs = Mixed(tmp_path, lambda p: np.ones(3), 400, ["x", "y"], x=999, y=999, z=999)
