@@ -15,7 +15,6 @@ import glob
 import gzip
 import hashlib
 import io
-import itertools
 import json
 import multiprocessing
 import os
@@ -34,11 +33,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 FORMAT = 1  # of meta.json and the bins beside it
 SPLITS = ("train", "val", "test")
@@ -78,7 +72,8 @@ def cli(main, way_on: str = "") -> None:
     way_on: what is said after an interruption, or a fault of the system.
     """
     for stream in (sys.stdout, sys.stderr):
-        # A name that is no UTF-8, or a terminal that is none, costs a character, not the run.
+        # A name that is no UTF-8, or a terminal that is none, costs a character, not the run. Who
+        # imports a script may have put something else in the place of these streams.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -88,10 +83,12 @@ def cli(main, way_on: str = "") -> None:
         sys.exit(130)
     except (InputError, OSError, UnicodeError, BrokenExecutor) as e:
         message = str(e)
-        if isinstance(e, OSError):
-            message = f"{e.filename}: {e.strerror}" if e.filename else f"{e}{way_on}"
-        one_line = " ".join(message.split())  # whatever a library said
-        print("error:", one_line, file=sys.stderr)
+        if isinstance(e, OSError) and e.filename:
+            message = f"{e.filename}: {e.strerror}"
+        elif isinstance(e, OSError):
+            message += way_on
+        # One line, whatever a library said.
+        print("error:", " ".join(message.split()), file=sys.stderr)
         sys.exit(2)
 
 
@@ -106,7 +103,7 @@ def tell(*lines: str) -> None:
 SECONDS_BETWEEN_LINES = 30
 
 
-class Bar:
+class Bar(contextlib.AbstractContextManager):
     """How far a stage has come: a bar on a terminal, elsewhere a line every 30 seconds.
 
     total and done are in units; a unit "B" is bytes. shown: False on ranks that do not speak.
@@ -121,10 +118,9 @@ class Bar:
         self.first = done
         self.done = done
         self.began = self.spoke = time.monotonic()
-        on_terminal = sys.stderr.isatty()
-        self.speaks = shown and not on_terminal
+        self.speaks = shown and not sys.stderr.isatty()
         look = {"unit": unit, "unit_scale": unit == "B", "leave": False}
-        hidden = not (shown and on_terminal)
+        hidden = self.speaks or not shown
         self.bar = tqdm(desc=title, total=total, initial=done, disable=hidden, **look)
 
     def to(self, done: int, words: str = "") -> None:
@@ -135,34 +131,31 @@ class Bar:
         now = time.monotonic()
         if self.speaks and now - self.spoke > SECONDS_BETWEEN_LINES and done > self.first:
             self.spoke = now
-            left = (now - self.began) / (done - self.first) * (self.total - done)
             far = f"{self.unit} {done:,} of {self.total:,}"
             if self.unit == "B":
                 far = f"{done / self.total:.0%}"
-            said = [far, words, f"{left / 60:.1f} min left"]
-            tell(f"{self.title}: {', '.join(filter(None, said))}")
+            # The rest takes as long as what this run has done, not what an earlier one did.
+            left = (now - self.began) / (done - self.first) * (self.total - done)
+            said = filter(None, [far, words, f"{left / 60:.1f} min left"])
+            tell(f"{self.title}: {', '.join(said)}")
 
-    def close(self) -> None:
+    def close(self, *error) -> None:
         self.bar.close()
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.close()
+    __exit__ = close
 
 
 @contextlib.contextmanager
 def notice(words: str, shown: bool = True) -> Iterator[None]:
     """Words that stand on the terminal while the block runs, or for good where there is none."""
+    from tqdm import tqdm
+
     on_terminal = sys.stderr.isatty()
-    if shown and on_terminal:
-        print(words, end="", file=sys.stderr, flush=True)
-    elif shown:
+    if shown and not on_terminal:
         tell(words)
-    yield
-    if shown and on_terminal:
-        print("\r" + " " * len(words) + "\r", end="", file=sys.stderr, flush=True)
+    # A bar without a bar: it finds its line where another one is shown already.
+    with tqdm(desc=words, bar_format="{desc}", leave=False, disable=not (shown and on_terminal)):
+        yield
 
 
 # ---- files ----
@@ -170,7 +163,8 @@ def notice(words: str, shown: bool = True) -> Iterator[None]:
 
 def sync(path: Path) -> None:
     """Wait until a file, or a folder's list of files, is on the disk."""
-    if os.name == "nt":  # which does that for neither a folder nor a file that is open to be read
+    # Windows does that for neither a folder nor a file that is open to be read.
+    if os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
@@ -239,18 +233,21 @@ def locked(
     """Keep other processes out of `folder` while the block runs, or until this one ends, somehow.
 
     path: the file that is locked, which is made. wait: for another process to let go, rather than
-    raise InputError with that way out. Where there are no locks (Windows, some network file
-    systems) a line says so.
+    raise InputError with that way out.
     """
     with open(path, "a") as file:
         try:
-            if fcntl is None:
-                raise OSError("this system has none")
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            import fcntl
+
+            how = fcntl.LOCK_EX
+            if not wait:
+                how |= fcntl.LOCK_NB
+            fcntl.flock(file, how)
         except BlockingIOError:
             message = f"{folder}: another process is at work there; {way_out}"
             raise InputError(message) from None
-        except OSError as e:
+        except (ImportError, OSError) as e:
+            # Windows has no such locks, nor have some network file systems.
             warning = f"warning: {folder}: no lock ({e}): do not start a second run there"
             print(warning, file=sys.stderr)
         yield
@@ -394,28 +391,31 @@ def rank_encoding(spec: dict, tokenizer):
     merge, for alone it has no other last step.
     """
     import tiktoken
+    from tokenizers.pre_tokenizers import ByteLevel
 
     try:
         vocab = spec["model"].pop("vocab")
         merges = [m.split(" ") if isinstance(m, str) else m for m in spec["model"].pop("merges")]
         special = {token["content"] for token in spec["added_tokens"] if token["special"]}
-        added = [token for token in spec["added_tokens"] if not token["special"]]
-        # Of spaces: Pythia's tokenizer has them.
-        runs = [token["content"] for token in added if token["normalized"]]
-        known = (
-            len(runs) == len(added)
-            and is_plain_byte_level_bpe(spec, runs)
-            and merges_are_ranks(vocab, merges)
-            and tokens_encode_to_themselves(vocab, special, tokenizer)
-        )
-        if not known:
+        # Tokens that are added and not special can only be runs of spaces: Pythia's tokenizer has
+        # them.
+        runs = [token["content"] for token in spec["added_tokens"] if not token["special"]]
+        if not is_plain_byte_level_bpe(spec, runs):
             return None
-        byte_of = byte_alphabet()
+        if not ids_are_ranks(vocab, merges, special, tokenizer):
+            return None
+        # A vocabulary writes a byte as a character: printable ones as themselves, the others as
+        # the characters from U+0100 on.
+        characters = sorted(ByteLevel.alphabet())
+        printable = [ord(c) for c in characters if ord(c) < 256]
+        others = sorted(set(range(256)) - set(printable))
+        byte_of = dict(zip(characters, printable + others, strict=True))
         plain = [(token, i) for token, i in vocab.items() if token not in special]
         ranks = {bytes(byte_of[c] for c in token): i for token, i in plain}
         ranks |= {run.encode(): tokenizer.token_to_id(run) for run in runs}
     except (KeyError, TypeError, ValueError, AttributeError):  # not of the shape that is looked for
         return None
+    # tiktoken panics on a text with a byte that is no token.
     used_by_utf8 = [*range(0xC0), *range(0xC2, 0xF5)]
     if len(set(ranks.values())) < len(ranks) or not all(bytes([b]) in ranks for b in used_by_utf8):
         return None
@@ -433,45 +433,36 @@ def rank_encoding(spec: dict, tokenizer):
 
 def is_plain_byte_level_bpe(spec: dict, runs: list[str]) -> bool:
     """Whether a tokenizer.json, less its vocabulary, has nothing that ranks do not know."""
+    for token in spec["added_tokens"]:
+        if token["lstrip"] or token["rstrip"] or token["single_word"]:
+            return False
+        # What is not normalized is found in a text as it was before NFC.
+        if not token["special"] and not token["normalized"]:
+            return False
     pre = spec["pre_tokenizer"]
-    splits = (pre["type"], pre["add_prefix_space"], pre.get("use_regex", True))
-    strips = [
-        token[key] for token in spec["added_tokens"] for key in ("lstrip", "rstrip", "single_word")
-    ]
     return (
         {key: value for key, value in spec["model"].items() if value} == {"type": "BPE"}
         and spec["normalizer"] in (None, {"type": "NFC"})
-        and splits == ("ByteLevel", False, True)
+        and (pre["type"], pre["add_prefix_space"]) == ("ByteLevel", False)
+        and pre.get("use_regex", True)
         and sorted(runs) == [" " * n for n in range(2, len(runs) + 2)]
-        and not any(strips)
     )
 
 
-def merges_are_ranks(vocab: dict[str, int], merges: list) -> bool:
-    """Whether every merge makes a newer token than the merge before it, and of older tokens."""
-    made = [vocab[a + b] for a, b in merges]
-    in_order = all(older < newer for older, newer in itertools.pairwise(made))
-    return in_order and all(max(vocab[a], vocab[b]) < vocab[a + b] for a, b in merges)
-
-
-def tokens_encode_to_themselves(vocab: dict[str, int], special: set[str], tokenizer) -> bool:
-    """Whether the merges make every token of its text, but for special ones, which they do not."""
+def ids_are_ranks(vocab: dict[str, int], merges: list, special: set[str], tokenizer) -> bool:
+    """Whether every merge makes a newer token than the one before it, and all make every token."""
+    newest = -1
+    for a, b in merges:
+        made = vocab[a + b]
+        if made <= max(newest, vocab[a], vocab[b]):
+            return False
+        newest = made
     for token, i in vocab.items():
         itself = [t.id for t in tokenizer.model.tokenize(token)] == [i]
+        # Merges make all but special tokens, which no text may become.
         if itself == (token in special):
             return False
     return True
-
-
-def byte_alphabet() -> dict[str, int]:
-    """The byte that each character of a byte-level vocabulary stands for."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    # Printable bytes stand for themselves, the others are the characters from U+0100 on.
-    characters = sorted(ByteLevel.alphabet())
-    printable = [ord(c) for c in characters if ord(c) < 256]
-    others = sorted(set(range(256)) - set(printable))
-    return dict(zip(characters, printable + others, strict=True))
 
 
 # ---- data ----
@@ -494,8 +485,8 @@ class Data:
         self.folder = Path(folder)
         path = self.folder / "meta.json"
         if not path.is_file():
-            make = f"prepare.py --out {folder} makes one"
-            raise InputError(f"{folder}: not a data set (no meta.json); {make}")
+            what = "not a data set (no meta.json)"
+            raise InputError(f"{folder}: {what}; prepare.py --out {folder} makes one")
         self.meta = load_json(path)
         if not is_meta(self.meta):
             raise InputError(f"{path}: damaged, or not of format {FORMAT}; prepare the data again")
@@ -509,14 +500,11 @@ class Data:
         hashes = [(name, file["sha256"]) for name, file in sorted(self.meta["files"].items())]
         digest = hashlib.sha256(json.dumps(hashes).encode())
         self.identity = digest.hexdigest()[:16]  # changes when any token does
-        self._map = functools.lru_cache(OPEN_MAPS)(self._open)
-
-    def _open(self, domain: str, split: str) -> np.memmap:
-        return np.memmap(self.folder / f"{domain}.{split}.bin", dtype="<u2", mode="r")
+        self._map = functools.lru_cache(OPEN_MAPS)(np.memmap)
 
     def tokens(self, domain: str, split: str) -> np.memmap:
         """The documents in a row, each ended by the end-of-text id: (n,) uint16, read-only."""
-        return self._map(domain, split)
+        return self._map(self.folder / f"{domain}.{split}.bin", "<u2", "r")
 
     def size(self, domain: str, split: str) -> dict:
         """The split's number of documents, tokens and UTF-8 bytes of text, and its sha256."""
@@ -535,9 +523,7 @@ class Data:
         start = number * seq_len
         return np.array(self.tokens(domain, split)[start : start + seq_len + 1])
 
-    def documents_of(
-        self, domain: str, split: str, seq_len: int, numbers: np.ndarray
-    ) -> np.ndarray:
+    def documents_of(self, domain: str, split: str, seq_len: int, numbers) -> np.ndarray:
         """For each of these windows (n,), the number of the document it begins in: (n,) int64."""
         tokens = self.tokens(domain, split)
         ends = np.flatnonzero(tokens == self.meta["tokenizer"]["end_of_text"])
@@ -563,29 +549,32 @@ class Data:
             raise InputError(f"{path}: {found}; prepare it again")
 
 
-def has_types(record, **types: type) -> bool:
-    """Whether a value from JSON is an object, and what it has under these keys of these types."""
-    if not isinstance(record, dict):
-        return False
-    return all(type(record.get(key)) is wanted for key, wanted in types.items())
-
-
 def is_meta(meta: dict) -> bool:
     """Whether a meta.json has what is used of it, for every domain and split."""
-    if not has_types(meta, format=int, files=dict, tokenizer=dict) or meta["format"] != FORMAT:
+    files = meta.get("files")
+    tokenizer = meta.get("tokenizer")
+    if meta.get("format") != FORMAT or not isinstance(files, dict):
         return False
-    if not has_types(meta["tokenizer"], sha256=str, vocab_size=int, end_of_text=int):
-        return False
-    domains = {name.rpartition(".")[0] for name in meta["files"]}
+    domains = {name.rpartition(".")[0] for name in files}
     expected = {f"{domain}.{split}" for domain in domains for split in SPLITS}
-    if not domains or set(meta["files"]) != expected or not all(map(DOMAIN.fullmatch, domains)):
+    if not files or set(files) != expected or not all(map(DOMAIN.fullmatch, domains)):
         return False
-    for file in meta["files"].values():
+    if not has_types(tokenizer, sha256=str, vocab_size=int, end_of_text=int):
+        return False
+    for file in files.values():
         if not has_types(file, documents=int, tokens=int, bytes=int, sha256=str):
             return False
+        # An empty split would be divided by.
         if file["tokens"] < 1 or file["bytes"] < 1:
             return False
     return True
+
+
+def has_types(record, **types: type) -> bool:
+    """Whether a value from JSON is an object that has values of these types under these keys."""
+    if not isinstance(record, dict):
+        return False
+    return all(type(record.get(key)) is wanted for key, wanted in types.items())
 
 
 # ---- sources to documents ----
@@ -594,6 +583,8 @@ def is_meta(meta: dict) -> bool:
 READABLE = re.compile(r"\.(txt|jsonl|ndjson|json)(\.gz|\.zst)?$|\.parquet$")
 BLOCK = 2**20  # bytes of text, about, that are read or handed to a worker at a time
 LONGEST = 2**24  # bytes of the longest document
+POINTER = "version https://git-lfs"  # how a file begins that only stands for another
+PULL = "it stands for a file that Git LFS keeps: git lfs pull"
 Sources = dict[str | None, list[Path]]  # files by domain; None: their records name the domain
 
 
@@ -605,13 +596,12 @@ class Document(NamedTuple):
     split: str = ""
 
 
-class BadLine(NamedTuple):
-    """A line or row of a source that makes no document; `domain`: of the source, if it has one."""
+class LeftOut(NamedTuple):
+    """What goes into no bin: it is "bad" (then with an error's message), "empty" or "duplicate"."""
 
     domain: str | None
-    path: Path
-    number: int
-    why: str
+    reason: str
+    message: str = ""
 
 
 def ending(path: Path) -> str:
@@ -620,34 +610,36 @@ def ending(path: Path) -> str:
     return match[0] if match else ""
 
 
-def is_txt(path: Path) -> bool:
-    """Whether a file is one document."""
-    return ending(path).startswith(".txt")
-
-
 def source_files(source: str) -> list[Path]:
     """The files of a path, a folder and all below it, a glob or hf://datasets/ORG/NAME/GLOB@REV."""
     hub = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)/([^@]+)(@[^@]+)?", source)
     if source.startswith("hf:") and not hub:
         raise InputError(f"{source}: expected hf://datasets/ORG/NAME/GLOB, perhaps with @REVISION")
+    path = Path(source)
+    pattern = source
     if hub:
         folder = hub_folder(hub[1] + (hub[3] or ""), [hub[2]], "dataset")
         pattern = f"{glob.escape(str(folder))}/{hub[2]}"
-    elif Path(source).is_dir():
+    elif path.is_dir():
         pattern = f"{glob.escape(source)}/**"
-    elif Path(source).exists():  # whatever characters it has in its name
+    elif path.exists():  # whatever characters it has in its name
         pattern = glob.escape(source)
-    else:
-        pattern = source
-    found = [Path(path) for path in glob.glob(pattern, recursive=True)]
-    files = sorted(path for path in found if ending(path))
+    files = sorted(filter(ending, map(Path, glob.glob(pattern, recursive=True))))
+    if not files and path.is_file():
+        kind = path.suffix or "without an ending"
+        raise InputError(f"{source}: {kind} is not read; make it .jsonl, .txt or .parquet")
     if not files:
-        if Path(source).is_file():
-            kind = Path(source).suffix or "without an ending"
-            raise InputError(f"{source}: {kind} is not read; make it .jsonl, .txt or .parquet")
+        there = ""
+        if hub:
+            there = files_on_hub(hub[1], hub[3])
         known = ".txt, .jsonl, .ndjson, .json (these also with .gz or .zst) or .parquet"
-        there = files_on_hub(hub[1], hub[3]) if hub else ""
         raise InputError(f"{source}: no file there that ends in {known}{there}")
+    # Text of another kind, for one, would be missed only much later.
+    if path.is_dir():
+        unread = [file for file in path.rglob("*") if file.is_file() and not ending(file)]
+        kinds = Counter(file.suffix or "no ending" for file in unread)
+        if kinds:
+            tell(f"{source}: not read: {', '.join(f'{n:,} {kind}' for kind, n in kinds.items())}")
     return files
 
 
@@ -677,73 +669,67 @@ class Gunzip(io.RawIOBase):
         return len(content)
 
 
-def unpacked(path: Path, file):
-    """The open file, or a stream that unpacks it where its name says that it is packed."""
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        return io.BufferedReader(Gunzip(path, file), 2**17)
-    if suffix == ".zst":
-        if sys.version_info >= (3, 14):
-            from compression import zstd
-        else:
-            from backports import zstd
-        # Public dumps are packed with windows of up to 2^31 bytes.
-        return zstd.ZstdFile(file, options={zstd.DecompressionParameter.window_log_max: 31})
-    return file
-
-
-def lines_of(stream) -> Iterator[bytes]:
-    """The lines of a stream; of one longer than LONGEST, as much as shows that it is."""
-    while line := stream.readline(LONGEST + 1):
-        yield line
-        while len(line) > LONGEST and not line.endswith(b"\n"):
-            line = stream.readline(LONGEST + 1)
-
-
 def records(path: Path, file, keys: list[str]) -> Iterator[bytes | dict]:
     """The lines of an open file as bytes, of which a .txt has one; a .parquet's rows as dicts.
 
     keys: the columns that are needed. Raises InputError where it cannot be read to its end.
     """
+    kind = ending(path)
+    library = ""
+    stream = file
     try:
-        if ending(path) == ".parquet":
+        if kind == ".parquet":
+            library = "pyarrow"
             from pyarrow.parquet import ParquetFile
 
             for batch in ParquetFile(file).iter_batches(16, columns=keys):
                 yield from batch.to_pylist()
-        elif is_txt(path):
-            yield unpacked(path, file).read(LONGEST + 1)
-        else:
-            yield from lines_of(unpacked(path, file))
+            return
+        if kind.endswith(".gz"):
+            stream = io.BufferedReader(Gunzip(path, file), 2**17)
+        elif kind.endswith(".zst"):
+            library = "backports.zstd"
+            if sys.version_info >= (3, 14):
+                from compression import zstd
+            else:
+                from backports import zstd
+            # Public dumps are packed with windows of up to 2^31 bytes.
+            options = {zstd.DecompressionParameter.window_log_max: 31}
+            stream = zstd.ZstdFile(file, options=options)
+        if kind.startswith(".txt"):
+            yield stream.read(LONGEST + 1)
+            return
+        while line := stream.readline(LONGEST + 1):
+            yield line
+            # Of a longer line, that much shows that it is; the rest is not kept in memory.
+            while len(line) > LONGEST and not line.endswith(b"\n"):
+                line = stream.readline(LONGEST + 1)
     except Exception as e:  # of many libraries
-        way_out = way_out_of(path, e)
+        with open(path, "rb") as again:
+            is_pointer = again.read(40).startswith(POINTER.encode())
+        way_out = "get it again"
+        if isinstance(e, ImportError):
+            way_out = f"pip install {library}"
+        elif isinstance(e, MemoryError) or "not enough memory" in str(e):
+            way_out = "free some memory"
+        elif is_pointer:
+            way_out = PULL
         reason = str(e)[:200] or type(e).__name__
         raise InputError(f"{path}: cannot be read to its end: {reason}; {way_out}") from None
-
-
-def way_out_of(path: Path, error: Exception) -> str:
-    """What helps against an error in reading a file."""
-    if isinstance(error, ImportError):
-        library = "pyarrow" if ending(path) == ".parquet" else "backports.zstd"
-        return f"pip install {library}"
-    if isinstance(error, MemoryError) or "not enough memory" in str(error):
-        return "free some memory"
-    with open(path, "rb") as file:
-        if file.read(40).startswith(b"version https://git-lfs"):
-            return "it stands for a file that Git LFS keeps: git lfs pull"
-    return "get it again"
 
 
 def look_up(record: dict, key: str) -> str:
     """The string under a key, or under a path of keys joined by dots. Raises ValueError."""
     if not isinstance(record, dict):
         raise ValueError("no object; a line is one, as jq -c '.[]' writes them")
-    value = record
+    path = key.split(".")
     if key in record:
-        value = record[key]
-    else:
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
+        path = [key]
+    value = record
+    for part in path:
+        if not isinstance(value, dict):
+            value = {}
+        value = value.get(part)
     if not isinstance(value, str):
         keys = ", ".join(map(repr, list(record)[:10]))
         raise ValueError(f"no text under {key!r}; there are {keys or 'no keys'}")
@@ -751,19 +737,18 @@ def look_up(record: dict, key: str) -> str:
     return value
 
 
-def record_of(line: bytes | dict, path: Path, number: int, text_key: str) -> dict:
-    """Line `number` of a file, or a row, as a record; a .txt is the text of one.
+def record_of(line: bytes, path: Path, number: int, text_key: str) -> dict:
+    """Line `number` of a file as a record; a .txt is the text of one.
 
     Raises ValueError and RecursionError.
     """
-    if isinstance(line, dict):
-        return line
     if len(line) > LONGEST:
         raise ValueError(f"longer than {LONGEST:,} bytes")
+    # Some editors begin a file with a mark of the order of bytes.
     text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-    if text.startswith("version https://git-lfs"):
-        raise ValueError("it stands for a file that Git LFS keeps: git lfs pull")
-    if is_txt(path):
+    if text.startswith(POINTER):
+        raise ValueError(PULL)
+    if ending(path).startswith(".txt"):
         return {text_key: text}
     if text.strip() in ("{", "["):
         raise ValueError("JSON over many lines; a line is an object, as jq -c . writes them")
@@ -772,44 +757,42 @@ def record_of(line: bytes | dict, path: Path, number: int, text_key: str) -> dic
 
 def read(
     sources: Sources, text_key: str, domain_key: str | None, full: set[str] = frozenset()
-) -> Iterator[Document | BadLine]:
-    """Every document of the sources, while a bar counts bytes.
+) -> Iterator[Document | LeftOut]:
+    """Every document of the sources, and every line that holds none, while a bar counts bytes.
 
     full: domains that are read no further, as soon as they are in it.
     """
-    keys = [text_key, domain_key] if domain_key else [text_key]
+    keys = list(filter(None, [text_key, domain_key]))
     files = [(domain, path) for domain, paths in sources.items() for path in paths]
     total = sum(path.stat().st_size for _, path in files)
     done = 0  # bytes, of the files before this one
     with Bar("read", total, "B") as bar:
         for domain, path in files:
             with open(path, "rb") as file:
-                for number, line in enumerate(records(path, file, keys), 1):
+                for number, record in enumerate(records(path, file, keys), 1):
                     if domain in full:
                         break
                     bar.to(done + file.tell(), domain or path.name)
-                    if not is_txt(path) and isinstance(line, bytes) and not line.strip():
-                        continue
                     try:
-                        record = record_of(line, path, number, text_key)
+                        if isinstance(record, bytes):
+                            # A blank line is none, but a .txt of blanks a document that is empty.
+                            if not record.strip() and not ending(path).startswith(".txt"):
+                                continue
+                            record = record_of(record, path, number, text_key)
                         text = look_up(record, text_key)
-                        label = look_up(record, domain_key) if domain_key else domain
+                        label = domain
+                        if domain_key:
+                            label = look_up(record, domain_key)
                         yield Document(label, text)
                     except (ValueError, RecursionError) as e:
-                        kind = "" if type(e) is ValueError else f"{type(e).__name__}: "
-                        yield BadLine(domain, path, number, f"{kind}{e}"[:300])
+                        kind = f"{type(e).__name__}: ".removeprefix("ValueError: ")
+                        why = f"{kind}{e}"[:300]
+                        way_out = "--max-bad N lets N such lines pass"
+                        yield LeftOut(domain, "bad", f"{path}:{number}: {why}; {way_out}")
             done += path.stat().st_size
 
 
 # ---- splits ----
-
-
-class LeftOut(NamedTuple):
-    """What goes into no bin: it is "bad" (then with an error's message), "empty" or "duplicate"."""
-
-    domain: str | None
-    reason: str
-    message: str = ""
 
 
 def hash_of(text: str) -> int:
@@ -829,7 +812,9 @@ def split_of(key: int, fractions: dict[str, float]) -> str:
 
 def domain_named(label: str, by_record: bool) -> str:
     """A domain's name: as given or, if records name it, made fit for a file. Raises InputError."""
-    domain = re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_") if by_record else label
+    domain = label
+    if by_record:
+        domain = re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_")
     if not DOMAIN.fullmatch(domain):
         use = "use A-Z a-z 0-9 - _ (not mean, improved, worst)"
         raise InputError(f"{label[:100]!r} cannot be a domain; {use}")
@@ -837,25 +822,22 @@ def domain_named(label: str, by_record: bool) -> str:
 
 
 def place(
-    documents: Iterable[Document | BadLine], fractions: dict[str, float], by_record: bool = False
+    documents: Iterable[Document | LeftOut], fractions: dict[str, float], by_record: bool = False
 ) -> Iterator[list[Document | LeftOut]]:
     """Documents with their splits, less empty and duplicate ones, in lists of some BLOCK of text.
 
-    Duplicates are told within a domain, by a 64-bit hash of every document that is kept in memory.
     Raises InputError for a name that cannot be a domain's, and for two that not every disk tells
     apart.
     """
     batch = []
     size = 0  # of its text, about
     labels: dict[str, str] = {}  # by name of the domain in lower case
+    # Of every document a hash of 64 bits is kept in memory, not its text.
     seen: dict[str, set[int]] = defaultdict(set)
-    for document in documents:
-        if isinstance(document, BadLine):
-            where = f"{document.path}:{document.number}"
-            message = f"{where}: {document.why}; --max-bad N lets N such lines pass"
-            batch.append(LeftOut(document.domain, "bad", message))
-        else:
-            label, text, _ = document
+    for item in documents:
+        size += 100  # what holds no text takes memory too
+        if isinstance(item, Document):
+            label, text, _ = item
             domain = domain_named(label, by_record)
             known = labels.setdefault(domain.lower(), label)
             if known != label:
@@ -863,14 +845,14 @@ def place(
                 raise InputError(f"{both}; rename one of them")
             key = hash_of(text)
             if not text.strip():
-                batch.append(LeftOut(domain, "empty"))
+                item = LeftOut(domain, "empty")
             elif key in seen[domain]:
-                batch.append(LeftOut(domain, "duplicate"))
+                item = LeftOut(domain, "duplicate")
             else:
-                batch.append(Document(domain, text, split_of(key, fractions)))
+                item = Document(domain, text, split_of(key, fractions))
                 seen[domain].add(key)
                 size += len(text)
-        size += 100  # what holds no text takes memory too
+        batch.append(item)
         if size >= BLOCK:
             yield batch
             batch = []
@@ -881,8 +863,9 @@ def place(
 # ---- the sample ----
 
 
-SAMPLE_DOMAINS = ("cpp", "docstrings", "manual", "python", "stubs")
-SAMPLE_FILES = {  # packages, folders of one, or a module in the folder that is meant; and a pattern
+# Packages, folders of one, or a module in the folder that is meant; and a pattern. One domain more
+# is Python's manual.
+SAMPLE_FILES = {
     "cpp": (["torch/include"], "*.h"),
     "docstrings": (["numpy", "torch"], "*.py"),
     "python": (["argparse"], "*.py"),
@@ -890,8 +873,29 @@ SAMPLE_FILES = {  # packages, folders of one, or a module in the folder that is 
 }
 
 
-def installed_files(packages: list[str], pattern: str) -> Iterator[Path]:
-    """The files below installed packages, in an order that is mixed, and the same everywhere."""
+def pieces_of(text: str) -> Iterator[str]:
+    """A text cut, at blank lines before unindented ones, into pieces of about 4096 characters."""
+    piece = ""
+    for block in re.split(r"(?<=\n)\n+(?=\S)", text):
+        if piece and len(piece) + len(block) > 4096:
+            yield piece
+            piece = block
+        elif piece:
+            piece += f"\n{block}"
+        else:
+            piece = block
+    yield piece
+
+
+def sample_texts(domain: str) -> Iterator[str]:
+    """The texts of a sample domain, from files that every installation of the requirements has."""
+    if domain == "manual":
+        from pydoc_data.topics import topics
+
+        for name in sorted(topics):
+            yield from pieces_of(topics[name])
+        return
+    packages, pattern = SAMPLE_FILES[domain]
     found = []
     for number, package in enumerate(packages):
         name, _, below = package.partition("/")
@@ -901,43 +905,16 @@ def installed_files(packages: list[str], pattern: str) -> Iterator[Path]:
             # Of the standard library, neither what pip put there nor the manual once more.
             if not re.match("site-packages|pydoc_data", relative):
                 found.append((number, hashlib.sha256(relative.encode()).digest(), path))
+    # By a hash, the order is mixed and the same everywhere.
     for _, _, path in sorted(found):
-        yield path
-
-
-def docstrings_of(source: str) -> Iterator[str]:
-    """The docstrings of the classes and functions in Python source."""
-    with contextlib.suppress(SyntaxError):  # of a newer Python
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
-                text = ast.get_docstring(node)
-                if text:
-                    yield text
-
-
-def pieces_of(text: str) -> Iterator[str]:
-    """A text cut, at blank lines before unindented ones, into pieces of about 4096 characters."""
-    piece = ""
-    for block in re.split(r"(?<=\n)\n+(?=\S)", text):
-        if piece and len(piece) + len(block) > 4096:
-            yield piece
-            piece = ""
-        piece += f"\n{block}" if piece else block
-    yield piece
-
-
-def sample_texts(domain: str) -> Iterator[str]:
-    """The texts of a sample domain, from files that every installation of the requirements has."""
-    if domain == "manual":
-        from pydoc_data.topics import topics
-
-        texts = (topics[name] for name in sorted(topics))
-    else:
-        paths = installed_files(*SAMPLE_FILES[domain])
-        texts = (path.read_text(encoding="utf-8", errors="ignore") for path in paths)
-    cut = docstrings_of if domain == "docstrings" else pieces_of
-    for text in texts:
-        yield from cut(text)
+        text = path.read_text(encoding="utf-8", errors="ignore")
+        if domain != "docstrings":
+            yield from pieces_of(text)
+            continue
+        with contextlib.suppress(SyntaxError):  # of a newer Python
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+                    yield ast.get_docstring(node) or ""
 
 
 def make_sample(
@@ -945,19 +922,19 @@ def make_sample(
 ) -> tuple[list[Document], dict[str, float]]:
     """The sample's documents, and {domain: how much of it leaks between splits}.
 
-    Left out are short texts and near-duplicates, of which more than half of the 13-grams of words
-    stood in earlier texts. What leaks is the share of the test split's distinct 13-grams that the
-    train split has too.
+    What leaks is the share of the test split's distinct 13-grams that the train split has too.
     """
     documents = []
     overlap = {}
-    for domain in SAMPLE_DOMAINS:
+    for domain in sorted([*SAMPLE_FILES, "manual"]):
         seen = set()
         in_split = {split: set() for split in SPLITS}
         size = 0
         for text in sample_texts(domain):
             words = re.findall(r"\w+", text)
             grams = {hash(tuple(words[i : i + 13])) for i in range(len(words) - 12)}
+            # Boilerplate comes again and again: left out are short texts, and those of which more
+            # than half of the 13-grams of words stood in earlier ones.
             if len(text) < 200 or len(grams & seen) > len(grams) / 2:
                 continue
             seen |= grams
@@ -1018,7 +995,7 @@ def encode_in_worker(batch: list[Document | LeftOut]) -> list[Encoded | LeftOut]
 def encode_all(
     batches: Iterator[list[Document | LeftOut]], workers: int, tokenizer: Path
 ) -> Iterator[list[Encoded | LeftOut]]:
-    """`encode` for every batch, in order, by several processes; few batches wait at a time."""
+    """`encode` for every batch, in order, by several processes."""
     if workers <= 1:
         own = Tokenizer(tokenizer)
         for batch in batches:
@@ -1042,12 +1019,12 @@ def write_bins(
     limit_tokens: int | None,
     max_bad: int,
     full: set[str],
-) -> tuple[dict[str, dict], dict[str, int]]:
+) -> tuple[dict[str, Counter], Counter]:
     """Write documents to folder/DOMAIN.SPLIT.bin, which is open only while a batch is added to it.
 
-    A domain that has its limit_tokens goes into `full`, and gets no more. Returns what meta.json
-    says of each file, and how many documents were left out, by reason. Raises InputError for more
-    than max_bad bad ones.
+    A domain that has its limit_tokens goes into `full`, and gets no more. Returns the documents,
+    tokens and bytes of each file, and how many documents were left out, by reason. Raises
+    InputError for more than max_bad bad ones.
     """
     files: dict[str, Counter] = {}
     left_out = Counter()
@@ -1074,60 +1051,73 @@ def write_bins(
             path = folder / f"{name}.bin"
             with naming(path), open(path, "ab") as file:
                 file.write(content)
-    return {name: dict(file) for name, file in files.items()}, dict(left_out)
+    return files, left_out
 
 
-def documents_in(files: dict[str, dict], domain: str) -> int:
-    return sum(files.get(f"{domain}.{split}", {}).get("documents", 0) for split in SPLITS)
+def check_splits(
+    folder: Path,
+    files: dict[str, Counter],
+    left_out: Counter,
+    domains: Iterable[str | None],
+    min_documents: int,
+) -> None:
+    """Take domains of fewer documents out of a data set, and count these as left out.
 
-
-def leave_out_small(files: dict[str, dict], min_documents: int, folder: Path) -> int:
-    """Take domains of fewer documents out of a data set; returns how many documents they had."""
-    left_out = 0
-    for domain in {name.rpartition(".")[0] for name in files}:
-        n = documents_in(files, domain)
+    domains: those that were asked for. Raises InputError if a split has no document.
+    """
+    documents = Counter({domain: 0 for domain in domains if domain})
+    for name, file in files.items():
+        documents[name.rpartition(".")[0]] += file["documents"]
+    for domain, n in documents.items():
+        names = [f"{domain}.{split}" for split in SPLITS]
         if n < min_documents:
-            left_out += n
-            for split in SPLITS:
-                del files[f"{domain}.{split}"]
-                (folder / f"{domain}.{split}.bin").unlink(missing_ok=True)
-    return left_out
-
-
-def check_no_split_is_empty(files: dict[str, dict], domains: Iterable[str | None]) -> None:
-    """Raise InputError if a split of a domain, or one of these domains, has no document."""
-    expected = [*files, *(f"{domain}.train" for domain in domains if domain)]
-    if not expected:
+            left_out["in a small domain"] += n
+            for name in names:
+                files.pop(name, None)
+                (folder / f"{name}.bin").unlink(missing_ok=True)
+            continue
+        for name in names:
+            if name not in files or not files[name]["documents"]:
+                unit = "a document is in one split: cut long ones up (a paragraph each), add some"
+                way_out = f"{unit}, raise --val- and --test-fraction, or --min-documents {n + 1}"
+                raise InputError(f"{name} is left empty, of {n} documents; {way_out}")
+    if not files:
         raise InputError("every split is left empty, of 0 documents; the sources hold no text")
-    for name in expected:
-        if name not in files or not files[name]["documents"]:
-            n = documents_in(files, name.rpartition(".")[0])
-            unit = "a document is in one split: cut long ones up (a paragraph each), add some"
-            way_out = f"{unit}, raise --val- and --test-fraction, or --min-documents {n + 1}"
-            raise InputError(f"{name} is left empty, of {n} documents; {way_out}")
 
 
 # ---- prepare ----
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> None:
-    """Train a byte-level BPE, and write its tokenizer.json."""
-    from tokenizers import ByteLevelBPETokenizer
+def make_tokenizer(
+    name: str, documents: Iterable[Document | LeftOut], fractions: dict, size: int, path: Path
+) -> Tokenizer:
+    """The tokenizer of that name, or one that is trained on the documents, written to `path`.
 
-    tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(texts, vocab_size, 0, sys.stderr.isatty(), [END_OF_TEXT])
-    tokenizer.save(str(path))
+    name: what Tokenizer takes, or train:N. size: of all the files, in bytes. Raises InputError.
+    """
+    if re.fullmatch(r"train:\d{1,9}", name):
+        vocab_size = int(name.removeprefix("train:"))
+        if not 257 <= vocab_size <= 2**16:
+            raise InputError(f"--tokenizer {name}: a vocabulary has 257 to 65,536 tokens")
+        from tokenizers import ByteLevelBPETokenizer
 
+        # It learns from the train split alone and, of much text, from one document in so many.
+        every = 1 + size // 2**27
 
-def train_texts(
-    documents: Iterable[Document | BadLine], fractions: dict[str, float], every: int
-) -> Iterator[str]:
-    """The train split's texts or, by their hash, one in so many."""
-    for document in documents:
-        if isinstance(document, Document):
-            key = hash_of(document.text)
-            if split_of(key, fractions) == "train" and key % every == 0:
-                yield document.text
+        def texts():
+            for document in documents:
+                if isinstance(document, Document):
+                    key = hash_of(document.text)
+                    if split_of(key, fractions) == "train" and key % every == 0:
+                        yield document.text
+
+        trained = ByteLevelBPETokenizer()
+        trained.train_from_iterator(texts(), vocab_size, 0, sys.stderr.isatty(), [END_OF_TEXT])
+        trained.save(str(path))
+        name = str(path)
+    tokenizer = Tokenizer(name)
+    path.write_text(tokenizer.json, encoding="utf-8")
+    return tokenizer
 
 
 @contextlib.contextmanager
@@ -1144,30 +1134,26 @@ def staged(out: Path, name: str) -> Iterator[Path]:
             shutil.rmtree(stage, ignore_errors=True)
 
 
-def merged(old: dict, new: dict, out: Path) -> dict:
-    """The meta.json of a data set to which domains are added. Raises InputError for old ones."""
-    twice = old["files"].keys() & new["files"].keys()
-    if twice:
-        raise InputError(f"{out} has {min(twice)} already; --add is for other domains")
-    both = dict(old)
-    both["files"] = dict(sorted((old["files"] | new["files"]).items()))
-    both["sources"] = old.get("sources", {}) | new["sources"]
-    both["left_out"] = dict(Counter(old.get("left_out", {})) + Counter(new["left_out"]))
-    return both
-
-
 def publish(stage: Path, out: Path, meta: dict, add: bool) -> None:
     """Make the staged folder the data set `out`, or add its domains to the one there.
 
-    All that is written is on the disk before it has its name, and meta.json is the last.
+    Raises InputError if one is there already.
     """
+    bins = [f"{name}.bin" for name in meta["files"]]
     with contextlib.ExitStack() as stack:
-        bins = [f"{name}.bin" for name in meta["files"]]
         if add:  # as another process may do, too
             stack.enter_context(locked(out / "tokenizer.json", out, wait=True))
-            meta = merged(Data(out).meta, meta, out)
+            old = Data(out).meta
+            twice = old["files"].keys() & meta["files"].keys()
+            if twice:
+                raise InputError(f"{out} has {min(twice)} already; --add is for other domains")
+            left_out = Counter(old.get("left_out", {})) + Counter(meta["left_out"])
+            sources = old.get("sources", {}) | meta["sources"]
+            files = dict(sorted((old["files"] | meta["files"]).items()))
+            meta = old | {"files": files, "sources": sources, "left_out": dict(left_out)}
         text = json.dumps(meta, indent=1) + "\n"
         (stage / "meta.json").write_text(text, encoding="utf-8")
+        # All that is written is on the disk before it has its name, and meta.json is the last.
         if hasattr(os, "sync"):
             os.sync()
         if add:
@@ -1175,16 +1161,6 @@ def publish(stage: Path, out: Path, meta: dict, add: bool) -> None:
                 os.replace(stage / name, out / name)
         else:
             os.rename(stage, out)
-
-
-def vocabulary_of(tokenizer: str) -> int:
-    """The N of train:N; 0 for a tokenizer that there is already. Raises InputError."""
-    if not re.fullmatch(r"train:\d{1,9}", tokenizer):
-        return 0
-    vocab_size = int(tokenizer.removeprefix("train:"))
-    if not 257 <= vocab_size <= 2**16:
-        raise InputError(f"--tokenizer {tokenizer}: a vocabulary has 257 to 65,536 tokens")
-    return vocab_size
 
 
 def prepare(
@@ -1204,9 +1180,8 @@ def prepare(
 ) -> Data:
     """Write a data set to the folder `out`, or add domains to the one there. Raises InputError.
 
-    sources: None makes the sample. tokenizer: what Tokenizer takes, or train:N. domain_key: where
-    a record names its domain. fractions: of the documents. The others are the command line's. The
-    folder appears whole, at the end, or not at all.
+    sources: None makes the sample. tokenizer: what Tokenizer takes, or train:N. The others are the
+    command line's. The folder appears whole, at the end, or not at all.
     """
     out = Path(out).resolve()
     if out.exists() and not add:
@@ -1221,44 +1196,33 @@ def prepare(
         tokenizer = str(out)
     if not (all(f > 0 for f in fractions.values()) and sum(fractions.values()) < 1):
         raise InputError(f"--val-fraction, --test-fraction: {fractions}: every split needs a share")
-    vocab_size = vocabulary_of(tokenizer)
-    sources = sources or {}
     sample = []
     overlap = {}
     if not sources:
+        sources = {}
         sample, overlap = make_sample(fractions)
 
-    def documents(full: set[str] = frozenset()) -> Iterable[Document | BadLine]:
+    def documents(full: set[str] = frozenset()) -> Iterable[Document | LeftOut]:
         return read(sources, text_key, domain_key, full) if sources else sample
 
     # The same command, after it was killed, finds its own leftovers; another one does not.
     name = hashlib.sha256(repr((sources, domain_key)).encode()).hexdigest()[:8]
     with staged(out, name) as stage:
-        path = stage / "tokenizer.json"
-        if vocab_size:
-            files = itertools.chain.from_iterable(sources.values())
-            every = 1 + sum(file.stat().st_size for file in files) // 2**27  # of much text, a part
-            train_tokenizer(train_texts(documents(), fractions, every), vocab_size, path)
-            tokenizer = path
-        loaded = Tokenizer(tokenizer)
-        path.write_text(loaded.json, encoding="utf-8")
-
+        size = sum(path.stat().st_size for paths in sources.values() for path in paths)
+        loaded = make_tokenizer(tokenizer, documents(), fractions, size, stage / "tokenizer.json")
         # From text to bins, as a stream: nothing is read before there is room for it.
         full = set()
         placed = place(documents(full), fractions, by_record=domain_key is not None)
-        encoded = encode_all(placed, workers, path)
+        encoded = encode_all(placed, workers, stage / "tokenizer.json")
         files, left_out = write_bins(stage, encoded, limit_tokens, max_bad, full)
-        small = leave_out_small(files, min_documents, stage)
-        if small:
-            left_out["in a small domain"] = small
-        check_no_split_is_empty(files, [] if min_documents else sources)
-        for file_name, file in files.items():
-            file["sha256"] = sha256_of(stage / f"{file_name}.bin")
+        check_splits(stage, files, left_out, sources, min_documents)
         # What is said of it all in meta.json, without which a folder is no data set.
         named = {d or domain_key: list(map(str, paths)) for d, paths in sources.items()}
         meta = {"format": FORMAT, "tokenizer": loaded.meta, "fractions": fractions}
-        meta |= {"overlap": overlap, "sources": named, "left_out": left_out}
-        meta["files"] = dict(sorted(files.items()))
+        meta |= {"overlap": overlap, "sources": named, "left_out": dict(+left_out), "files": {}}
+        for file_name, size in sorted(files.items()):
+            sha256 = sha256_of(stage / f"{file_name}.bin")
+            meta["files"][file_name] = dict(size) | {"sha256": sha256}
         publish(stage, out, meta, add)
     return Data(out)
 
@@ -1270,17 +1234,14 @@ def parse_sources(words: list[str], domain_key: str | None) -> Sources:
     """Sources as {domain: files}, or with a domain_key as {None: files}. Raises InputError."""
     sources: Sources = {}
     for word in words:
-        name, equals, path = (None, "=", word) if domain_key else word.partition("=")
-        if not equals or not path:
+        name = None
+        path = word
+        if not domain_key:
+            name, _, path = word.partition("=")
+        if not path:
             expected = "name=path, or --domain-key for records that name their domain"
             raise InputError(f"{word}: expected {expected}")
         sources.setdefault(name, []).extend(source_files(path))
-        if Path(path).is_dir():
-            files = [file for file in Path(path).rglob("*") if file.is_file()]
-            unread = Counter(file.suffix or "no ending" for file in files if not ending(file))
-            if unread:
-                kinds = ", ".join(f"{n:,} {kind}" for kind, n in unread.items())
-                tell(f"{path}: not read: {kinds}")
     return sources
 
 
@@ -1312,10 +1273,9 @@ def main():
             raise InputError(f"--{option} {vars(args)[name]}: expected at least {low}")
     if args.add and not args.sources:
         raise InputError("--add: name the sources to add")
-    if args.add and args.tokenizer:
-        raise InputError("--add: the data set's own tokenizer is taken; leave --tokenizer out")
-    if args.add and (args.val_fraction or args.test_fraction):
-        raise InputError("--add: the data set's own fractions are taken; leave them out")
+    if args.add and (args.tokenizer or args.val_fraction or args.test_fraction):
+        own = "the data set's tokenizer and its own fractions are taken"
+        raise InputError(f"--add: {own}; leave --tokenizer, --val-fraction, --test-fraction out")
     if args.sources and not args.add and not args.tokenizer:
         ways = "pythia-70m is Pythia's, train:4096 trains one, --add takes a data set's own"
         raise InputError(f"name a --tokenizer: {ways}")

@@ -274,7 +274,7 @@ def test_a_damaged_text_is_itself_or_no_document(d):
     try:
         assert document == ("a", content.decode("utf-8-sig"), "")
     except UnicodeDecodeError as e:
-        assert str(e) in document.why
+        assert str(e) in document.message
 
 
 # ---- models ----

@@ -19,7 +19,7 @@ from conftest import ROOT, command, fails, made_documents, options, write_jsonl
 
 from prepare import (
     SPLITS,
-    BadLine,
+    
     Data,
     Document,
     InputError,
@@ -320,8 +320,9 @@ GOOD = b'{"text": "some text"}\n'
 def test_a_bad_line_is_named_by_file_number_and_reason(tmp_path, name, content, number, why):
     path = tmp_path / name
     path.write_bytes(content)
-    bad = [line for line in read({"a": [path]}, "text", None) if isinstance(line, BadLine)]
-    assert bad[0][:3] == ("a", path, number) and why in bad[0].why
+    bad = [line for line in read({"a": [path]}, "text", None) if isinstance(line, LeftOut)]
+    assert bad[0][:2] == ("a", "bad")
+    assert bad[0].message.startswith(f"{path}:{number}: ") and why in bad[0].message
 
 
 def test_bad_lines_are_counted_where_some_are_allowed(tmp_path, run):
@@ -355,8 +356,8 @@ def test_a_line_of_300_megabytes_in_a_small_file(tmp_path, data, pack):
     assert done.returncode == 0 and "1 bad" in done.stdout, done.stderr
     assert len(all_texts(Data(tmp_path / "d"), "a")) == 160
     documents = read({"a": [source]}, "text", None)
-    bad = next(line for line in documents if isinstance(line, BadLine))
-    assert bad == ("a", source, 81, "longer than 16,777,216 bytes")
+    bad = next(line for line in documents if isinstance(line, LeftOut))
+    assert bad.message.startswith(f"{source}:81: longer than 16,777,216 bytes;")
 
 
 def test_a_file_that_takes_more_memory_than_there_is(tmp_path):
