@@ -28,6 +28,7 @@ import unicodedata
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -67,13 +68,10 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def cli(main, way_on: str = "") -> None:
-    """Run a script's main function; bad input ends in one line on stderr and exit status 2.
-
-    way_on: what is said after an interruption, or a fault of the system.
-    """
+    """Run a script's main function; bad input ends in one line on stderr and exit status 2."""
+    # way_on is said after what may end a sound run: an interruption, or a fault of the system.
     for stream in (sys.stdout, sys.stderr):
-        # A name that is no UTF-8, or a terminal that is none, costs a character, not the run. Who
-        # imports a script may have put something else in the place of these streams.
+        # A name that is no UTF-8, or a terminal that is none, costs a character, not the run.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -209,7 +207,7 @@ def load_json(path: Path) -> dict:
         value = json.loads(path.read_bytes())
         if isinstance(value, dict):
             return value
-    raise InputError(f"{path}: not a JSON object; it is damaged, or not what it should be")
+    raise InputError(f"{path}: damaged, or not what it should be (a JSON object); make it anew")
 
 
 @contextlib.contextmanager
@@ -230,19 +228,16 @@ def sha256_of(path: Path) -> str:
 def locked(
     path: Path, folder: Path, wait: bool = False, way_out: str = "choose another --out"
 ) -> Iterator[None]:
-    """Keep other processes out of `folder` while the block runs, or until this one ends, somehow.
+    """Keep other processes out of `folder` while the block runs; a lock ends with its process.
 
-    path: the file that is locked, which is made. wait: for another process to let go, rather than
-    raise InputError with that way out.
+    wait: for another process to let go, rather than raise InputError with that way out.
     """
     with open(path, "a") as file:
         try:
             import fcntl
 
-            how = fcntl.LOCK_EX
-            if not wait:
-                how |= fcntl.LOCK_NB
-            fcntl.flock(file, how)
+            at_once = 0 if wait else fcntl.LOCK_NB
+            fcntl.flock(file, fcntl.LOCK_EX | at_once)
         except BlockingIOError:
             message = f"{folder}: another process is at work there; {way_out}"
             raise InputError(message) from None
@@ -256,46 +251,14 @@ def locked(
 # ---- the hub ----
 
 
-def hub_folder(name: str, patterns: list[str], kind: str = "model") -> Path:
-    """The folder of the hub's cache, named by the commit, with the files that match.
-
-    name: `pythia-70m` or `ORG/NAME@REVISION`. kind: "model" or "dataset". Raises InputError, for an
-    unknown size of Pythia without asking a network.
-    """
-    repo, _, revision = name.partition("@")
-    if "/" not in repo:
-        sizes = r"14m|31m|70m|160m|410m|1b|1\.4b|2\.8b|6\.9b|12b"
-        if not re.fullmatch(rf"pythia-({sizes})(-deduped)?", repo):
-            raise InputError(f"{name}: no such folder or model; on the hub: ORG/NAME or pythia-70m")
-        repo = f"EleutherAI/{repo}"
-    from huggingface_hub import logging, snapshot_download
+@contextlib.contextmanager
+def asking_hub(what: str, also: str = "") -> Iterator[None]:
+    """Say what comes from the hub, and raise InputError, with what helps, if it does not."""
+    from huggingface_hub import logging
     from huggingface_hub.utils import disable_progress_bars
 
     logging.set_verbosity_error()
     disable_progress_bars()  # it draws some for what is cached, too
-    try:
-        found = {"repo_type": kind, "revision": revision or None, "allow_patterns": patterns}
-        with notice(f"getting {name} from the hub"):
-            return Path(snapshot_download(repo, **found))
-    except Exception as e:  # of several libraries
-        raise InputError(f"{name}: no such folder, and {hub_fault(e)}") from None
-
-
-def files_on_hub(repo: str, revision: str | None) -> str:
-    """The first files of a data set on the hub, in words; "" where it does not tell."""
-    with contextlib.suppress(Exception):  # of several libraries
-        from huggingface_hub import HfApi
-
-        revision = revision.removeprefix("@") if revision else None
-        names = HfApi().list_repo_files(repo, repo_type="dataset", revision=revision)
-        return f"; there are {', '.join(sorted(names)[:10])}"
-    return ""
-
-
-def hub_fault(error: Exception) -> str:
-    """Why the hub did not give what was asked for, and what helps."""
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return "no room for it in the hub's cache; HF_HOME puts that elsewhere"
     log_in = "hf auth login, or HF_TOKEN in the environment"
     faults = {
         "GatedRepoError": f"the hub gives it to those who asked on its page; then {log_in}",
@@ -303,17 +266,80 @@ def hub_fault(error: Exception) -> str:
         "RevisionNotFoundError": "the hub has it, but not this revision; see its page",
         "HFValidationError": "no name on the hub looks like that; it is ORG/NAME or ORG/NAME@REV",
     }
-    for kind in type(error).__mro__:
-        if kind.__name__ in faults:
-            return faults[kind.__name__]
-    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
-        return "it is not in the hub's cache, and HF_HUB_OFFLINE is set; unset it"
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status in (401, 403):
-        return f"the hub does not let you; {log_in}, or ask for access on its page"
-    if status is None:
-        return "the hub cannot be reached, nor is it in the cache; try the network, or HF_ENDPOINT"
-    return f"the hub answered {status}; try again later"
+    try:
+        with notice(f"getting {what} from the hub"):
+            yield
+    except Exception as e:  # of several libraries
+        kinds = [kind.__name__ for kind in type(e).__mro__ if kind.__name__ in faults]
+        status = getattr(getattr(e, "response", None), "status_code", None)
+        # A file's fault, not the network's, has its name, or is one of writing to it.
+        if isinstance(e, OSError) and (e.filename or e.errno in (errno.ENOSPC, errno.EDQUOT)):
+            fault = f"the hub's cache: {e.strerror}; HF_HOME puts that elsewhere"
+        elif kinds:
+            fault = faults[kinds[0]]
+        elif os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
+            fault = "it is not in the hub's cache, and HF_HUB_OFFLINE is set; unset it"
+        elif status in (401, 403):
+            fault = f"the hub does not let you; {log_in}, or ask for access on its page"
+        elif status is None:
+            fault = "neither in the cache nor can the hub be reached; try the network, HF_ENDPOINT"
+        else:
+            fault = f"the hub answered {status}; try again later"
+        raise InputError(f"{what}: {also}{fault}") from None
+
+
+def hub_folder(name: str, patterns: list[str]) -> Path:
+    """The folder of the hub's cache, named by the commit, with a model's files that match.
+
+    name: `pythia-70m` or `ORG/NAME@REVISION`. Raises InputError.
+    """
+    repo, _, revision = name.partition("@")
+    # No network is asked for a mistyped size.
+    if "/" not in repo:
+        sizes = r"14m|31m|70m|160m|410m|1b|1\.4b|2\.8b|6\.9b|12b"
+        if not re.fullmatch(rf"pythia-({sizes})(-deduped)?", repo):
+            raise InputError(f"{name}: no such folder or model; on the hub: ORG/NAME or pythia-70m")
+        repo = f"EleutherAI/{repo}"
+    with asking_hub(name, "no such folder, and "):
+        from huggingface_hub import snapshot_download
+
+        found = snapshot_download(repo, revision=revision or None, allow_patterns=patterns)
+        return Path(found)
+
+
+class HubFile(NamedTuple):
+    """A file of a data set on the hub, which comes into the hub's cache when it is first read."""
+
+    path: Path  # in the cache
+    repo: str
+    commit: str
+    name: str
+    size: int  # bytes
+
+    def __str__(self) -> str:
+        return f"hf://datasets/{self.repo}/{self.name}@{self.commit}"
+
+    def fetch(self) -> Path:
+        if not self.path.exists():
+            with asking_hub(str(self)):
+                from huggingface_hub import hf_hub_download
+
+                place = {"repo_type": "dataset", "revision": self.commit}
+                hf_hub_download(self.repo, self.name, **place)
+        return self.path
+
+
+def hub_files(repo: str, revision: str) -> list[HubFile]:
+    """The files of a data set on the hub. None of them is fetched. Raises InputError."""
+    with asking_hub(f"the list of hf://datasets/{repo}{revision}"):
+        from huggingface_hub import get_cached_repo_tree, snapshot_download
+
+        # For no pattern, this only finds the commit, and keeps the list of its files in the cache.
+        place = {"repo_type": "dataset", "revision": revision.removeprefix("@") or None}
+        folder = Path(snapshot_download(repo, allow_patterns=[], **place))
+        commit = folder.name
+        listed = get_cached_repo_tree(repo, repo_type="dataset", revision=commit)
+    return [HubFile(folder / file.path, repo, commit, file.path, file.size) for file in listed]
 
 
 # ---- tokenizer ----
@@ -322,8 +348,7 @@ def hub_fault(error: Exception) -> str:
 class Tokenizer:
     """A tokenizer.json (a file, a model's folder, or a model on the hub): text to ids and back.
 
-    Special tokens that occur in a text are plain text. Raises InputError, and OSError where there
-    is no such file.
+    Raises InputError, and OSError where there is no such file.
     """
 
     def __init__(self, file_or_name: str | Path):
@@ -341,7 +366,9 @@ class Tokenizer:
                 raise ValueError("merges with continuing_subword_prefix")  # the library would abort
             self._tokenizer = tokenizers.Tokenizer.from_str(self.json)
         except BaseException as e:  # a panic of the library's Rust is not an Exception
-            raise InputError(f"{path}: not a tokenizer.json ({str(e)[:100]})") from None
+            what = f"not a tokenizer.json ({str(e)[:100]})"
+            raise InputError(f"{path}: {what}; pythia-70m has one") from None
+        # In a text, special tokens are text.
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -349,7 +376,7 @@ class Tokenizer:
         self.vocab_size = 1 + max(vocab.values(), default=0)
         self.end_of_text = vocab.get(END_OF_TEXT)
         if self.end_of_text is None or self.vocab_size > 2**16:
-            expected = f"expected {END_OF_TEXT}, and at most 65,536 to fit uint16"
+            expected = f"expected {END_OF_TEXT}, and at most 65,536 (uint16), as pythia-70m has"
             raise InputError(f"{path}: {self.vocab_size:,} tokens; {expected}")
         self.meta = {
             "sha256": hashlib.sha256(self.json.encode()).hexdigest(),
@@ -470,6 +497,7 @@ def ids_are_ranks(vocab: dict[str, int], merges: list, special: set[str], tokeni
 
 # A domain's name is part of a file's; other rows of tables have the names that are left out.
 DOMAIN = re.compile(r"(?!(?:mean|improved|worst)$)[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
+AGAIN = "remove the folder and prepare it again"
 OPEN_MAPS = 64  # files that a Data keeps open, of the 256 or 1024 that a process may have
 
 
@@ -485,16 +513,16 @@ class Data:
         self.folder = Path(folder)
         path = self.folder / "meta.json"
         if not path.is_file():
-            what = "not a data set (no meta.json)"
-            raise InputError(f"{folder}: {what}; prepare.py --out {folder} makes one")
+            make = "prepare.py makes one in a new folder, --out"
+            raise InputError(f"{folder}: not a data set (no meta.json); {make}")
         self.meta = load_json(path)
         if not is_meta(self.meta):
-            raise InputError(f"{path}: damaged, or not of format {FORMAT}; prepare the data again")
+            raise InputError(f"{path}: damaged, or not of format {FORMAT}; {AGAIN}")
         for name, file in self.meta["files"].items():
             bin_path = self.folder / f"{name}.bin"
             size = 2 * file["tokens"]
             if not bin_path.is_file() or bin_path.stat().st_size != size:
-                raise InputError(f"{bin_path}: missing, or not of {size:,} bytes; prepare it again")
+                raise InputError(f"{bin_path}: missing, or not of {size:,} bytes; {AGAIN}")
         self.domains: list[str] = sorted({name.rpartition(".")[0] for name in self.meta["files"]})
         self.vocab_size: int = self.meta["tokenizer"]["vocab_size"]
         hashes = [(name, file["sha256"]) for name, file in sorted(self.meta["files"].items())]
@@ -515,7 +543,7 @@ class Data:
         tokens = self.size(domain, split)["tokens"]
         if seq_len < 1 or tokens <= seq_len:
             which = f"{domain}'s {split} split, which has {tokens:,} tokens"
-            raise InputError(f"--seq-len {seq_len}: too long for {which}")
+            raise InputError(f"--seq-len {seq_len}: too long for {which}; take a shorter one")
         return (tokens - 1) // seq_len
 
     def window(self, domain: str, split: str, seq_len: int, number: int) -> np.ndarray:
@@ -545,36 +573,34 @@ class Data:
     def check_file(self, name: str, sha256: str) -> None:
         path = self.folder / name
         if not path.is_file() or sha256_of(path) != sha256:
-            found = "missing or damaged, not what meta.json says"
-            raise InputError(f"{path}: {found}; prepare it again")
+            raise InputError(f"{path}: missing or damaged, not what meta.json says; {AGAIN}")
 
 
 def is_meta(meta: dict) -> bool:
     """Whether a meta.json has what is used of it, for every domain and split."""
-    files = meta.get("files")
-    tokenizer = meta.get("tokenizer")
-    if meta.get("format") != FORMAT or not isinstance(files, dict):
+    tokenizer = {"sha256": str, "vocab_size": int, "end_of_text": int}
+    if not fits(meta, {"format": int, "tokenizer": tokenizer, "files": dict}):
         return False
-    domains = {name.rpartition(".")[0] for name in files}
+    if not fits(meta.get("fractions", {"val": 0.1, "test": 0.1}), {"val": float, "test": float}):
+        return False
+    domains = {name.rpartition(".")[0] for name in meta["files"]}
     expected = {f"{domain}.{split}" for domain in domains for split in SPLITS}
-    if not files or set(files) != expected or not all(map(DOMAIN.fullmatch, domains)):
+    if meta["format"] != FORMAT or not domains or set(meta["files"]) != expected:
         return False
-    if not has_types(tokenizer, sha256=str, vocab_size=int, end_of_text=int):
-        return False
-    for file in files.values():
-        if not has_types(file, documents=int, tokens=int, bytes=int, sha256=str):
+    for file in meta["files"].values():
+        if not fits(file, {"documents": int, "tokens": int, "bytes": int, "sha256": str}):
             return False
         # An empty split would be divided by.
         if file["tokens"] < 1 or file["bytes"] < 1:
             return False
-    return True
+    return all(map(DOMAIN.fullmatch, domains))
 
 
-def has_types(record, **types: type) -> bool:
-    """Whether a value from JSON is an object that has values of these types under these keys."""
-    if not isinstance(record, dict):
-        return False
-    return all(type(record.get(key)) is wanted for key, wanted in types.items())
+def fits(value, shape: dict | type) -> bool:
+    """Whether a value from JSON is of a type or, of an object, its values are of these types."""
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(fits(value.get(k), v) for k, v in shape.items())
+    return type(value) is shape
 
 
 # ---- sources to documents ----
@@ -585,7 +611,8 @@ BLOCK = 2**20  # bytes of text, about, that are read or handed to a worker at a 
 LONGEST = 2**24  # bytes of the longest document
 POINTER = "version https://git-lfs"  # how a file begins that only stands for another
 PULL = "it stands for a file that Git LFS keeps: git lfs pull"
-Sources = dict[str | None, list[Path]]  # files by domain; None: their records name the domain
+# Files by domain; None: their records name the domain.
+Sources = dict[str | None, list[Path | HubFile]]
 
 
 class Document(NamedTuple):
@@ -604,43 +631,61 @@ class LeftOut(NamedTuple):
     message: str = ""
 
 
-def ending(path: Path) -> str:
+def ending(file: Path | HubFile) -> str:
     """A file's kind, by its name: ".jsonl.gz", ".txt", …; "" for what is not read."""
-    match = READABLE.search(path.name.lower())
+    match = READABLE.search(file.name.lower())
     return match[0] if match else ""
 
 
-def source_files(source: str) -> list[Path]:
+def size_of(file: Path | HubFile) -> int:
+    return file.size if isinstance(file, HubFile) else file.stat().st_size
+
+
+def source_files(source: str) -> list[Path | HubFile]:
     """The files of a path, a folder and all below it, a glob or hf://datasets/ORG/NAME/GLOB@REV."""
     hub = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)/([^@]+)(@[^@]+)?", source)
     if source.startswith("hf:") and not hub:
         raise InputError(f"{source}: expected hf://datasets/ORG/NAME/GLOB, perhaps with @REVISION")
     path = Path(source)
     pattern = source
+    there = ""
     if hub:
-        folder = hub_folder(hub[1] + (hub[3] or ""), [hub[2]], "dataset")
-        pattern = f"{glob.escape(str(folder))}/{hub[2]}"
+        repo, pattern, revision = hub.groups(default="")
+        listed = hub_files(repo, revision)
+        there = f"; there are {', '.join(sorted(file.name for file in listed)[:10])}"
+        found = [file for file in listed if matches(file.name.split("/"), pattern.split("/"))]
     elif path.is_dir():
         pattern = f"{glob.escape(source)}/**"
     elif path.exists():  # whatever characters it has in its name
         pattern = glob.escape(source)
-    files = sorted(filter(ending, map(Path, glob.glob(pattern, recursive=True))))
+    if not hub:
+        found = [
+            file for file in map(Path, glob.glob(pattern, recursive=True)) if not file.is_dir()
+        ]
+    files = sorted(file for file in found if ending(file))
     if not files and path.is_file():
-        kind = path.suffix or "without an ending"
+        kind = "".join(path.suffixes[-2:]) or "without an ending"
         raise InputError(f"{source}: {kind} is not read; make it .jsonl, .txt or .parquet")
     if not files:
-        there = ""
-        if hub:
-            there = files_on_hub(hub[1], hub[3])
         known = ".txt, .jsonl, .ndjson, .json (these also with .gz or .zst) or .parquet"
         raise InputError(f"{source}: no file there that ends in {known}{there}")
     # Text of another kind, for one, would be missed only much later.
     if path.is_dir():
-        unread = [file for file in path.rglob("*") if file.is_file() and not ending(file)]
-        kinds = Counter(file.suffix or "no ending" for file in unread)
+        unread = {file for file in path.rglob("*") if file.is_file()} - set(files)
+        kinds = Counter(file.suffix or "no ending" for file in sorted(unread))
         if kinds:
-            tell(f"{source}: not read: {', '.join(f'{n:,} {kind}' for kind, n in kinds.items())}")
+            counts = ", ".join(f"{n:,} {kind}" for kind, n in kinds.items())
+            tell(f"{source}: not read: {counts} (hidden, or of another kind)")
     return files
+
+
+def matches(name: list[str], pattern: list[str]) -> bool:
+    """Whether a glob matches a file on the hub as it does one on a disk; both come in parts."""
+    if not pattern:
+        return not name
+    if pattern[0] == "**":  # any number of folders
+        return any(matches(name[i:], pattern[1:]) for i in range(len(name) + 1))
+    return bool(name) and fnmatchcase(name[0], pattern[0]) and matches(name[1:], pattern[1:])
 
 
 class Gunzip(io.RawIOBase):
@@ -682,7 +727,12 @@ def records(path: Path, file, keys: list[str]) -> Iterator[bytes | dict]:
             library = "pyarrow"
             from pyarrow.parquet import ParquetFile
 
-            for batch in ParquetFile(file).iter_batches(16, columns=keys):
+            parquet = ParquetFile(file)
+            # Where a column is missing, an error is to tell of the others.
+            there = {*parquet.schema_arrow.names}
+            if not all(key in there or key.split(".")[0] in there for key in keys):
+                keys = None
+            for batch in parquet.iter_batches(16, columns=keys):
                 yield from batch.to_pylist()
             return
         if kind.endswith(".gz"):
@@ -707,7 +757,7 @@ def records(path: Path, file, keys: list[str]) -> Iterator[bytes | dict]:
     except Exception as e:  # of many libraries
         with open(path, "rb") as again:
             is_pointer = again.read(40).startswith(POINTER.encode())
-        way_out = "get it again"
+        way_out = "get it again or, if it is of another kind, give it that one's ending"
         if isinstance(e, ImportError):
             way_out = f"pip install {library}"
         elif isinstance(e, MemoryError) or "not enough memory" in str(e):
@@ -721,7 +771,8 @@ def records(path: Path, file, keys: list[str]) -> Iterator[bytes | dict]:
 def look_up(record: dict, key: str) -> str:
     """The string under a key, or under a path of keys joined by dots. Raises ValueError."""
     if not isinstance(record, dict):
-        raise ValueError("no object; a line is one, as jq -c '.[]' writes them")
+        way_out = "jq -c '.[]' takes a list apart, jq -c '{text: .}' makes an object of a string"
+        raise ValueError(f"no object; a line is one: {way_out}")
     path = key.split(".")
     if key in record:
         path = [key]
@@ -732,64 +783,76 @@ def look_up(record: dict, key: str) -> str:
         value = value.get(part)
     if not isinstance(value, str):
         keys = ", ".join(map(repr, list(record)[:10]))
-        raise ValueError(f"no text under {key!r}; there are {keys or 'no keys'}")
+        ways = "--text-key and --domain-key take others"
+        raise ValueError(f"no text under {key!r}; there are {keys or 'no keys'}; {ways}")
     value.encode()  # raises UnicodeEncodeError, a ValueError, for a lone surrogate
     return value
 
 
-def record_of(line: bytes, path: Path, number: int, text_key: str) -> dict:
-    """Line `number` of a file as a record; a .txt is the text of one.
-
-    Raises ValueError and RecursionError.
-    """
-    if len(line) > LONGEST:
-        raise ValueError(f"longer than {LONGEST:,} bytes")
-    # Some editors begin a file with a mark of the order of bytes.
-    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-    if text.startswith(POINTER):
-        raise ValueError(PULL)
-    if ending(path).startswith(".txt"):
-        return {text_key: text}
-    if text.strip() in ("{", "["):
-        raise ValueError("JSON over many lines; a line is an object, as jq -c . writes them")
-    return json.loads(text)
+def document_of(
+    line: bytes | dict, path: Path, number: int, domain: str | None, text_key: str, domain_key: str
+) -> Document | LeftOut | None:
+    """The document in line, or row, `number` of a file; None for a blank line."""
+    is_txt = ending(path).startswith(".txt")
+    try:
+        record = line
+        if isinstance(line, bytes):
+            if not line.strip() and not is_txt:
+                return None
+            if len(line) > LONGEST:
+                raise ValueError(f"longer than {LONGEST:,} bytes")
+            text = line.decode()
+            if number == 1:  # which some editors begin with a mark of the order of bytes
+                text = text.removeprefix("\ufeff")
+            if text.startswith(POINTER):
+                raise ValueError(PULL)
+            if text.strip() in ("{", "[") and not is_txt:
+                way_out = "a line is an object, as jq -c . or, of a list, jq -c '.[]' writes it"
+                raise ValueError(f"JSON over many lines; {way_out}")
+            record = {text_key: text}
+            if not is_txt:
+                record = json.loads(text)
+        label = domain
+        if domain_key:
+            label = look_up(record, domain_key)
+            domain_named(label, by_record=True)  # or it is a bad line
+        return Document(label, look_up(record, text_key))
+    except (ValueError, RecursionError, InputError) as e:
+        why = str(e)
+        if type(e) not in (ValueError, InputError):
+            why = f"{type(e).__name__}: {e}"
+        message = f"{path}:{number}: {why[:300]}; --max-bad N lets N such lines pass"
+        return LeftOut(domain, "bad", message)
 
 
 def read(
     sources: Sources, text_key: str, domain_key: str | None, full: set[str] = frozenset()
 ) -> Iterator[Document | LeftOut]:
-    """Every document of the sources, and every line that holds none, while a bar counts bytes.
+    """Every document of the sources, and every line that should hold one, while a bar counts bytes.
 
     full: domains that are read no further, as soon as they are in it.
     """
     keys = list(filter(None, [text_key, domain_key]))
-    files = [(domain, path) for domain, paths in sources.items() for path in paths]
-    total = sum(path.stat().st_size for _, path in files)
-    done = 0  # bytes, of the files before this one
-    with Bar("read", total, "B") as bar:
-        for domain, path in files:
+    files = [(domain, file) for domain, files in sources.items() for file in files]
+    done = 0  # bytes, to the end of this file
+    with Bar("read", sum(size_of(file) for _, file in files), "B") as bar:
+        for domain, source in files:
+            start = done
+            done += size_of(source)
+            # One file at a time comes from the hub, and none for a domain that has enough.
+            if domain in full:
+                continue
+            path = source
+            if isinstance(source, HubFile):
+                path = source.fetch()
             with open(path, "rb") as file:
-                for number, record in enumerate(records(path, file, keys), 1):
+                for number, line in enumerate(records(path, file, keys), 1):
                     if domain in full:
                         break
-                    bar.to(done + file.tell(), domain or path.name)
-                    try:
-                        if isinstance(record, bytes):
-                            # A blank line is none, but a .txt of blanks a document that is empty.
-                            if not record.strip() and not ending(path).startswith(".txt"):
-                                continue
-                            record = record_of(record, path, number, text_key)
-                        text = look_up(record, text_key)
-                        label = domain
-                        if domain_key:
-                            label = look_up(record, domain_key)
-                        yield Document(label, text)
-                    except (ValueError, RecursionError) as e:
-                        kind = f"{type(e).__name__}: ".removeprefix("ValueError: ")
-                        why = f"{kind}{e}"[:300]
-                        way_out = "--max-bad N lets N such lines pass"
-                        yield LeftOut(domain, "bad", f"{path}:{number}: {why}; {way_out}")
-            done += path.stat().st_size
+                    bar.to(start + file.tell(), domain or path.name)
+                    item = document_of(line, path, number, domain, text_key, domain_key)
+                    if item:
+                        yield item
 
 
 # ---- splits ----
@@ -816,7 +879,7 @@ def domain_named(label: str, by_record: bool) -> str:
     if by_record:
         domain = re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_")
     if not DOMAIN.fullmatch(domain):
-        use = "use A-Z a-z 0-9 - _ (not mean, improved, worst)"
+        use = "use A-Z a-z 0-9 - _ (100 at most; not mean, improved, worst)"
         raise InputError(f"{label[:100]!r} cannot be a domain; {use}")
     return domain
 
@@ -826,8 +889,7 @@ def place(
 ) -> Iterator[list[Document | LeftOut]]:
     """Documents with their splits, less empty and duplicate ones, in lists of some BLOCK of text.
 
-    Raises InputError for a name that cannot be a domain's, and for two that not every disk tells
-    apart.
+    Raises InputError for domains whose names are unfit.
     """
     batch = []
     size = 0  # of its text, about
@@ -839,6 +901,7 @@ def place(
         if isinstance(item, Document):
             label, text, _ = item
             domain = domain_named(label, by_record)
+            # Not every disk tells upper case from lower.
             known = labels.setdefault(domain.lower(), label)
             if known != label:
                 both = f"{known!r} and {label!r} would both be called {domain.lower()}"
@@ -911,10 +974,16 @@ def sample_texts(domain: str) -> Iterator[str]:
         if domain != "docstrings":
             yield from pieces_of(text)
             continue
+        nodes = deque()
         with contextlib.suppress(SyntaxError):  # of a newer Python
-            for node in ast.walk(ast.parse(text)):
-                if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
-                    yield ast.get_docstring(node) or ""
+            nodes.append(ast.parse(text))
+        while nodes:
+            node = nodes.popleft()
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+                yield ast.get_docstring(node) or ""
+            # As ast.walk, but for expressions, which are most of a tree and hold no docstring.
+            below = ast.iter_child_nodes(node)
+            nodes.extend(child for child in below if not isinstance(child, ast.expr))
 
 
 def make_sample(
@@ -1020,11 +1089,10 @@ def write_bins(
     max_bad: int,
     full: set[str],
 ) -> tuple[dict[str, Counter], Counter]:
-    """Write documents to folder/DOMAIN.SPLIT.bin, which is open only while a batch is added to it.
+    """Write documents to folder/DOMAIN.SPLIT.bin; domains that have limit_tokens go into `full`.
 
-    A domain that has its limit_tokens goes into `full`, and gets no more. Returns the documents,
-    tokens and bytes of each file, and how many documents were left out, by reason. Raises
-    InputError for more than max_bad bad ones.
+    Returns the documents, tokens and bytes of each file, and how many documents were left out, by
+    reason. Raises InputError for more than max_bad bad ones.
     """
     files: dict[str, Counter] = {}
     left_out = Counter()
@@ -1055,34 +1123,36 @@ def write_bins(
 
 
 def check_splits(
-    folder: Path,
-    files: dict[str, Counter],
-    left_out: Counter,
-    domains: Iterable[str | None],
-    min_documents: int,
+    folder: Path, files: dict[str, Counter], left_out: Counter, domains: Sources, least: int
 ) -> None:
-    """Take domains of fewer documents out of a data set, and count these as left out.
+    """Take domains of fewer documents than `least` out of a data set, and count these as left out.
 
     domains: those that were asked for. Raises InputError if a split has no document.
     """
     documents = Counter({domain: 0 for domain in domains if domain})
     for name, file in files.items():
         documents[name.rpartition(".")[0]] += file["documents"]
+    most = max(documents.values(), default=0)
     for domain, n in documents.items():
         names = [f"{domain}.{split}" for split in SPLITS]
-        if n < min_documents:
+        if n < least:
             left_out["in a small domain"] += n
             for name in names:
                 files.pop(name, None)
                 (folder / f"{name}.bin").unlink(missing_ok=True)
             continue
-        for name in names:
-            if name not in files or not files[name]["documents"]:
-                unit = "a document is in one split: cut long ones up (a paragraph each), add some"
-                way_out = f"{unit}, raise --val- and --test-fraction, or --min-documents {n + 1}"
-                raise InputError(f"{name} is left empty, of {n} documents; {way_out}")
+        empty = [name for name in names if name not in files or not files[name]["documents"]]
+        if empty:
+            ways = "a document is in one split: cut long ones up (a paragraph each), add some"
+            ways += ", raise --limit-tokens if given or, without --add, --val- and --test-fraction"
+            if n < most:
+                ways += f"; --min-documents {n + 1} leaves the domain out"
+            raise InputError(f"{empty[0]} is left empty, of {n} documents; {ways}")
     if not files:
-        raise InputError("every split is left empty, of 0 documents; the sources hold no text")
+        ways = "the sources hold no text"
+        if most:
+            ways = f"--min-documents {most} leaves the largest domain"
+        raise InputError(f"every split is left empty, of {most} documents; {ways}")
 
 
 # ---- prepare ----
@@ -1095,10 +1165,10 @@ def make_tokenizer(
 
     name: what Tokenizer takes, or train:N. size: of all the files, in bytes. Raises InputError.
     """
-    if re.fullmatch(r"train:\d{1,9}", name):
-        vocab_size = int(name.removeprefix("train:"))
-        if not 257 <= vocab_size <= 2**16:
-            raise InputError(f"--tokenizer {name}: a vocabulary has 257 to 65,536 tokens")
+    if name.startswith("train:"):
+        size_asked = name.removeprefix("train:")
+        if not re.fullmatch(r"\d{1,9}", size_asked) or not 257 <= int(size_asked) <= 2**16:
+            raise InputError(f"--tokenizer {name}: expected train:N, for N = 257 to 65536 tokens")
         from tokenizers import ByteLevelBPETokenizer
 
         # It learns from the train split alone and, of much text, from one document in so many.
@@ -1112,7 +1182,8 @@ def make_tokenizer(
                         yield document.text
 
         trained = ByteLevelBPETokenizer()
-        trained.train_from_iterator(texts(), vocab_size, 0, sys.stderr.isatty(), [END_OF_TEXT])
+        shown = sys.stderr.isatty()
+        trained.train_from_iterator(texts(), int(size_asked), 0, shown, [END_OF_TEXT])
         trained.save(str(path))
         name = str(path)
     tokenizer = Tokenizer(name)
@@ -1125,7 +1196,7 @@ def staged(out: Path, name: str) -> Iterator[Path]:
     """A hidden folder beside `out`, for this process alone, which is gone when the block ends."""
     stage = out.with_name(f".{out.name}-{name}.partial")
     stage.mkdir(parents=True, exist_ok=True)
-    with locked(stage / "tokenizer.json", out):
+    with locked(stage / "tokenizer.json", out, way_out="wait for its end"):
         for leftover in stage.glob("*.bin"):  # of one that was killed
             leftover.unlink()
         try:
@@ -1146,7 +1217,7 @@ def publish(stage: Path, out: Path, meta: dict, add: bool) -> None:
             old = Data(out).meta
             twice = old["files"].keys() & meta["files"].keys()
             if twice:
-                raise InputError(f"{out} has {min(twice)} already; --add is for other domains")
+                raise InputError(f"{out} has {min(twice)} already; give what is added another name")
             left_out = Counter(old.get("left_out", {})) + Counter(meta["left_out"])
             sources = old.get("sources", {}) | meta["sources"]
             files = dict(sorted((old["files"] | meta["files"]).items()))
@@ -1161,6 +1232,32 @@ def publish(stage: Path, out: Path, meta: dict, add: bool) -> None:
                 os.replace(stage / name, out / name)
         else:
             os.rename(stage, out)
+
+
+def fractions_of(
+    out: Path, add: bool, val: float | None, test: float | None, is_sample: bool
+) -> dict[str, float]:
+    """The share of the documents of two splits: as given, or those of the data set to add to.
+
+    Raises InputError if there is none to add to, or something is in its place.
+    """
+    if add and not out.exists():
+        raise InputError(f"{out} is not there to add to; without --add it is made")
+    if add:
+        data = Data(out)
+        data.check_tokenizer()  # which is taken, too
+        return data.meta.get("fractions", {"val": 0.05, "test": 0.05})
+    if (out / "meta.json").is_file():
+        raise InputError(f"{out} exists; choose another --out, or --add domains to it")
+    if out.exists():
+        raise InputError(f"{out} exists, and is no data set; choose another --out")
+    default = 0.1 if is_sample else 0.05  # the sample is small
+    given = {"val": val, "test": test}
+    fractions = {split: default if f is None else f for split, f in given.items()}
+    if not (all(f > 0 for f in fractions.values()) and sum(fractions.values()) < 1):
+        ways = "expected both above 0, and less than 1 together"
+        raise InputError(f"--val-fraction, --test-fraction: {fractions}; {ways}")
+    return fractions
 
 
 def prepare(
@@ -1184,18 +1281,9 @@ def prepare(
     command line's. The folder appears whole, at the end, or not at all.
     """
     out = Path(out).resolve()
-    if out.exists() and not add:
-        raise InputError(f"{out} exists; choose another --out, or --add to it")
-    if add and not out.exists():
-        raise InputError(f"{out} is not there to add to")
-    default = 0.05 if sources else 0.1  # the sample is small
-    given = {"val": val_fraction, "test": test_fraction}
-    fractions = {split: default if f is None else f for split, f in given.items()}
+    fractions = fractions_of(out, add, val_fraction, test_fraction, is_sample=not sources)
     if add:
-        fractions = Data(out).meta.get("fractions", fractions)
         tokenizer = str(out)
-    if not (all(f > 0 for f in fractions.values()) and sum(fractions.values()) < 1):
-        raise InputError(f"--val-fraction, --test-fraction: {fractions}: every split needs a share")
     sample = []
     overlap = {}
     if not sources:
@@ -1208,7 +1296,7 @@ def prepare(
     # The same command, after it was killed, finds its own leftovers; another one does not.
     name = hashlib.sha256(repr((sources, domain_key)).encode()).hexdigest()[:8]
     with staged(out, name) as stage:
-        size = sum(path.stat().st_size for paths in sources.values() for path in paths)
+        size = sum(size_of(file) for files in sources.values() for file in files)
         loaded = make_tokenizer(tokenizer, documents(), fractions, size, stage / "tokenizer.json")
         # From text to bins, as a stream: nothing is read before there is room for it.
         full = set()
@@ -1241,6 +1329,8 @@ def parse_sources(words: list[str], domain_key: str | None) -> Sources:
         if not path:
             expected = "name=path, or --domain-key for records that name their domain"
             raise InputError(f"{word}: expected {expected}")
+        if domain_key and re.match(r"[\w-]+=", path) and not glob.glob(path):
+            raise InputError(f"{path}: with --domain-key a source has no name; give its path alone")
         sources.setdefault(name, []).extend(source_files(path))
     return sources
 
