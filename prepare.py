@@ -694,7 +694,7 @@ class Gunzip(io.RawIOBase):
     def __init__(self, path: Path, file):
         self.path = path
         self.stream = gzip.GzipFile(fileobj=file)
-        self.is_sound = False  # so far
+        self.begins_well = file.peek(2)[:2] == b"\x1f\x8b"
 
     def readable(self) -> bool:
         return True
@@ -704,12 +704,11 @@ class Gunzip(io.RawIOBase):
             content = self.stream.read1(len(buffer))
         except gzip.BadGzipFile as e:
             # A checksum that fails is another matter.
-            if not self.is_sound or not str(e).startswith("Not a gzipped file"):
+            if not self.begins_well or not str(e).startswith("Not a gzipped file"):
                 raise
             tell(f"warning: {self.path}: what follows its packed text is no gzip, and left out")
             self.stream = io.BytesIO()
             return 0
-        self.is_sound = True
         buffer[: len(content)] = content
         return len(content)
 
