@@ -95,6 +95,7 @@ def tell(*lines: str) -> None:
     try:
         print(*lines, sep="\n", flush=True)
     except BrokenPipeError:
+        # Nor is Python to complain of it when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -300,11 +301,10 @@ def hub_folder(name: str, patterns: list[str]) -> Path:
         if not re.fullmatch(rf"pythia-({sizes})(-deduped)?", repo):
             raise InputError(f"{name}: no such folder or model; on the hub: ORG/NAME or pythia-70m")
         repo = f"EleutherAI/{repo}"
-    with asking_hub(name, "no such folder, and "):
-        from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download
 
-        found = snapshot_download(repo, revision=revision or None, allow_patterns=patterns)
-        return Path(found)
+    with asking_hub(name, "no such folder, and "):
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
 
 
 class HubFile(NamedTuple):
@@ -320,23 +320,22 @@ class HubFile(NamedTuple):
         return f"hf://datasets/{self.repo}/{self.name}@{self.commit}"
 
     def fetch(self) -> Path:
+        from huggingface_hub import hf_hub_download
+
         if not self.path.exists():
             with asking_hub(str(self)):
-                from huggingface_hub import hf_hub_download
-
-                place = {"repo_type": "dataset", "revision": self.commit}
-                hf_hub_download(self.repo, self.name, **place)
+                hf_hub_download(self.repo, self.name, repo_type="dataset", revision=self.commit)
         return self.path
 
 
 def hub_files(repo: str, revision: str) -> list[HubFile]:
     """The files of a data set on the hub. None of them is fetched. Raises InputError."""
-    with asking_hub(f"the list of hf://datasets/{repo}{revision}"):
-        from huggingface_hub import get_cached_repo_tree, snapshot_download
+    from huggingface_hub import get_cached_repo_tree, snapshot_download
 
+    with asking_hub(f"the list of hf://datasets/{repo}{revision}"):
         # For no pattern, this only finds the commit, and keeps the list of its files in the cache.
-        place = {"repo_type": "dataset", "revision": revision.removeprefix("@") or None}
-        folder = Path(snapshot_download(repo, allow_patterns=[], **place))
+        found = {"repo_type": "dataset", "revision": revision.removeprefix("@") or None}
+        folder = Path(snapshot_download(repo, allow_patterns=[], **found))
         commit = folder.name
         listed = get_cached_repo_tree(repo, repo_type="dataset", revision=commit)
     return [HubFile(folder / file.path, repo, commit, file.path, file.size) for file in listed]
@@ -526,8 +525,8 @@ class Data:
         self.domains: list[str] = sorted({name.rpartition(".")[0] for name in self.meta["files"]})
         self.vocab_size: int = self.meta["tokenizer"]["vocab_size"]
         hashes = [(name, file["sha256"]) for name, file in sorted(self.meta["files"].items())]
-        digest = hashlib.sha256(json.dumps(hashes).encode())
-        self.identity = digest.hexdigest()[:16]  # changes when any token does
+        # Changes when any token does.
+        self.identity = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]
         self._map = functools.lru_cache(OPEN_MAPS)(np.memmap)
 
     def tokens(self, domain: str, split: str) -> np.memmap:
@@ -1069,6 +1068,7 @@ def encode_all(
         for batch in batches:
             yield encode(batch, own)
         return
+    # Libraries' threads do not outlive a fork.
     context = multiprocessing.get_context("spawn")
     # A few batches wait for every worker, so that memory stays bounded and none is idle.
     with ProcessPoolExecutor(workers, context, start_worker, (tokenizer,)) as pool:
@@ -1099,6 +1099,7 @@ def write_bins(
         # What each file gets of this batch, so that none need stay open.
         contents = defaultdict(bytearray)
         for item in batch:
+            # How far other workers were ahead is to change nothing, not even what is an error.
             if item.domain in full:
                 continue
             if isinstance(item, LeftOut):
@@ -1205,11 +1206,8 @@ def staged(out: Path, name: str) -> Iterator[Path]:
 
 
 def publish(stage: Path, out: Path, meta: dict, add: bool) -> None:
-    """Make the staged folder the data set `out`, or add its domains to the one there.
-
-    Raises InputError if one is there already.
-    """
-    bins = [f"{name}.bin" for name in meta["files"]]
+    """Make the staged folder the data set `out`, or add its domains, if new, to the one there."""
+    added = [*(f"{name}.bin" for name in meta["files"]), "meta.json"]
     with contextlib.ExitStack() as stack:
         if add:  # as another process may do, too
             stack.enter_context(locked(out / "tokenizer.json", out, wait=True))
@@ -1227,7 +1225,7 @@ def publish(stage: Path, out: Path, meta: dict, add: bool) -> None:
         if hasattr(os, "sync"):
             os.sync()
         if add:
-            for name in (*bins, "meta.json"):
+            for name in added:
                 os.replace(stage / name, out / name)
         else:
             os.rename(stage, out)
@@ -1236,10 +1234,8 @@ def publish(stage: Path, out: Path, meta: dict, add: bool) -> None:
 def fractions_of(
     out: Path, add: bool, val: float | None, test: float | None, is_sample: bool
 ) -> dict[str, float]:
-    """The share of the documents of two splits: as given, or those of the data set to add to.
-
-    Raises InputError if there is none to add to, or something is in its place.
-    """
+    """The share of the documents of two splits: as given, or those of the data set to add to."""
+    # Before any work is done, it is clear that there is a place for it.
     if add and not out.exists():
         raise InputError(f"{out} is not there to add to; without --add it is made")
     if add:
@@ -1307,9 +1303,9 @@ def prepare(
         named = {d or domain_key: list(map(str, paths)) for d, paths in sources.items()}
         meta = {"format": FORMAT, "tokenizer": loaded.meta, "fractions": fractions}
         meta |= {"overlap": overlap, "sources": named, "left_out": dict(+left_out), "files": {}}
-        for file_name, size in sorted(files.items()):
+        for file_name, counts in sorted(files.items()):
             sha256 = sha256_of(stage / f"{file_name}.bin")
-            meta["files"][file_name] = dict(size) | {"sha256": sha256}
+            meta["files"][file_name] = dict(counts) | {"sha256": sha256}
         publish(stage, out, meta, add)
     return Data(out)
 
