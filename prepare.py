@@ -11,6 +11,7 @@ import ast
 import contextlib
 import errno
 import functools
+import gc
 import glob
 import gzip
 import hashlib
@@ -590,7 +591,7 @@ def is_meta(meta: dict) -> bool:
         if not fits(file, {"documents": int, "tokens": int, "bytes": int, "sha256": str}):
             return False
         # An empty split would be divided by.
-        if file["tokens"] < 1 or file["bytes"] < 1:
+        if min(file["tokens"], file["bytes"]) < 1:
             return False
     return all(map(DOMAIN.fullmatch, domains))
 
@@ -993,6 +994,8 @@ def make_sample(
     """
     documents = []
     overlap = {}
+    # Syntax trees are freed without it: to go through them over and over took a third of the time.
+    gc.disable()
     for domain in sorted([*SAMPLE_FILES, "manual"]):
         seen = set()
         in_split = {split: set() for split in SPLITS}
@@ -1012,6 +1015,7 @@ def make_sample(
                 break
         leaked = in_split["test"] & in_split["train"]
         overlap[domain] = len(leaked) / max(1, len(in_split["test"]))
+    gc.enable()
     return documents, overlap
 
 
