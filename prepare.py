@@ -40,6 +40,7 @@ FORMAT = 1  # of meta.json and the bins beside it
 SPLITS = ("train", "val", "test")
 END_OF_TEXT = "<|endoftext|>"
 SAMPLE = "data/sample"
+SECONDS_BETWEEN_LINES = 30  # of a log that says how far a stage has come
 
 
 # ---- errors and the command line ----
@@ -100,9 +101,6 @@ def tell(*lines: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-SECONDS_BETWEEN_LINES = 30
-
-
 class Bar(contextlib.AbstractContextManager):
     """How far a stage has come: a bar on a terminal, elsewhere a line every 30 seconds.
 
@@ -120,8 +118,8 @@ class Bar(contextlib.AbstractContextManager):
         self.began = self.spoke = time.monotonic()
         self.speaks = shown and not sys.stderr.isatty()
         look = {"unit": unit, "unit_scale": unit == "B", "leave": False}
-        hidden = self.speaks or not shown
-        self.bar = tqdm(desc=title, total=total, initial=done, disable=hidden, **look)
+        look["disable"] = self.speaks or not shown
+        self.bar = tqdm(desc=title, total=total, initial=done, **look)
 
     def to(self, done: int, words: str = "") -> None:
         """The stage has come to `done`; words: what else there is to say."""
@@ -173,11 +171,8 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file or folder to write, which becomes `path` when the block ends well.
-
-    It is then on the disk; what was there stays until then, whatever happens. Raises InputError
-    where it cannot be written.
-    """
+    """A file or folder to write, which becomes `path` when the block ends well; or InputError."""
+    # What was there stays until the new one is on the disk, whatever happens.
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
@@ -424,8 +419,7 @@ def rank_encoding(spec: dict, tokenizer):
         vocab = spec["model"].pop("vocab")
         merges = [m.split(" ") if isinstance(m, str) else m for m in spec["model"].pop("merges")]
         special = {token["content"] for token in spec["added_tokens"] if token["special"]}
-        # Tokens that are added and not special can only be runs of spaces: Pythia's tokenizer has
-        # them.
+        # What is added and not special can only be runs of spaces, which Pythia's tokenizer has.
         runs = [token["content"] for token in spec["added_tokens"] if not token["special"]]
         if not is_plain_byte_level_bpe(spec, runs):
             return None
@@ -493,7 +487,6 @@ def ids_are_ranks(vocab: dict[str, int], merges: list, special: set[str], tokeni
 
 
 # ---- data ----
-
 
 # A domain's name is part of a file's; other rows of tables have the names that are left out.
 DOMAIN = re.compile(r"(?!(?:mean|improved|worst)$)[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
@@ -605,7 +598,6 @@ def fits(value, shape: dict | type) -> bool:
 
 # ---- sources to documents ----
 
-
 READABLE = re.compile(r"\.(txt|jsonl|ndjson|json)(\.gz|\.zst)?$|\.parquet$")
 BLOCK = 2**20  # bytes of text, about, that are read or handed to a worker at a time
 LONGEST = 2**24  # bytes of the longest document
@@ -716,7 +708,7 @@ class Gunzip(io.RawIOBase):
 def records(path: Path, file, keys: list[str]) -> Iterator[bytes | dict]:
     """The lines of an open file as bytes, of which a .txt has one; a .parquet's rows as dicts.
 
-    keys: the columns that are needed. Raises InputError where it cannot be read to its end.
+    keys: the columns that are needed. Raises InputError if it cannot be read to its end.
     """
     kind = ending(path)
     library = ""
@@ -829,7 +821,7 @@ def read(
 ) -> Iterator[Document | LeftOut]:
     """Every document of the sources, and every line that should hold one, while a bar counts bytes.
 
-    full: domains that are read no further, as soon as they are in it.
+    full: domains that are read no further, from when they are in it.
     """
     keys = list(filter(None, [text_key, domain_key]))
     files = [(domain, file) for domain, files in sources.items() for file in files]
@@ -924,7 +916,6 @@ def place(
 
 # ---- the sample ----
 
-
 # Packages, folders of one, or a module in the folder that is meant; and a pattern. One domain more
 # is Python's manual.
 SAMPLE_FILES = {
@@ -988,10 +979,7 @@ def sample_texts(domain: str) -> Iterator[str]:
 def make_sample(
     fractions: dict[str, float], max_bytes: int = 4_000_000
 ) -> tuple[list[Document], dict[str, float]]:
-    """The sample's documents, and {domain: how much of it leaks between splits}.
-
-    What leaks is the share of the test split's distinct 13-grams that the train split has too.
-    """
+    """The sample's documents, and {domain: how much of it leaks between splits}."""
     documents = []
     overlap = {}
     # Syntax trees are freed without it: to go through them over and over took a third of the time.
@@ -1013,6 +1001,7 @@ def make_sample(
             size += len(text.encode())
             if size > max_bytes:
                 break
+        # What leaks is the share of the test split's 13-grams that the train split has too.
         leaked = in_split["test"] & in_split["train"]
         overlap[domain] = len(leaked) / max(1, len(in_split["test"]))
     gc.enable()
@@ -1129,10 +1118,8 @@ def write_bins(
 def check_splits(
     folder: Path, files: dict[str, Counter], left_out: Counter, domains: Sources, least: int
 ) -> None:
-    """Take domains of fewer documents than `least` out of a data set, and count these as left out.
-
-    domains: those that were asked for. Raises InputError if a split has no document.
-    """
+    """Leave out domains of fewer documents than `least`; raise InputError for an empty split."""
+    # Those that were asked for are domains even if their sources hold nothing.
     documents = Counter({domain: 0 for domain in domains if domain})
     for name, file in files.items():
         documents[name.rpartition(".")[0]] += file["documents"]
@@ -1328,6 +1315,8 @@ def parse_sources(words: list[str], domain_key: str | None) -> Sources:
         if not path:
             expected = "name=path, or --domain-key for records that name their domain"
             raise InputError(f"{word}: expected {expected}")
+        if name is not None:
+            domain_named(name, by_record=False)  # rather than when its text is read
         if domain_key and re.match(r"[\w-]+=", path) and not glob.glob(path):
             raise InputError(f"{path}: with --domain-key a source has no name; give its path alone")
         sources.setdefault(name, []).extend(source_files(path))
