@@ -11,11 +11,11 @@ import ast
 import contextlib
 import errno
 import functools
+import gc
 import glob
 import gzip
 import hashlib
 import io
-import itertools
 import json
 import multiprocessing
 import os
@@ -29,21 +29,18 @@ import unicodedata
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 FORMAT = 1  # of meta.json and the bins beside it
 SPLITS = ("train", "val", "test")
 END_OF_TEXT = "<|endoftext|>"
 SAMPLE = "data/sample"
+SECONDS_BETWEEN_LINES = 30  # of a log that says how far a stage has come
 
 
 # ---- errors and the command line ----
@@ -73,10 +70,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def cli(main, way_on: str = "") -> None:
-    """Run a script's main function; bad input ends in one line on stderr and exit status 2.
-
-    way_on: what is said after an interruption, or a fault of the system.
-    """
+    """Run a script's main function; bad input ends in one line on stderr and exit status 2."""
+    # way_on is said after what may end a sound run: an interruption, or a fault of the system.
     for stream in (sys.stdout, sys.stderr):
         # A name that is no UTF-8, or a terminal that is none, costs a character, not the run.
         if hasattr(stream, "reconfigure"):
@@ -88,10 +83,12 @@ def cli(main, way_on: str = "") -> None:
         sys.exit(130)
     except (InputError, OSError, UnicodeError, BrokenExecutor) as e:
         message = str(e)
-        if isinstance(e, OSError):
-            message = f"{e.filename}: {e.strerror}" if e.filename else f"{e}{way_on}"
-        one_line = " ".join(message.split())  # whatever a library said
-        print("error:", one_line, file=sys.stderr)
+        if isinstance(e, OSError) and e.filename:
+            message = f"{e.filename}: {e.strerror}"
+        elif isinstance(e, OSError):
+            message += way_on
+        # One line, whatever a library said.
+        print("error:", " ".join(message.split()), file=sys.stderr)
         sys.exit(2)
 
 
@@ -100,13 +97,11 @@ def tell(*lines: str) -> None:
     try:
         print(*lines, sep="\n", flush=True)
     except BrokenPipeError:
+        # Nor is Python to complain of it when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-SECONDS_BETWEEN_LINES = 30
-
-
-class Bar:
+class Bar(contextlib.AbstractContextManager):
     """How far a stage has come: a bar on a terminal, elsewhere a line every 30 seconds.
 
     total and done are in units; a unit "B" is bytes. shown: False on ranks that do not speak.
@@ -121,11 +116,10 @@ class Bar:
         self.first = done
         self.done = done
         self.began = self.spoke = time.monotonic()
-        on_terminal = sys.stderr.isatty()
-        self.speaks = shown and not on_terminal
+        self.speaks = shown and not sys.stderr.isatty()
         look = {"unit": unit, "unit_scale": unit == "B", "leave": False}
-        hidden = not (shown and on_terminal)
-        self.bar = tqdm(desc=title, total=total, initial=done, disable=hidden, **look)
+        look["disable"] = self.speaks or not shown
+        self.bar = tqdm(desc=title, total=total, initial=done, **look)
 
     def to(self, done: int, words: str = "") -> None:
         """The stage has come to `done`; words: what else there is to say."""
@@ -135,34 +129,31 @@ class Bar:
         now = time.monotonic()
         if self.speaks and now - self.spoke > SECONDS_BETWEEN_LINES and done > self.first:
             self.spoke = now
-            left = (now - self.began) / (done - self.first) * (self.total - done)
             far = f"{self.unit} {done:,} of {self.total:,}"
             if self.unit == "B":
                 far = f"{done / self.total:.0%}"
-            said = [far, words, f"{left / 60:.1f} min left"]
-            tell(f"{self.title}: {', '.join(filter(None, said))}")
+            # The rest takes as long as what this run has done, not what an earlier one did.
+            left = (now - self.began) / (done - self.first) * (self.total - done)
+            said = filter(None, [far, words, f"{left / 60:.1f} min left"])
+            tell(f"{self.title}: {', '.join(said)}")
 
-    def close(self) -> None:
+    def close(self, *error) -> None:
         self.bar.close()
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.close()
+    __exit__ = close
 
 
 @contextlib.contextmanager
 def notice(words: str, shown: bool = True) -> Iterator[None]:
     """Words that stand on the terminal while the block runs, or for good where there is none."""
+    from tqdm import tqdm
+
     on_terminal = sys.stderr.isatty()
-    if shown and on_terminal:
-        print(words, end="", file=sys.stderr, flush=True)
-    elif shown:
+    if shown and not on_terminal:
         tell(words)
-    yield
-    if shown and on_terminal:
-        print("\r" + " " * len(words) + "\r", end="", file=sys.stderr, flush=True)
+    # A bar without a bar: it finds its line where another one is shown already.
+    with tqdm(desc=words, bar_format="{desc}", leave=False, disable=not (shown and on_terminal)):
+        yield
 
 
 # ---- files ----
@@ -170,7 +161,8 @@ def notice(words: str, shown: bool = True) -> Iterator[None]:
 
 def sync(path: Path) -> None:
     """Wait until a file, or a folder's list of files, is on the disk."""
-    if os.name == "nt":  # which does that for neither a folder nor a file that is open to be read
+    # Windows does that for neither a folder nor a file that is open to be read.
+    if os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
@@ -179,11 +171,8 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file or folder to write, which becomes `path` when the block ends well.
-
-    It is then on the disk; what was there stays until then, whatever happens. Raises InputError
-    where it cannot be written.
-    """
+    """A file or folder to write, which becomes `path` when the block ends well; or InputError."""
+    # What was there stays until the new one is on the disk, whatever happens.
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
@@ -215,7 +204,7 @@ def load_json(path: Path) -> dict:
         value = json.loads(path.read_bytes())
         if isinstance(value, dict):
             return value
-    raise InputError(f"{path}: not a JSON object; it is damaged, or not what it should be")
+    raise InputError(f"{path}: damaged, or not what it should be (a JSON object); make it anew")
 
 
 @contextlib.contextmanager
@@ -236,21 +225,21 @@ def sha256_of(path: Path) -> str:
 def locked(
     path: Path, folder: Path, wait: bool = False, way_out: str = "choose another --out"
 ) -> Iterator[None]:
-    """Keep other processes out of `folder` while the block runs, or until this one ends, somehow.
+    """Keep other processes out of `folder` while the block runs; a lock ends with its process.
 
-    path: the file that is locked, which is made. wait: for another process to let go, rather than
-    raise InputError with that way out. Where there are no locks (Windows, some network file
-    systems) a line says so.
+    wait: for another process to let go, rather than raise InputError with that way out.
     """
     with open(path, "a") as file:
         try:
-            if fcntl is None:
-                raise OSError("this system has none")
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            import fcntl
+
+            at_once = 0 if wait else fcntl.LOCK_NB
+            fcntl.flock(file, fcntl.LOCK_EX | at_once)
         except BlockingIOError:
             message = f"{folder}: another process is at work there; {way_out}"
             raise InputError(message) from None
-        except OSError as e:
+        except (ImportError, OSError) as e:
+            # Windows has no such locks, nor have some network file systems.
             warning = f"warning: {folder}: no lock ({e}): do not start a second run there"
             print(warning, file=sys.stderr)
         yield
@@ -259,46 +248,14 @@ def locked(
 # ---- the hub ----
 
 
-def hub_folder(name: str, patterns: list[str], kind: str = "model") -> Path:
-    """The folder of the hub's cache, named by the commit, with the files that match.
-
-    name: `pythia-70m` or `ORG/NAME@REVISION`. kind: "model" or "dataset". Raises InputError, for an
-    unknown size of Pythia without asking a network.
-    """
-    repo, _, revision = name.partition("@")
-    if "/" not in repo:
-        sizes = r"14m|31m|70m|160m|410m|1b|1\.4b|2\.8b|6\.9b|12b"
-        if not re.fullmatch(rf"pythia-({sizes})(-deduped)?", repo):
-            raise InputError(f"{name}: no such folder or model; on the hub: ORG/NAME or pythia-70m")
-        repo = f"EleutherAI/{repo}"
-    from huggingface_hub import logging, snapshot_download
+@contextlib.contextmanager
+def asking_hub(what: str, also: str = "") -> Iterator[None]:
+    """Say what comes from the hub, and raise InputError, with what helps, if it does not."""
+    from huggingface_hub import logging
     from huggingface_hub.utils import disable_progress_bars
 
     logging.set_verbosity_error()
     disable_progress_bars()  # it draws some for what is cached, too
-    try:
-        found = {"repo_type": kind, "revision": revision or None, "allow_patterns": patterns}
-        with notice(f"getting {name} from the hub"):
-            return Path(snapshot_download(repo, **found))
-    except Exception as e:  # of several libraries
-        raise InputError(f"{name}: no such folder, and {hub_fault(e)}") from None
-
-
-def files_on_hub(repo: str, revision: str | None) -> str:
-    """The first files of a data set on the hub, in words; "" where it does not tell."""
-    with contextlib.suppress(Exception):  # of several libraries
-        from huggingface_hub import HfApi
-
-        revision = revision.removeprefix("@") if revision else None
-        names = HfApi().list_repo_files(repo, repo_type="dataset", revision=revision)
-        return f"; there are {', '.join(sorted(names)[:10])}"
-    return ""
-
-
-def hub_fault(error: Exception) -> str:
-    """Why the hub did not give what was asked for, and what helps."""
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return "no room for it in the hub's cache; HF_HOME puts that elsewhere"
     log_in = "hf auth login, or HF_TOKEN in the environment"
     faults = {
         "GatedRepoError": f"the hub gives it to those who asked on its page; then {log_in}",
@@ -306,17 +263,78 @@ def hub_fault(error: Exception) -> str:
         "RevisionNotFoundError": "the hub has it, but not this revision; see its page",
         "HFValidationError": "no name on the hub looks like that; it is ORG/NAME or ORG/NAME@REV",
     }
-    for kind in type(error).__mro__:
-        if kind.__name__ in faults:
-            return faults[kind.__name__]
-    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
-        return "it is not in the hub's cache, and HF_HUB_OFFLINE is set; unset it"
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status in (401, 403):
-        return f"the hub does not let you; {log_in}, or ask for access on its page"
-    if status is None:
-        return "the hub cannot be reached, nor is it in the cache; try the network, or HF_ENDPOINT"
-    return f"the hub answered {status}; try again later"
+    try:
+        with notice(f"getting {what} from the hub"):
+            yield
+    except Exception as e:  # of several libraries
+        kinds = [kind.__name__ for kind in type(e).__mro__ if kind.__name__ in faults]
+        status = getattr(getattr(e, "response", None), "status_code", None)
+        # A file's fault, not the network's, has its name, or is one of writing to it.
+        if isinstance(e, OSError) and (e.filename or e.errno in (errno.ENOSPC, errno.EDQUOT)):
+            fault = f"the hub's cache: {e.strerror}; HF_HOME puts that elsewhere"
+        elif kinds:
+            fault = faults[kinds[0]]
+        elif os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
+            fault = "it is not in the hub's cache, and HF_HUB_OFFLINE is set; unset it"
+        elif status in (401, 403):
+            fault = f"the hub does not let you; {log_in}, or ask for access on its page"
+        elif status is None:
+            fault = "neither in the cache nor can the hub be reached; try the network, HF_ENDPOINT"
+        else:
+            fault = f"the hub answered {status}; try again later"
+        raise InputError(f"{what}: {also}{fault}") from None
+
+
+def hub_folder(name: str, patterns: list[str]) -> Path:
+    """The folder of the hub's cache, named by the commit, with a model's files that match.
+
+    name: `pythia-70m` or `ORG/NAME@REVISION`. Raises InputError.
+    """
+    repo, _, revision = name.partition("@")
+    # No network is asked for a mistyped size.
+    if "/" not in repo:
+        sizes = r"14m|31m|70m|160m|410m|1b|1\.4b|2\.8b|6\.9b|12b"
+        if not re.fullmatch(rf"pythia-({sizes})(-deduped)?", repo):
+            raise InputError(f"{name}: no such folder or model; on the hub: ORG/NAME or pythia-70m")
+        repo = f"EleutherAI/{repo}"
+    from huggingface_hub import snapshot_download
+
+    with asking_hub(name, "no such folder, and "):
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
+
+
+class HubFile(NamedTuple):
+    """A file of a data set on the hub, which comes into the hub's cache when it is first read."""
+
+    path: Path  # in the cache
+    repo: str
+    commit: str
+    name: str
+    size: int  # bytes
+
+    def __str__(self) -> str:
+        return f"hf://datasets/{self.repo}/{self.name}@{self.commit}"
+
+    def fetch(self) -> Path:
+        from huggingface_hub import hf_hub_download
+
+        if not self.path.exists():
+            with asking_hub(str(self)):
+                hf_hub_download(self.repo, self.name, repo_type="dataset", revision=self.commit)
+        return self.path
+
+
+def hub_files(repo: str, revision: str) -> list[HubFile]:
+    """The files of a data set on the hub. None of them is fetched. Raises InputError."""
+    from huggingface_hub import get_cached_repo_tree, snapshot_download
+
+    with asking_hub(f"the list of hf://datasets/{repo}{revision}"):
+        # For no pattern, this only finds the commit, and keeps the list of its files in the cache.
+        found = {"repo_type": "dataset", "revision": revision.removeprefix("@") or None}
+        folder = Path(snapshot_download(repo, allow_patterns=[], **found))
+        commit = folder.name
+        listed = get_cached_repo_tree(repo, repo_type="dataset", revision=commit)
+    return [HubFile(folder / file.path, repo, commit, file.path, file.size) for file in listed]
 
 
 # ---- tokenizer ----
@@ -325,8 +343,7 @@ def hub_fault(error: Exception) -> str:
 class Tokenizer:
     """A tokenizer.json (a file, a model's folder, or a model on the hub): text to ids and back.
 
-    Special tokens that occur in a text are plain text. Raises InputError, and OSError where there
-    is no such file.
+    Raises InputError, and OSError where there is no such file.
     """
 
     def __init__(self, file_or_name: str | Path):
@@ -344,7 +361,9 @@ class Tokenizer:
                 raise ValueError("merges with continuing_subword_prefix")  # the library would abort
             self._tokenizer = tokenizers.Tokenizer.from_str(self.json)
         except BaseException as e:  # a panic of the library's Rust is not an Exception
-            raise InputError(f"{path}: not a tokenizer.json ({str(e)[:100]})") from None
+            what = f"not a tokenizer.json ({str(e)[:100]})"
+            raise InputError(f"{path}: {what}; pythia-70m has one") from None
+        # In a text, special tokens are text.
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -352,7 +371,7 @@ class Tokenizer:
         self.vocab_size = 1 + max(vocab.values(), default=0)
         self.end_of_text = vocab.get(END_OF_TEXT)
         if self.end_of_text is None or self.vocab_size > 2**16:
-            expected = f"expected {END_OF_TEXT}, and at most 65,536 to fit uint16"
+            expected = f"expected {END_OF_TEXT}, and at most 65,536 (uint16), as pythia-70m has"
             raise InputError(f"{path}: {self.vocab_size:,} tokens; {expected}")
         self.meta = {
             "sha256": hashlib.sha256(self.json.encode()).hexdigest(),
@@ -394,28 +413,30 @@ def rank_encoding(spec: dict, tokenizer):
     merge, for alone it has no other last step.
     """
     import tiktoken
+    from tokenizers.pre_tokenizers import ByteLevel
 
     try:
         vocab = spec["model"].pop("vocab")
         merges = [m.split(" ") if isinstance(m, str) else m for m in spec["model"].pop("merges")]
         special = {token["content"] for token in spec["added_tokens"] if token["special"]}
-        added = [token for token in spec["added_tokens"] if not token["special"]]
-        # Of spaces: Pythia's tokenizer has them.
-        runs = [token["content"] for token in added if token["normalized"]]
-        known = (
-            len(runs) == len(added)
-            and is_plain_byte_level_bpe(spec, runs)
-            and merges_are_ranks(vocab, merges)
-            and tokens_encode_to_themselves(vocab, special, tokenizer)
-        )
-        if not known:
+        # What is added and not special can only be runs of spaces, which Pythia's tokenizer has.
+        runs = [token["content"] for token in spec["added_tokens"] if not token["special"]]
+        if not is_plain_byte_level_bpe(spec, runs):
             return None
-        byte_of = byte_alphabet()
+        if not ids_are_ranks(vocab, merges, special, tokenizer):
+            return None
+        # A vocabulary writes a byte as a character: printable ones as themselves, the others as
+        # the characters from U+0100 on.
+        characters = sorted(ByteLevel.alphabet())
+        printable = [ord(c) for c in characters if ord(c) < 256]
+        others = sorted(set(range(256)) - set(printable))
+        byte_of = dict(zip(characters, printable + others, strict=True))
         plain = [(token, i) for token, i in vocab.items() if token not in special]
         ranks = {bytes(byte_of[c] for c in token): i for token, i in plain}
         ranks |= {run.encode(): tokenizer.token_to_id(run) for run in runs}
     except (KeyError, TypeError, ValueError, AttributeError):  # not of the shape that is looked for
         return None
+    # tiktoken panics on a text with a byte that is no token.
     used_by_utf8 = [*range(0xC0), *range(0xC2, 0xF5)]
     if len(set(ranks.values())) < len(ranks) or not all(bytes([b]) in ranks for b in used_by_utf8):
         return None
@@ -433,52 +454,43 @@ def rank_encoding(spec: dict, tokenizer):
 
 def is_plain_byte_level_bpe(spec: dict, runs: list[str]) -> bool:
     """Whether a tokenizer.json, less its vocabulary, has nothing that ranks do not know."""
+    for token in spec["added_tokens"]:
+        if token["lstrip"] or token["rstrip"] or token["single_word"]:
+            return False
+        # What is not normalized is found in a text as it was before NFC.
+        if not token["special"] and not token["normalized"]:
+            return False
     pre = spec["pre_tokenizer"]
-    splits = (pre["type"], pre["add_prefix_space"], pre.get("use_regex", True))
-    strips = [
-        token[key] for token in spec["added_tokens"] for key in ("lstrip", "rstrip", "single_word")
-    ]
     return (
         {key: value for key, value in spec["model"].items() if value} == {"type": "BPE"}
         and spec["normalizer"] in (None, {"type": "NFC"})
-        and splits == ("ByteLevel", False, True)
+        and (pre["type"], pre["add_prefix_space"]) == ("ByteLevel", False)
+        and pre.get("use_regex", True)
         and sorted(runs) == [" " * n for n in range(2, len(runs) + 2)]
-        and not any(strips)
     )
 
 
-def merges_are_ranks(vocab: dict[str, int], merges: list) -> bool:
-    """Whether every merge makes a newer token than the merge before it, and of older tokens."""
-    made = [vocab[a + b] for a, b in merges]
-    in_order = all(older < newer for older, newer in itertools.pairwise(made))
-    return in_order and all(max(vocab[a], vocab[b]) < vocab[a + b] for a, b in merges)
-
-
-def tokens_encode_to_themselves(vocab: dict[str, int], special: set[str], tokenizer) -> bool:
-    """Whether the merges make every token of its text, but for special ones, which they do not."""
+def ids_are_ranks(vocab: dict[str, int], merges: list, special: set[str], tokenizer) -> bool:
+    """Whether every merge makes a newer token than the one before it, and all make every token."""
+    newest = -1
+    for a, b in merges:
+        made = vocab[a + b]
+        if made <= max(newest, vocab[a], vocab[b]):
+            return False
+        newest = made
     for token, i in vocab.items():
         itself = [t.id for t in tokenizer.model.tokenize(token)] == [i]
+        # Merges make all but special tokens, which no text may become.
         if itself == (token in special):
             return False
     return True
 
 
-def byte_alphabet() -> dict[str, int]:
-    """The byte that each character of a byte-level vocabulary stands for."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    # Printable bytes stand for themselves, the others are the characters from U+0100 on.
-    characters = sorted(ByteLevel.alphabet())
-    printable = [ord(c) for c in characters if ord(c) < 256]
-    others = sorted(set(range(256)) - set(printable))
-    return dict(zip(characters, printable + others, strict=True))
-
-
 # ---- data ----
-
 
 # A domain's name is part of a file's; other rows of tables have the names that are left out.
 DOMAIN = re.compile(r"(?!(?:mean|improved|worst)$)[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
+AGAIN = "remove the folder and prepare it again"
 OPEN_MAPS = 64  # files that a Data keeps open, of the 256 or 1024 that a process may have
 
 
@@ -494,29 +506,26 @@ class Data:
         self.folder = Path(folder)
         path = self.folder / "meta.json"
         if not path.is_file():
-            make = f"prepare.py --out {folder} makes one"
+            make = "prepare.py makes one in a new folder, --out"
             raise InputError(f"{folder}: not a data set (no meta.json); {make}")
         self.meta = load_json(path)
         if not is_meta(self.meta):
-            raise InputError(f"{path}: damaged, or not of format {FORMAT}; prepare the data again")
+            raise InputError(f"{path}: damaged, or not of format {FORMAT}; {AGAIN}")
         for name, file in self.meta["files"].items():
             bin_path = self.folder / f"{name}.bin"
             size = 2 * file["tokens"]
             if not bin_path.is_file() or bin_path.stat().st_size != size:
-                raise InputError(f"{bin_path}: missing, or not of {size:,} bytes; prepare it again")
+                raise InputError(f"{bin_path}: missing, or not of {size:,} bytes; {AGAIN}")
         self.domains: list[str] = sorted({name.rpartition(".")[0] for name in self.meta["files"]})
         self.vocab_size: int = self.meta["tokenizer"]["vocab_size"]
         hashes = [(name, file["sha256"]) for name, file in sorted(self.meta["files"].items())]
-        digest = hashlib.sha256(json.dumps(hashes).encode())
-        self.identity = digest.hexdigest()[:16]  # changes when any token does
-        self._map = functools.lru_cache(OPEN_MAPS)(self._open)
-
-    def _open(self, domain: str, split: str) -> np.memmap:
-        return np.memmap(self.folder / f"{domain}.{split}.bin", dtype="<u2", mode="r")
+        # Changes when any token does.
+        self.identity = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]
+        self._map = functools.lru_cache(OPEN_MAPS)(np.memmap)
 
     def tokens(self, domain: str, split: str) -> np.memmap:
         """The documents in a row, each ended by the end-of-text id: (n,) uint16, read-only."""
-        return self._map(domain, split)
+        return self._map(self.folder / f"{domain}.{split}.bin", "<u2", "r")
 
     def size(self, domain: str, split: str) -> dict:
         """The split's number of documents, tokens and UTF-8 bytes of text, and its sha256."""
@@ -527,7 +536,7 @@ class Data:
         tokens = self.size(domain, split)["tokens"]
         if seq_len < 1 or tokens <= seq_len:
             which = f"{domain}'s {split} split, which has {tokens:,} tokens"
-            raise InputError(f"--seq-len {seq_len}: too long for {which}")
+            raise InputError(f"--seq-len {seq_len}: too long for {which}; take a shorter one")
         return (tokens - 1) // seq_len
 
     def window(self, domain: str, split: str, seq_len: int, number: int) -> np.ndarray:
@@ -535,9 +544,7 @@ class Data:
         start = number * seq_len
         return np.array(self.tokens(domain, split)[start : start + seq_len + 1])
 
-    def documents_of(
-        self, domain: str, split: str, seq_len: int, numbers: np.ndarray
-    ) -> np.ndarray:
+    def documents_of(self, domain: str, split: str, seq_len: int, numbers) -> np.ndarray:
         """For each of these windows (n,), the number of the document it begins in: (n,) int64."""
         tokens = self.tokens(domain, split)
         ends = np.flatnonzero(tokens == self.meta["tokenizer"]["end_of_text"])
@@ -559,42 +566,45 @@ class Data:
     def check_file(self, name: str, sha256: str) -> None:
         path = self.folder / name
         if not path.is_file() or sha256_of(path) != sha256:
-            found = "missing or damaged, not what meta.json says"
-            raise InputError(f"{path}: {found}; prepare it again")
-
-
-def has_types(record, **types: type) -> bool:
-    """Whether a value from JSON is an object, and what it has under these keys of these types."""
-    if not isinstance(record, dict):
-        return False
-    return all(type(record.get(key)) is wanted for key, wanted in types.items())
+            raise InputError(f"{path}: missing or damaged, not what meta.json says; {AGAIN}")
 
 
 def is_meta(meta: dict) -> bool:
     """Whether a meta.json has what is used of it, for every domain and split."""
-    if not has_types(meta, format=int, files=dict, tokenizer=dict) or meta["format"] != FORMAT:
+    tokenizer = {"sha256": str, "vocab_size": int, "end_of_text": int}
+    if not fits(meta, {"format": int, "tokenizer": tokenizer, "files": dict}):
         return False
-    if not has_types(meta["tokenizer"], sha256=str, vocab_size=int, end_of_text=int):
+    if not fits(meta.get("fractions", {"val": 0.1, "test": 0.1}), {"val": float, "test": float}):
         return False
     domains = {name.rpartition(".")[0] for name in meta["files"]}
     expected = {f"{domain}.{split}" for domain in domains for split in SPLITS}
-    if not domains or set(meta["files"]) != expected or not all(map(DOMAIN.fullmatch, domains)):
+    if meta["format"] != FORMAT or not domains or set(meta["files"]) != expected:
         return False
     for file in meta["files"].values():
-        if not has_types(file, documents=int, tokens=int, bytes=int, sha256=str):
+        if not fits(file, {"documents": int, "tokens": int, "bytes": int, "sha256": str}):
             return False
-        if file["tokens"] < 1 or file["bytes"] < 1:
+        # An empty split would be divided by.
+        if min(file["tokens"], file["bytes"]) < 1:
             return False
-    return True
+    return all(map(DOMAIN.fullmatch, domains))
+
+
+def fits(value, shape: dict | type) -> bool:
+    """Whether a value from JSON is of a type or, of an object, its values are of these types."""
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(fits(value.get(k), v) for k, v in shape.items())
+    return type(value) is shape
 
 
 # ---- sources to documents ----
 
-
 READABLE = re.compile(r"\.(txt|jsonl|ndjson|json)(\.gz|\.zst)?$|\.parquet$")
 BLOCK = 2**20  # bytes of text, about, that are read or handed to a worker at a time
 LONGEST = 2**24  # bytes of the longest document
-Sources = dict[str | None, list[Path]]  # files by domain; None: their records name the domain
+POINTER = "version https://git-lfs"  # how a file begins that only stands for another
+PULL = "it stands for a file that Git LFS keeps: git lfs pull"
+# Files by domain; None: their records name the domain.
+Sources = dict[str | None, list[Path | HubFile]]
 
 
 class Document(NamedTuple):
@@ -605,50 +615,69 @@ class Document(NamedTuple):
     split: str = ""
 
 
-class BadLine(NamedTuple):
-    """A line or row of a source that makes no document; `domain`: of the source, if it has one."""
+class LeftOut(NamedTuple):
+    """What goes into no bin: it is "bad" (then with an error's message), "empty" or "duplicate"."""
 
     domain: str | None
-    path: Path
-    number: int
-    why: str
+    reason: str
+    message: str = ""
 
 
-def ending(path: Path) -> str:
+def ending(file: Path | HubFile) -> str:
     """A file's kind, by its name: ".jsonl.gz", ".txt", …; "" for what is not read."""
-    match = READABLE.search(path.name.lower())
+    match = READABLE.search(file.name.lower())
     return match[0] if match else ""
 
 
-def is_txt(path: Path) -> bool:
-    """Whether a file is one document."""
-    return ending(path).startswith(".txt")
+def size_of(file: Path | HubFile) -> int:
+    return file.size if isinstance(file, HubFile) else file.stat().st_size
 
 
-def source_files(source: str) -> list[Path]:
+def source_files(source: str) -> list[Path | HubFile]:
     """The files of a path, a folder and all below it, a glob or hf://datasets/ORG/NAME/GLOB@REV."""
     hub = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)/([^@]+)(@[^@]+)?", source)
     if source.startswith("hf:") and not hub:
         raise InputError(f"{source}: expected hf://datasets/ORG/NAME/GLOB, perhaps with @REVISION")
+    path = Path(source)
+    pattern = source
+    there = ""
     if hub:
-        folder = hub_folder(hub[1] + (hub[3] or ""), [hub[2]], "dataset")
-        pattern = f"{glob.escape(str(folder))}/{hub[2]}"
-    elif Path(source).is_dir():
+        repo, pattern, revision = hub.groups(default="")
+        listed = hub_files(repo, revision)
+        there = f"; there are {', '.join(sorted(file.name for file in listed)[:10])}"
+        found = [file for file in listed if matches(file.name.split("/"), pattern.split("/"))]
+    elif path.is_dir():
         pattern = f"{glob.escape(source)}/**"
-    elif Path(source).exists():  # whatever characters it has in its name
+    elif path.exists():  # whatever characters it has in its name
         pattern = glob.escape(source)
-    else:
-        pattern = source
-    found = [Path(path) for path in glob.glob(pattern, recursive=True)]
-    files = sorted(path for path in found if ending(path))
+    if not hub:
+        found = [
+            file for file in map(Path, glob.glob(pattern, recursive=True)) if not file.is_dir()
+        ]
+    files = sorted(file for file in found if ending(file))
+    if not files and path.is_file():
+        kind = "".join(path.suffixes[-2:]) or "without an ending"
+        raise InputError(f"{source}: {kind} is not read; make it .jsonl, .txt or .parquet")
     if not files:
-        if Path(source).is_file():
-            kind = Path(source).suffix or "without an ending"
-            raise InputError(f"{source}: {kind} is not read; make it .jsonl, .txt or .parquet")
         known = ".txt, .jsonl, .ndjson, .json (these also with .gz or .zst) or .parquet"
-        there = files_on_hub(hub[1], hub[3]) if hub else ""
         raise InputError(f"{source}: no file there that ends in {known}{there}")
+    # Text of another kind, for one, would be missed only much later.
+    if path.is_dir():
+        unread = {file for file in path.rglob("*") if file.is_file()} - set(files)
+        kinds = Counter(file.suffix or "no ending" for file in sorted(unread))
+        if kinds:
+            counts = ", ".join(f"{n:,} {kind}" for kind, n in kinds.items())
+            tell(f"{source}: not read: {counts} (hidden, or of another kind)")
     return files
+
+
+def matches(name: list[str], pattern: list[str]) -> bool:
+    """Whether a glob matches a file on the hub as it does one on a disk; both come in parts."""
+    if not pattern:
+        return not name
+    if pattern[0] == "**":  # any number of folders
+        return any(matches(name[i:], pattern[1:]) for i in range(len(name) + 1))
+    return bool(name) and fnmatchcase(name[0], pattern[0]) and matches(name[1:], pattern[1:])
 
 
 class Gunzip(io.RawIOBase):
@@ -657,7 +686,7 @@ class Gunzip(io.RawIOBase):
     def __init__(self, path: Path, file):
         self.path = path
         self.stream = gzip.GzipFile(fileobj=file)
-        self.is_sound = False  # so far
+        self.begins_well = file.peek(2)[:2] == b"\x1f\x8b"
 
     def readable(self) -> bool:
         return True
@@ -667,149 +696,157 @@ class Gunzip(io.RawIOBase):
             content = self.stream.read1(len(buffer))
         except gzip.BadGzipFile as e:
             # A checksum that fails is another matter.
-            if not self.is_sound or not str(e).startswith("Not a gzipped file"):
+            if not self.begins_well or not str(e).startswith("Not a gzipped file"):
                 raise
             tell(f"warning: {self.path}: what follows its packed text is no gzip, and left out")
             self.stream = io.BytesIO()
             return 0
-        self.is_sound = True
         buffer[: len(content)] = content
         return len(content)
-
-
-def unpacked(path: Path, file):
-    """The open file, or a stream that unpacks it where its name says that it is packed."""
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        return io.BufferedReader(Gunzip(path, file), 2**17)
-    if suffix == ".zst":
-        if sys.version_info >= (3, 14):
-            from compression import zstd
-        else:
-            from backports import zstd
-        # Public dumps are packed with windows of up to 2^31 bytes.
-        return zstd.ZstdFile(file, options={zstd.DecompressionParameter.window_log_max: 31})
-    return file
-
-
-def lines_of(stream) -> Iterator[bytes]:
-    """The lines of a stream; of one longer than LONGEST, as much as shows that it is."""
-    while line := stream.readline(LONGEST + 1):
-        yield line
-        while len(line) > LONGEST and not line.endswith(b"\n"):
-            line = stream.readline(LONGEST + 1)
 
 
 def records(path: Path, file, keys: list[str]) -> Iterator[bytes | dict]:
     """The lines of an open file as bytes, of which a .txt has one; a .parquet's rows as dicts.
 
-    keys: the columns that are needed. Raises InputError where it cannot be read to its end.
+    keys: the columns that are needed. Raises InputError if it cannot be read to its end.
     """
+    kind = ending(path)
+    library = ""
+    stream = file
     try:
-        if ending(path) == ".parquet":
+        if kind == ".parquet":
+            library = "pyarrow"
             from pyarrow.parquet import ParquetFile
 
-            for batch in ParquetFile(file).iter_batches(16, columns=keys):
+            parquet = ParquetFile(file)
+            # Where a column is missing, an error is to tell of the others.
+            there = {*parquet.schema_arrow.names}
+            if not all(key in there or key.split(".")[0] in there for key in keys):
+                keys = None
+            for batch in parquet.iter_batches(16, columns=keys):
                 yield from batch.to_pylist()
-        elif is_txt(path):
-            yield unpacked(path, file).read(LONGEST + 1)
-        else:
-            yield from lines_of(unpacked(path, file))
+            return
+        if kind.endswith(".gz"):
+            stream = io.BufferedReader(Gunzip(path, file), 2**17)
+        elif kind.endswith(".zst"):
+            library = "backports.zstd"
+            if sys.version_info >= (3, 14):
+                from compression import zstd
+            else:
+                from backports import zstd
+            # Public dumps are packed with windows of up to 2^31 bytes.
+            options = {zstd.DecompressionParameter.window_log_max: 31}
+            stream = zstd.ZstdFile(file, options=options)
+        if kind.startswith(".txt"):
+            yield stream.read(LONGEST + 1)
+            return
+        while line := stream.readline(LONGEST + 1):
+            yield line
+            # Of a longer line, that much shows that it is; the rest is not kept in memory.
+            while len(line) > LONGEST and not line.endswith(b"\n"):
+                line = stream.readline(LONGEST + 1)
     except Exception as e:  # of many libraries
-        way_out = way_out_of(path, e)
+        with open(path, "rb") as again:
+            is_pointer = again.read(40).startswith(POINTER.encode())
+        way_out = "get it again or, if it is of another kind, give it that one's ending"
+        if isinstance(e, ImportError):
+            way_out = f"pip install {library}"
+        elif isinstance(e, MemoryError) or "not enough memory" in str(e):
+            way_out = "free some memory"
+        elif is_pointer:
+            way_out = PULL
         reason = str(e)[:200] or type(e).__name__
         raise InputError(f"{path}: cannot be read to its end: {reason}; {way_out}") from None
-
-
-def way_out_of(path: Path, error: Exception) -> str:
-    """What helps against an error in reading a file."""
-    if isinstance(error, ImportError):
-        library = "pyarrow" if ending(path) == ".parquet" else "backports.zstd"
-        return f"pip install {library}"
-    if isinstance(error, MemoryError) or "not enough memory" in str(error):
-        return "free some memory"
-    with open(path, "rb") as file:
-        if file.read(40).startswith(b"version https://git-lfs"):
-            return "it stands for a file that Git LFS keeps: git lfs pull"
-    return "get it again"
 
 
 def look_up(record: dict, key: str) -> str:
     """The string under a key, or under a path of keys joined by dots. Raises ValueError."""
     if not isinstance(record, dict):
-        raise ValueError("no object; a line is one, as jq -c '.[]' writes them")
-    value = record
+        way_out = "jq -c '.[]' takes a list apart, jq -c '{text: .}' makes an object of a string"
+        raise ValueError(f"no object; a line is one: {way_out}")
+    path = key.split(".")
     if key in record:
-        value = record[key]
-    else:
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
+        path = [key]
+    value = record
+    for part in path:
+        if not isinstance(value, dict):
+            value = {}
+        value = value.get(part)
     if not isinstance(value, str):
         keys = ", ".join(map(repr, list(record)[:10]))
-        raise ValueError(f"no text under {key!r}; there are {keys or 'no keys'}")
+        ways = "--text-key and --domain-key take others"
+        raise ValueError(f"no text under {key!r}; there are {keys or 'no keys'}; {ways}")
     value.encode()  # raises UnicodeEncodeError, a ValueError, for a lone surrogate
     return value
 
 
-def record_of(line: bytes | dict, path: Path, number: int, text_key: str) -> dict:
-    """Line `number` of a file, or a row, as a record; a .txt is the text of one.
-
-    Raises ValueError and RecursionError.
-    """
-    if isinstance(line, dict):
-        return line
-    if len(line) > LONGEST:
-        raise ValueError(f"longer than {LONGEST:,} bytes")
-    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-    if text.startswith("version https://git-lfs"):
-        raise ValueError("it stands for a file that Git LFS keeps: git lfs pull")
-    if is_txt(path):
-        return {text_key: text}
-    if text.strip() in ("{", "["):
-        raise ValueError("JSON over many lines; a line is an object, as jq -c . writes them")
-    return json.loads(text)
+def document_of(
+    line: bytes | dict, path: Path, number: int, domain: str | None, text_key: str, domain_key: str
+) -> Document | LeftOut | None:
+    """The document in line, or row, `number` of a file; None for a blank line."""
+    is_txt = ending(path).startswith(".txt")
+    try:
+        record = line
+        if isinstance(line, bytes):
+            if not line.strip() and not is_txt:
+                return None
+            if len(line) > LONGEST:
+                raise ValueError(f"longer than {LONGEST:,} bytes")
+            text = line.decode()
+            if number == 1:  # which some editors begin with a mark of the order of bytes
+                text = text.removeprefix("\ufeff")
+            if text.startswith(POINTER):
+                raise ValueError(PULL)
+            if text.strip() in ("{", "[") and not is_txt:
+                way_out = "a line is an object, as jq -c . or, of a list, jq -c '.[]' writes it"
+                raise ValueError(f"JSON over many lines; {way_out}")
+            record = {text_key: text}
+            if not is_txt:
+                record = json.loads(text)
+        label = domain
+        if domain_key:
+            label = look_up(record, domain_key)
+            domain_named(label, by_record=True)  # or it is a bad line
+        return Document(label, look_up(record, text_key))
+    except (ValueError, RecursionError, InputError) as e:
+        why = str(e)
+        if type(e) not in (ValueError, InputError):
+            why = f"{type(e).__name__}: {e}"
+        message = f"{path}:{number}: {why[:300]}; --max-bad N lets N such lines pass"
+        return LeftOut(domain, "bad", message)
 
 
 def read(
     sources: Sources, text_key: str, domain_key: str | None, full: set[str] = frozenset()
-) -> Iterator[Document | BadLine]:
-    """Every document of the sources, while a bar counts bytes.
+) -> Iterator[Document | LeftOut]:
+    """Every document of the sources, and every line that should hold one, while a bar counts bytes.
 
-    full: domains that are read no further, as soon as they are in it.
+    full: domains that are read no further, from when they are in it.
     """
-    keys = [text_key, domain_key] if domain_key else [text_key]
-    files = [(domain, path) for domain, paths in sources.items() for path in paths]
-    total = sum(path.stat().st_size for _, path in files)
-    done = 0  # bytes, of the files before this one
-    with Bar("read", total, "B") as bar:
-        for domain, path in files:
+    keys = list(filter(None, [text_key, domain_key]))
+    files = [(domain, file) for domain, files in sources.items() for file in files]
+    done = 0  # bytes, to the end of this file
+    with Bar("read", sum(size_of(file) for _, file in files), "B") as bar:
+        for domain, source in files:
+            start = done
+            done += size_of(source)
+            # One file at a time comes from the hub, and none for a domain that has enough.
+            if domain in full:
+                continue
+            path = source
+            if isinstance(source, HubFile):
+                path = source.fetch()
             with open(path, "rb") as file:
                 for number, line in enumerate(records(path, file, keys), 1):
                     if domain in full:
                         break
-                    bar.to(done + file.tell(), domain or path.name)
-                    if not is_txt(path) and isinstance(line, bytes) and not line.strip():
-                        continue
-                    try:
-                        record = record_of(line, path, number, text_key)
-                        text = look_up(record, text_key)
-                        label = look_up(record, domain_key) if domain_key else domain
-                        yield Document(label, text)
-                    except (ValueError, RecursionError) as e:
-                        kind = "" if type(e) is ValueError else f"{type(e).__name__}: "
-                        yield BadLine(domain, path, number, f"{kind}{e}"[:300])
-            done += path.stat().st_size
+                    bar.to(start + file.tell(), domain or path.name)
+                    item = document_of(line, path, number, domain, text_key, domain_key)
+                    if item:
+                        yield item
 
 
 # ---- splits ----
-
-
-class LeftOut(NamedTuple):
-    """What goes into no bin: it is "bad" (then with an error's message), "empty" or "duplicate"."""
-
-    domain: str | None
-    reason: str
-    message: str = ""
 
 
 def hash_of(text: str) -> int:
@@ -829,48 +866,47 @@ def split_of(key: int, fractions: dict[str, float]) -> str:
 
 def domain_named(label: str, by_record: bool) -> str:
     """A domain's name: as given or, if records name it, made fit for a file. Raises InputError."""
-    domain = re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_") if by_record else label
+    domain = label
+    if by_record:
+        domain = re.sub(r"[^a-z0-9]+", "_", label.lower()).strip("_")
     if not DOMAIN.fullmatch(domain):
-        use = "use A-Z a-z 0-9 - _ (not mean, improved, worst)"
+        use = "use A-Z a-z 0-9 - _ (100 at most; not mean, improved, worst)"
         raise InputError(f"{label[:100]!r} cannot be a domain; {use}")
     return domain
 
 
 def place(
-    documents: Iterable[Document | BadLine], fractions: dict[str, float], by_record: bool = False
+    documents: Iterable[Document | LeftOut], fractions: dict[str, float], by_record: bool = False
 ) -> Iterator[list[Document | LeftOut]]:
     """Documents with their splits, less empty and duplicate ones, in lists of some BLOCK of text.
 
-    Duplicates are told within a domain, by a 64-bit hash of every document that is kept in memory.
-    Raises InputError for a name that cannot be a domain's, and for two that not every disk tells
-    apart.
+    Raises InputError for domains whose names are unfit.
     """
     batch = []
     size = 0  # of its text, about
     labels: dict[str, str] = {}  # by name of the domain in lower case
+    # Of every document a hash of 64 bits is kept in memory, not its text.
     seen: dict[str, set[int]] = defaultdict(set)
-    for document in documents:
-        if isinstance(document, BadLine):
-            where = f"{document.path}:{document.number}"
-            message = f"{where}: {document.why}; --max-bad N lets N such lines pass"
-            batch.append(LeftOut(document.domain, "bad", message))
-        else:
-            label, text, _ = document
+    for item in documents:
+        size += 100  # what holds no text takes memory too
+        if isinstance(item, Document):
+            label, text, _ = item
             domain = domain_named(label, by_record)
+            # Not every disk tells upper case from lower.
             known = labels.setdefault(domain.lower(), label)
             if known != label:
                 both = f"{known!r} and {label!r} would both be called {domain.lower()}"
                 raise InputError(f"{both}; rename one of them")
             key = hash_of(text)
             if not text.strip():
-                batch.append(LeftOut(domain, "empty"))
+                item = LeftOut(domain, "empty")
             elif key in seen[domain]:
-                batch.append(LeftOut(domain, "duplicate"))
+                item = LeftOut(domain, "duplicate")
             else:
-                batch.append(Document(domain, text, split_of(key, fractions)))
+                item = Document(domain, text, split_of(key, fractions))
                 seen[domain].add(key)
                 size += len(text)
-        size += 100  # what holds no text takes memory too
+        batch.append(item)
         if size >= BLOCK:
             yield batch
             batch = []
@@ -880,9 +916,9 @@ def place(
 
 # ---- the sample ----
 
-
-SAMPLE_DOMAINS = ("cpp", "docstrings", "manual", "python", "stubs")
-SAMPLE_FILES = {  # packages, folders of one, or a module in the folder that is meant; and a pattern
+# Packages, folders of one, or a module in the folder that is meant; and a pattern. One domain more
+# is Python's manual.
+SAMPLE_FILES = {
     "cpp": (["torch/include"], "*.h"),
     "docstrings": (["numpy", "torch"], "*.py"),
     "python": (["argparse"], "*.py"),
@@ -890,8 +926,29 @@ SAMPLE_FILES = {  # packages, folders of one, or a module in the folder that is 
 }
 
 
-def installed_files(packages: list[str], pattern: str) -> Iterator[Path]:
-    """The files below installed packages, in an order that is mixed, and the same everywhere."""
+def pieces_of(text: str) -> Iterator[str]:
+    """A text cut, at blank lines before unindented ones, into pieces of about 4096 characters."""
+    piece = ""
+    for block in re.split(r"(?<=\n)\n+(?=\S)", text):
+        if piece and len(piece) + len(block) > 4096:
+            yield piece
+            piece = block
+        elif piece:
+            piece += f"\n{block}"
+        else:
+            piece = block
+    yield piece
+
+
+def sample_texts(domain: str) -> Iterator[str]:
+    """The texts of a sample domain, from files that every installation of the requirements has."""
+    if domain == "manual":
+        from pydoc_data.topics import topics
+
+        for name in sorted(topics):
+            yield from pieces_of(topics[name])
+        return
+    packages, pattern = SAMPLE_FILES[domain]
     found = []
     for number, package in enumerate(packages):
         name, _, below = package.partition("/")
@@ -901,63 +958,41 @@ def installed_files(packages: list[str], pattern: str) -> Iterator[Path]:
             # Of the standard library, neither what pip put there nor the manual once more.
             if not re.match("site-packages|pydoc_data", relative):
                 found.append((number, hashlib.sha256(relative.encode()).digest(), path))
+    # By a hash, the order is mixed and the same everywhere.
     for _, _, path in sorted(found):
-        yield path
-
-
-def docstrings_of(source: str) -> Iterator[str]:
-    """The docstrings of the classes and functions in Python source."""
-    with contextlib.suppress(SyntaxError):  # of a newer Python
-        for node in ast.walk(ast.parse(source)):
+        text = path.read_text(encoding="utf-8", errors="ignore")
+        if domain != "docstrings":
+            yield from pieces_of(text)
+            continue
+        nodes = deque()
+        with contextlib.suppress(SyntaxError):  # of a newer Python
+            nodes.append(ast.parse(text))
+        while nodes:
+            node = nodes.popleft()
             if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
-                text = ast.get_docstring(node)
-                if text:
-                    yield text
-
-
-def pieces_of(text: str) -> Iterator[str]:
-    """A text cut, at blank lines before unindented ones, into pieces of about 4096 characters."""
-    piece = ""
-    for block in re.split(r"(?<=\n)\n+(?=\S)", text):
-        if piece and len(piece) + len(block) > 4096:
-            yield piece
-            piece = ""
-        piece += f"\n{block}" if piece else block
-    yield piece
-
-
-def sample_texts(domain: str) -> Iterator[str]:
-    """The texts of a sample domain, from files that every installation of the requirements has."""
-    if domain == "manual":
-        from pydoc_data.topics import topics
-
-        texts = (topics[name] for name in sorted(topics))
-    else:
-        paths = installed_files(*SAMPLE_FILES[domain])
-        texts = (path.read_text(encoding="utf-8", errors="ignore") for path in paths)
-    cut = docstrings_of if domain == "docstrings" else pieces_of
-    for text in texts:
-        yield from cut(text)
+                yield ast.get_docstring(node) or ""
+            # As ast.walk, but for expressions, which are most of a tree and hold no docstring.
+            below = ast.iter_child_nodes(node)
+            nodes.extend(child for child in below if not isinstance(child, ast.expr))
 
 
 def make_sample(
     fractions: dict[str, float], max_bytes: int = 4_000_000
 ) -> tuple[list[Document], dict[str, float]]:
-    """The sample's documents, and {domain: how much of it leaks between splits}.
-
-    Left out are short texts and near-duplicates, of which more than half of the 13-grams of words
-    stood in earlier texts. What leaks is the share of the test split's distinct 13-grams that the
-    train split has too.
-    """
+    """The sample's documents, and {domain: how much of it leaks between splits}."""
     documents = []
     overlap = {}
-    for domain in SAMPLE_DOMAINS:
+    # Syntax trees are freed without it: to go through them over and over took a third of the time.
+    gc.disable()
+    for domain in sorted([*SAMPLE_FILES, "manual"]):
         seen = set()
         in_split = {split: set() for split in SPLITS}
         size = 0
         for text in sample_texts(domain):
             words = re.findall(r"\w+", text)
             grams = {hash(tuple(words[i : i + 13])) for i in range(len(words) - 12)}
+            # Boilerplate comes again and again: left out are short texts, and those of which more
+            # than half of the 13-grams of words stood in earlier ones.
             if len(text) < 200 or len(grams & seen) > len(grams) / 2:
                 continue
             seen |= grams
@@ -966,8 +1001,10 @@ def make_sample(
             size += len(text.encode())
             if size > max_bytes:
                 break
+        # What leaks is the share of the test split's 13-grams that the train split has too.
         leaked = in_split["test"] & in_split["train"]
         overlap[domain] = len(leaked) / max(1, len(in_split["test"]))
+    gc.enable()
     return documents, overlap
 
 
@@ -1018,12 +1055,13 @@ def encode_in_worker(batch: list[Document | LeftOut]) -> list[Encoded | LeftOut]
 def encode_all(
     batches: Iterator[list[Document | LeftOut]], workers: int, tokenizer: Path
 ) -> Iterator[list[Encoded | LeftOut]]:
-    """`encode` for every batch, in order, by several processes; few batches wait at a time."""
+    """`encode` for every batch, in order, by several processes."""
     if workers <= 1:
         own = Tokenizer(tokenizer)
         for batch in batches:
             yield encode(batch, own)
         return
+    # Libraries' threads do not outlive a fork.
     context = multiprocessing.get_context("spawn")
     # A few batches wait for every worker, so that memory stays bounded and none is idle.
     with ProcessPoolExecutor(workers, context, start_worker, (tokenizer,)) as pool:
@@ -1042,12 +1080,11 @@ def write_bins(
     limit_tokens: int | None,
     max_bad: int,
     full: set[str],
-) -> tuple[dict[str, dict], dict[str, int]]:
-    """Write documents to folder/DOMAIN.SPLIT.bin, which is open only while a batch is added to it.
+) -> tuple[dict[str, Counter], Counter]:
+    """Write documents to folder/DOMAIN.SPLIT.bin; domains that have limit_tokens go into `full`.
 
-    A domain that has its limit_tokens goes into `full`, and gets no more. Returns what meta.json
-    says of each file, and how many documents were left out, by reason. Raises InputError for more
-    than max_bad bad ones.
+    Returns the documents, tokens and bytes of each file, and how many documents were left out, by
+    reason. Raises InputError for more than max_bad bad ones.
     """
     files: dict[str, Counter] = {}
     left_out = Counter()
@@ -1055,6 +1092,7 @@ def write_bins(
         # What each file gets of this batch, so that none need stay open.
         contents = defaultdict(bytearray)
         for item in batch:
+            # How far other workers were ahead is to change nothing, not even what is an error.
             if item.domain in full:
                 continue
             if isinstance(item, LeftOut):
@@ -1074,60 +1112,74 @@ def write_bins(
             path = folder / f"{name}.bin"
             with naming(path), open(path, "ab") as file:
                 file.write(content)
-    return {name: dict(file) for name, file in files.items()}, dict(left_out)
+    return files, left_out
 
 
-def documents_in(files: dict[str, dict], domain: str) -> int:
-    return sum(files.get(f"{domain}.{split}", {}).get("documents", 0) for split in SPLITS)
-
-
-def leave_out_small(files: dict[str, dict], min_documents: int, folder: Path) -> int:
-    """Take domains of fewer documents out of a data set; returns how many documents they had."""
-    left_out = 0
-    for domain in {name.rpartition(".")[0] for name in files}:
-        n = documents_in(files, domain)
-        if n < min_documents:
-            left_out += n
-            for split in SPLITS:
-                del files[f"{domain}.{split}"]
-                (folder / f"{domain}.{split}.bin").unlink(missing_ok=True)
-    return left_out
-
-
-def check_no_split_is_empty(files: dict[str, dict], domains: Iterable[str | None]) -> None:
-    """Raise InputError if a split of a domain, or one of these domains, has no document."""
-    expected = [*files, *(f"{domain}.train" for domain in domains if domain)]
-    if not expected:
-        raise InputError("every split is left empty, of 0 documents; the sources hold no text")
-    for name in expected:
-        if name not in files or not files[name]["documents"]:
-            n = documents_in(files, name.rpartition(".")[0])
-            unit = "a document is in one split: cut long ones up (a paragraph each), add some"
-            way_out = f"{unit}, raise --val- and --test-fraction, or --min-documents {n + 1}"
-            raise InputError(f"{name} is left empty, of {n} documents; {way_out}")
+def check_splits(
+    folder: Path, files: dict[str, Counter], left_out: Counter, domains: Sources, least: int
+) -> None:
+    """Leave out domains of fewer documents than `least`; raise InputError for an empty split."""
+    # Those that were asked for are domains even if their sources hold nothing.
+    documents = Counter({domain: 0 for domain in domains if domain})
+    for name, file in files.items():
+        documents[name.rpartition(".")[0]] += file["documents"]
+    most = max(documents.values(), default=0)
+    for domain, n in documents.items():
+        names = [f"{domain}.{split}" for split in SPLITS]
+        if n < least:
+            left_out["in a small domain"] += n
+            for name in names:
+                files.pop(name, None)
+                (folder / f"{name}.bin").unlink(missing_ok=True)
+            continue
+        empty = [name for name in names if name not in files or not files[name]["documents"]]
+        if empty:
+            ways = "a document is in one split: cut long ones up (a paragraph each), add some"
+            ways += ", raise --limit-tokens if given or, without --add, --val- and --test-fraction"
+            if n < most:
+                ways += f"; --min-documents {n + 1} leaves the domain out"
+            raise InputError(f"{empty[0]} is left empty, of {n} documents; {ways}")
+    if not files:
+        ways = "the sources hold no text"
+        if most:
+            ways = f"--min-documents {most} leaves the largest domain"
+        raise InputError(f"every split is left empty, of {most} documents; {ways}")
 
 
 # ---- prepare ----
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> None:
-    """Train a byte-level BPE, and write its tokenizer.json."""
-    from tokenizers import ByteLevelBPETokenizer
+def make_tokenizer(
+    name: str, documents: Iterable[Document | LeftOut], fractions: dict, size: int, path: Path
+) -> Tokenizer:
+    """The tokenizer of that name, or one that is trained on the documents, written to `path`.
 
-    tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(texts, vocab_size, 0, sys.stderr.isatty(), [END_OF_TEXT])
-    tokenizer.save(str(path))
+    name: what Tokenizer takes, or train:N. size: of all the files, in bytes. Raises InputError.
+    """
+    if name.startswith("train:"):
+        size_asked = name.removeprefix("train:")
+        if not re.fullmatch(r"\d{1,9}", size_asked) or not 257 <= int(size_asked) <= 2**16:
+            raise InputError(f"--tokenizer {name}: expected train:N, for N = 257 to 65536 tokens")
+        from tokenizers import ByteLevelBPETokenizer
 
+        # It learns from the train split alone and, of much text, from one document in so many.
+        every = 1 + size // 2**27
 
-def train_texts(
-    documents: Iterable[Document | BadLine], fractions: dict[str, float], every: int
-) -> Iterator[str]:
-    """The train split's texts or, by their hash, one in so many."""
-    for document in documents:
-        if isinstance(document, Document):
-            key = hash_of(document.text)
-            if split_of(key, fractions) == "train" and key % every == 0:
-                yield document.text
+        def texts():
+            for document in documents:
+                if isinstance(document, Document):
+                    key = hash_of(document.text)
+                    if split_of(key, fractions) == "train" and key % every == 0:
+                        yield document.text
+
+        trained = ByteLevelBPETokenizer()
+        shown = sys.stderr.isatty()
+        trained.train_from_iterator(texts(), int(size_asked), 0, shown, [END_OF_TEXT])
+        trained.save(str(path))
+        name = str(path)
+    tokenizer = Tokenizer(name)
+    path.write_text(tokenizer.json, encoding="utf-8")
+    return tokenizer
 
 
 @contextlib.contextmanager
@@ -1135,7 +1187,7 @@ def staged(out: Path, name: str) -> Iterator[Path]:
     """A hidden folder beside `out`, for this process alone, which is gone when the block ends."""
     stage = out.with_name(f".{out.name}-{name}.partial")
     stage.mkdir(parents=True, exist_ok=True)
-    with locked(stage / "tokenizer.json", out):
+    with locked(stage / "tokenizer.json", out, way_out="wait for its end"):
         for leftover in stage.glob("*.bin"):  # of one that was killed
             leftover.unlink()
         try:
@@ -1144,47 +1196,54 @@ def staged(out: Path, name: str) -> Iterator[Path]:
             shutil.rmtree(stage, ignore_errors=True)
 
 
-def merged(old: dict, new: dict, out: Path) -> dict:
-    """The meta.json of a data set to which domains are added. Raises InputError for old ones."""
-    twice = old["files"].keys() & new["files"].keys()
-    if twice:
-        raise InputError(f"{out} has {min(twice)} already; --add is for other domains")
-    both = dict(old)
-    both["files"] = dict(sorted((old["files"] | new["files"]).items()))
-    both["sources"] = old.get("sources", {}) | new["sources"]
-    both["left_out"] = dict(Counter(old.get("left_out", {})) + Counter(new["left_out"]))
-    return both
-
-
 def publish(stage: Path, out: Path, meta: dict, add: bool) -> None:
-    """Make the staged folder the data set `out`, or add its domains to the one there.
-
-    All that is written is on the disk before it has its name, and meta.json is the last.
-    """
+    """Make the staged folder the data set `out`, or add its domains, if new, to the one there."""
+    added = [*(f"{name}.bin" for name in meta["files"]), "meta.json"]
     with contextlib.ExitStack() as stack:
-        bins = [f"{name}.bin" for name in meta["files"]]
         if add:  # as another process may do, too
             stack.enter_context(locked(out / "tokenizer.json", out, wait=True))
-            meta = merged(Data(out).meta, meta, out)
+            old = Data(out).meta
+            twice = old["files"].keys() & meta["files"].keys()
+            if twice:
+                raise InputError(f"{out} has {min(twice)} already; give what is added another name")
+            left_out = Counter(old.get("left_out", {})) + Counter(meta["left_out"])
+            sources = old.get("sources", {}) | meta["sources"]
+            files = dict(sorted((old["files"] | meta["files"]).items()))
+            meta = old | {"files": files, "sources": sources, "left_out": dict(left_out)}
         text = json.dumps(meta, indent=1) + "\n"
         (stage / "meta.json").write_text(text, encoding="utf-8")
+        # All that is written is on the disk before it has its name, and meta.json is the last.
         if hasattr(os, "sync"):
             os.sync()
         if add:
-            for name in (*bins, "meta.json"):
+            for name in added:
                 os.replace(stage / name, out / name)
         else:
             os.rename(stage, out)
 
 
-def vocabulary_of(tokenizer: str) -> int:
-    """The N of train:N; 0 for a tokenizer that there is already. Raises InputError."""
-    if not re.fullmatch(r"train:\d{1,9}", tokenizer):
-        return 0
-    vocab_size = int(tokenizer.removeprefix("train:"))
-    if not 257 <= vocab_size <= 2**16:
-        raise InputError(f"--tokenizer {tokenizer}: a vocabulary has 257 to 65,536 tokens")
-    return vocab_size
+def fractions_of(
+    out: Path, add: bool, val: float | None, test: float | None, is_sample: bool
+) -> dict[str, float]:
+    """The share of the documents of two splits: as given, or those of the data set to add to."""
+    # Before any work is done, it is clear that there is a place for it.
+    if add and not out.exists():
+        raise InputError(f"{out} is not there to add to; without --add it is made")
+    if add:
+        data = Data(out)
+        data.check_tokenizer()  # which is taken, too
+        return data.meta.get("fractions", {"val": 0.05, "test": 0.05})
+    if (out / "meta.json").is_file():
+        raise InputError(f"{out} exists; choose another --out, or --add domains to it")
+    if out.exists():
+        raise InputError(f"{out} exists, and is no data set; choose another --out")
+    default = 0.1 if is_sample else 0.05  # the sample is small
+    given = {"val": val, "test": test}
+    fractions = {split: default if f is None else f for split, f in given.items()}
+    if not (all(f > 0 for f in fractions.values()) and sum(fractions.values()) < 1):
+        ways = "expected both above 0, and less than 1 together"
+        raise InputError(f"--val-fraction, --test-fraction: {fractions}; {ways}")
+    return fractions
 
 
 def prepare(
@@ -1204,61 +1263,40 @@ def prepare(
 ) -> Data:
     """Write a data set to the folder `out`, or add domains to the one there. Raises InputError.
 
-    sources: None makes the sample. tokenizer: what Tokenizer takes, or train:N. domain_key: where
-    a record names its domain. fractions: of the documents. The others are the command line's. The
-    folder appears whole, at the end, or not at all.
+    sources: None makes the sample. tokenizer: what Tokenizer takes, or train:N. The others are the
+    command line's. The folder appears whole, at the end, or not at all.
     """
     out = Path(out).resolve()
-    if out.exists() and not add:
-        raise InputError(f"{out} exists; choose another --out, or --add to it")
-    if add and not out.exists():
-        raise InputError(f"{out} is not there to add to")
-    default = 0.05 if sources else 0.1  # the sample is small
-    given = {"val": val_fraction, "test": test_fraction}
-    fractions = {split: default if f is None else f for split, f in given.items()}
+    fractions = fractions_of(out, add, val_fraction, test_fraction, is_sample=not sources)
     if add:
-        fractions = Data(out).meta.get("fractions", fractions)
         tokenizer = str(out)
-    if not (all(f > 0 for f in fractions.values()) and sum(fractions.values()) < 1):
-        raise InputError(f"--val-fraction, --test-fraction: {fractions}: every split needs a share")
-    vocab_size = vocabulary_of(tokenizer)
-    sources = sources or {}
     sample = []
     overlap = {}
     if not sources:
+        sources = {}
         sample, overlap = make_sample(fractions)
 
-    def documents(full: set[str] = frozenset()) -> Iterable[Document | BadLine]:
+    def documents(full: set[str] = frozenset()) -> Iterable[Document | LeftOut]:
         return read(sources, text_key, domain_key, full) if sources else sample
 
     # The same command, after it was killed, finds its own leftovers; another one does not.
     name = hashlib.sha256(repr((sources, domain_key)).encode()).hexdigest()[:8]
     with staged(out, name) as stage:
-        path = stage / "tokenizer.json"
-        if vocab_size:
-            files = itertools.chain.from_iterable(sources.values())
-            every = 1 + sum(file.stat().st_size for file in files) // 2**27  # of much text, a part
-            train_tokenizer(train_texts(documents(), fractions, every), vocab_size, path)
-            tokenizer = path
-        loaded = Tokenizer(tokenizer)
-        path.write_text(loaded.json, encoding="utf-8")
-
+        size = sum(size_of(file) for files in sources.values() for file in files)
+        loaded = make_tokenizer(tokenizer, documents(), fractions, size, stage / "tokenizer.json")
         # From text to bins, as a stream: nothing is read before there is room for it.
         full = set()
         placed = place(documents(full), fractions, by_record=domain_key is not None)
-        encoded = encode_all(placed, workers, path)
+        encoded = encode_all(placed, workers, stage / "tokenizer.json")
         files, left_out = write_bins(stage, encoded, limit_tokens, max_bad, full)
-        small = leave_out_small(files, min_documents, stage)
-        if small:
-            left_out["in a small domain"] = small
-        check_no_split_is_empty(files, [] if min_documents else sources)
-        for file_name, file in files.items():
-            file["sha256"] = sha256_of(stage / f"{file_name}.bin")
+        check_splits(stage, files, left_out, sources, min_documents)
         # What is said of it all in meta.json, without which a folder is no data set.
         named = {d or domain_key: list(map(str, paths)) for d, paths in sources.items()}
         meta = {"format": FORMAT, "tokenizer": loaded.meta, "fractions": fractions}
-        meta |= {"overlap": overlap, "sources": named, "left_out": left_out}
-        meta["files"] = dict(sorted(files.items()))
+        meta |= {"overlap": overlap, "sources": named, "left_out": dict(+left_out), "files": {}}
+        for file_name, counts in sorted(files.items()):
+            sha256 = sha256_of(stage / f"{file_name}.bin")
+            meta["files"][file_name] = dict(counts) | {"sha256": sha256}
         publish(stage, out, meta, add)
     return Data(out)
 
@@ -1270,17 +1308,18 @@ def parse_sources(words: list[str], domain_key: str | None) -> Sources:
     """Sources as {domain: files}, or with a domain_key as {None: files}. Raises InputError."""
     sources: Sources = {}
     for word in words:
-        name, equals, path = (None, "=", word) if domain_key else word.partition("=")
-        if not equals or not path:
+        name = None
+        path = word
+        if not domain_key:
+            name, _, path = word.partition("=")
+        if not path:
             expected = "name=path, or --domain-key for records that name their domain"
             raise InputError(f"{word}: expected {expected}")
+        if name is not None:
+            domain_named(name, by_record=False)  # rather than when its text is read
+        if domain_key and re.match(r"[\w-]+=", path) and not glob.glob(path):
+            raise InputError(f"{path}: with --domain-key a source has no name; give its path alone")
         sources.setdefault(name, []).extend(source_files(path))
-        if Path(path).is_dir():
-            files = [file for file in Path(path).rglob("*") if file.is_file()]
-            unread = Counter(file.suffix or "no ending" for file in files if not ending(file))
-            if unread:
-                kinds = ", ".join(f"{n:,} {kind}" for kind, n in unread.items())
-                tell(f"{path}: not read: {kinds}")
     return sources
 
 
@@ -1312,10 +1351,9 @@ def main():
             raise InputError(f"--{option} {vars(args)[name]}: expected at least {low}")
     if args.add and not args.sources:
         raise InputError("--add: name the sources to add")
-    if args.add and args.tokenizer:
-        raise InputError("--add: the data set's own tokenizer is taken; leave --tokenizer out")
-    if args.add and (args.val_fraction or args.test_fraction):
-        raise InputError("--add: the data set's own fractions are taken; leave them out")
+    if args.add and (args.tokenizer or args.val_fraction or args.test_fraction):
+        own = "the data set's tokenizer and its own fractions are taken"
+        raise InputError(f"--add: {own}; leave --tokenizer, --val-fraction, --test-fraction out")
     if args.sources and not args.add and not args.tokenizer:
         ways = "pythia-70m is Pythia's, train:4096 trains one, --add takes a data set's own"
         raise InputError(f"name a --tokenizer: {ways}")

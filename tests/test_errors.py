@@ -156,6 +156,7 @@ def files_of(domain: str, **changes) -> dict:
         files_of("../../x"),
         {"tokenizer": None},
         {"tokenizer": {"vocab_size": "x"}},
+        {"fractions": {"val": "x", "test": 0.1}},
     ],
 )
 def test_a_meta_json_that_is_none(data, tmp_path, change):

@@ -5,6 +5,7 @@ FUZZ=100 in the environment draws a hundred times as many examples.
 """
 
 import contextlib
+import gzip
 import io
 import json
 import os
@@ -27,7 +28,7 @@ from test_mixture import T, drawn
 from test_prepare import SOURCES, TEXTS, zstd
 
 from model import Config, GPTNeoX, load, save
-from prepare import Document, cli, place, read
+from prepare import Document, cli, parse_sources, place, prepare, read
 from train import Mixture, micro_batches, sequences_of_step, times_seen
 
 
@@ -52,8 +53,8 @@ def new_folder():
         yield Path(name)
 
 
-def outcome(call):
-    """What the call returns; None if it ends as a script does on bad input."""
+def outcome(call, said: list[str] | None = None):
+    """What the call returns; None if it ends as a script does on bad input, which said is told."""
     result = []
     err = io.StringIO()
     try:
@@ -63,6 +64,8 @@ def outcome(call):
         line, *more = err.getvalue().splitlines()
         assert e.code == 2 and line.startswith("error: ") and len(line.split()) > 3, line
         assert not more
+        if said is not None:
+            said.append(line)
         return None
     return result[0]
 
@@ -274,7 +277,108 @@ def test_a_damaged_text_is_itself_or_no_document(d):
     try:
         assert document == ("a", content.decode("utf-8-sig"), "")
     except UnicodeDecodeError as e:
-        assert str(e) in document.why
+        assert str(e) in document.message
+
+
+GARBAGE = b"no such format"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+LABELS = ["a", "A", "b c", "../b", "mean", "", "\u65e5\u672c", "\ud800", 7, None, ["a"], {"a": 1}]
+STEMS = [
+    b"a",
+    b"caf\xe9",
+    "日本 🙂".encode(),
+    b"[0]",
+    b"*",
+    b"a b",
+    b"=",
+    b"a\nb",
+    b".a",
+    b"a.",
+    b"-",
+]
+FOLDERS = [b"", b"", b"sub/", b"A.jsonl/", b".hidden/", b"[a]/caf\xe9/"]
+KINDS = [b".jsonl", b".JSON", b".ndjson", b".txt", b".Txt", b".jsonl.gz", b".TXT.GZ"]
+OTHER_KINDS = [b"", b".md", b".jsonl.bak", b".gz", b".caf\xe9"]
+
+
+@st.composite
+def lines(draw) -> list[bytes]:
+    """Lines of which some are records, of the keys "text" and "set", and some nearly are."""
+    texts = st.sampled_from(TEXTS) | st.text(max_size=4) | VALUES
+    record = st.fixed_dictionaries({}, optional={"text": texts, "set": st.sampled_from(LABELS)})
+    pieces = [piece for piece in PIECES if b"\n" not in piece]
+    values = (record | record | VALUES).map(lambda value: json.dumps(value).encode())
+    return draw(st.lists(values | st.sampled_from([b"", b" ", *pieces]), max_size=6))
+
+
+@st.composite
+def sources(draw) -> tuple[bytes, bytes, int | None]:
+    """A file's name, its content, and how many documents it gives: None, if it cannot be read."""
+    folder = draw(st.sampled_from(FOLDERS))
+    kind = draw(st.sampled_from(KINDS + OTHER_KINDS))
+    name = folder + draw(st.sampled_from(STEMS)) + kind
+    content = b"\n".join(draw(lines()))
+    content = draw(st.sampled_from([content, content, content, b"", POINTER]))
+    given = sum(bool(line.strip()) for line in content.split(b"\n"))
+    if kind.lower().startswith(b".txt"):
+        given = 1
+    if kind.lower().endswith(b".gz"):
+        packed = gzip.compress(content, mtime=0)
+        content = draw(st.sampled_from([packed, packed, packed + GARBAGE, GARBAGE, POINTER]))
+        if not content.startswith(packed):
+            given = None
+    # What a glob does not find, or has another ending, is not read.
+    if kind in OTHER_KINDS or b"/." in b"/" + name:
+        given = 0
+    return name, content, given
+
+
+@fuzz(300)
+@given(st.lists(sources(), max_size=4), st.booleans(), st.booleans())
+def test_any_folder_makes_a_sound_data_set_of_all_it_holds_or_one_line_that_names_its_source(
+    data, files, by_record, strict
+):
+    good = [{"text": f"{i} is good", "set": "a"} for i in range(60)]
+    lines = "".join(json.dumps(record) + "\n" for record in good)
+    with new_folder() as folder:
+        source = folder / "source"
+        source.mkdir()
+        (source / "good.jsonl").write_text(lines)
+        given = [60]
+        paths = [source]
+        for name, content, documents in files:
+            path = Path(os.fsdecode(os.path.join(os.fsencode(source), name)))
+            with contextlib.suppress(FileExistsError, NotADirectoryError, IsADirectoryError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with open(path, "xb") as file:
+                    file.write(content)
+                paths.append(path)
+                given.append(documents)
+
+        options = {"val_fraction": 0.2, "test_fraction": 0.2, "min_documents": 9}
+        options["max_bad"] = 0 if strict else 10**6
+        word = str(source) if by_record else f"a={source}"
+        options["domain_key"] = "set" if by_record else None
+        said = []
+
+        def make():
+            found = parse_sources([word], options["domain_key"])
+            return prepare(folder / "d", found, str(data.folder), **options)
+
+        made = outcome(make, said)
+        if made is None:
+            names = [" ".join(str(path).split()) for path in paths]
+            both = "would both be called a;" in said[0]  # "a" and "A"
+            assert both or any(f"{name}:" in said[0] for name in names), said
+            assert [path.name for path in folder.iterdir()] == ["source"]
+            assert both or strict or None in given
+        else:
+            made.check()
+            left_out = made.meta["left_out"]
+            kept = sum(file["documents"] for file in made.meta["files"].values())
+            assert kept + sum(left_out.values()) == sum(given)
+            assert not (strict and "bad" in left_out)
+            assert sorted(path.name for path in folder.iterdir()) == ["d", "source"]
 
 
 # ---- models ----

@@ -1,5 +1,6 @@
 """Models, tokenizers and data sets by name, from a hub that is served on loopback."""
 
+import glob
 import hashlib
 import json
 import re
@@ -11,7 +12,7 @@ import pytest
 from conftest import SMALL, Run, ends_well, fails, made_documents, options, write_jsonl
 from transformers import AutoModelForCausalLM
 
-from prepare import SPLITS, Data
+from prepare import SPLITS, Data, matches
 
 MODEL = "models/EleutherAI/pythia-14m"
 
@@ -250,14 +251,16 @@ def test_a_data_set_on_the_hub(hub, run, tmp_path):
     ends_well(prepare("d", "a-*.jsonl"))
     made = Data(tmp_path / "d")
     assert sum(made.size("a", split)["documents"] for split in SPLITS) == 200
-    paths = made.meta["sources"]["a"]
-    assert [path.partition("/data/")[2] for path in paths] == ["a-0.jsonl", "a-1.jsonl"]
-    assert all(commit_of("datasets/ORG/texts") in path for path in paths)
+    commit = commit_of("datasets/ORG/texts")
+    names = [f"hf://datasets/ORG/texts/data/a-{i}.jsonl@{commit}" for i in (0, 1)]
+    assert made.meta["sources"]["a"] == names  # which can be given again
     assert hub.downloads("data/other.jsonl") == []
 
     ends_well(prepare("e", "a-*.jsonl", HF_HUB_OFFLINE="1"))
     assert Data(tmp_path / "e").identity == made.identity
     there = "there are data/a-0.jsonl, data/a-1.jsonl, data/other.jsonl"
+    ends_well(prepare("g", f"a-*.jsonl@{commit}"))
+    assert Data(tmp_path / "g").identity == made.identity
     fails(prepare("f", "b-*.jsonl").end(), "b-*.jsonl", "no file there", there)
     fails(prepare("f", "a-*.jsonl@v9").end(), "v9")
     elsewhere = [
@@ -265,3 +268,82 @@ def test_a_data_set_on_the_hub(hub, run, tmp_path):
         *options(out=tmp_path / "f", tokenizer="x.json"),
     ]
     fails(run("prepare", *elsewhere).end(), "expected hf://datasets/ORG/NAME/GLOB")
+
+
+@pytest.fixture
+def shelf(hub, tmp_path) -> list[Path]:
+    """Three files of ORG/large on the hub, of more text than is read at a time."""
+    folder = tmp_path / "shelf" / "data"
+    folder.mkdir(parents=True)
+    hub.repos["datasets/ORG/large"] = {"main": folder.parent}
+    texts = [text * 60 for text in made_documents("prose", 240)]
+    return [write_jsonl(folder / f"{i}.jsonl", texts[i::3]) for i in range(3)]
+
+
+def large(out: Path, tokenizer="pythia-14m", **more) -> list[str]:
+    source = "a=hf://datasets/ORG/large/data/*.jsonl"
+    return [source, *options(out=out, tokenizer=tokenizer, **more), *FRACTIONS]
+
+
+def test_files_on_the_hub_come_one_after_the_other_and_none_behind_the_limit(
+    hub, run, tmp_path, shelf
+):
+    [printed] = ends_well(run("prepare", *large(tmp_path / "part", limit_tokens=100_000)))
+    assert len(hub.downloads("data/0.jsonl")) == 1
+    assert not [request for request in hub.requests if request.endswith(("/1.jsonl", "/2.jsonl"))]
+    assert printed.count("getting hf://datasets/ORG/large/data/0.jsonl@") == 1
+    assert "/1.jsonl" not in printed
+
+    # Without the limit, what is in the cache is not fetched again.
+    ends_well(run("prepare", *large(tmp_path / "whole")))
+    assert [len(hub.downloads(f"data/{i}.jsonl")) for i in range(3)] == [1, 1, 1]
+    local = [f"a={shelf[0].parent}", *large(tmp_path / "local")[1:]]
+    ends_well(run("prepare", *local))
+    assert Data(tmp_path / "whole").identity == Data(tmp_path / "local").identity
+
+
+def test_offline_what_is_not_in_the_cache_is_named_and_not_left_out(run, tmp_path, shelf):
+    ends_well(run("prepare", *large(tmp_path / "part", limit_tokens=100_000)))
+    again = large(tmp_path / "again", limit_tokens=100_000)
+    ends_well(run("prepare", *again, HF_HUB_OFFLINE="1"))
+    assert Data(tmp_path / "part").meta == Data(tmp_path / "again").meta
+    result = run("prepare", *large(tmp_path / "whole"), HF_HUB_OFFLINE="1").end()
+    fails(result, "hf://datasets/ORG/large/data/1.jsonl", "HF_HUB_OFFLINE is set; unset it")
+    assert not list(tmp_path.glob(".whole*"))
+    assert not (tmp_path / "whole").exists()
+
+
+def test_a_tokenizer_is_trained_on_what_the_hub_has(hub, run, tmp_path, shelf):
+    ends_well(run("prepare", *large(tmp_path / "d", "train:300")))
+    assert [len(hub.downloads(f"data/{i}.jsonl")) for i in range(3)] == [1, 1, 1]
+    local = [f"a={shelf[0].parent}", *large(tmp_path / "local", "train:300")[1:]]
+    ends_well(run("prepare", *local))
+    assert Data(tmp_path / "d").identity == Data(tmp_path / "local").identity
+
+
+def test_a_cache_that_cannot_be_written_says_where_else_to_put_it(run, tmp_path, shelf):
+    (tmp_path / "file").write_text("")
+    result = run("prepare", *large(tmp_path / "d"), HF_HOME=str(tmp_path / "file")).end()
+    fails(result, "ORG/large", "HF_HOME")
+
+
+@pytest.mark.parametrize(
+    "pattern, found",
+    [
+        ("*.jsonl", ["b.jsonl"]),
+        ("data/*", ["data/0.jsonl", "data/1.jsonl"]),
+        ("data/[1-9].jsonl", ["data/1.jsonl"]),
+        ("**/*.jsonl", ["b.jsonl", "data/0.jsonl", "data/1.jsonl", "data/more/0.jsonl"]),
+        ("data/**", ["data/0.jsonl", "data/1.jsonl", "data/more/0.jsonl"]),
+        ("**/0.jsonl", ["data/0.jsonl", "data/more/0.jsonl"]),
+        ("data/?.js*", ["data/0.jsonl", "data/1.jsonl"]),
+    ],
+)
+def test_a_glob_on_the_hub_finds_what_it_finds_on_a_disk(tmp_path, pattern, found):
+    names = ["b.jsonl", "data/0.jsonl", "data/1.jsonl", "data/more/0.jsonl"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    on_disk = glob.glob(pattern, root_dir=tmp_path, recursive=True)
+    assert sorted(name for name in on_disk if name.endswith("jsonl")) == found
+    assert [name for name in names if matches(name.split("/"), pattern.split("/"))] == found

@@ -19,7 +19,6 @@ from conftest import ROOT, command, fails, made_documents, options, write_jsonl
 
 from prepare import (
     SPLITS,
-    BadLine,
     Data,
     Document,
     InputError,
@@ -182,9 +181,9 @@ def long_window(content: bytes) -> bytes:
     return file.getvalue()
 
 
-def parquet(texts: list[str]) -> bytes:
+def parquet(texts: list[str], column: str = "text") -> bytes:
     buffer = pyarrow.BufferOutputStream()
-    rows = {"n": [b"x"] * len(texts), "text": texts}
+    rows = {"n": [b"x"] * len(texts), column: texts}
     pyarrow.parquet.write_table(pyarrow.table(rows), buffer, row_group_size=3)
     return buffer.getvalue().to_pybytes()
 
@@ -222,11 +221,12 @@ def test_text_files_of_a_folder_or_a_glob_are_a_document_each(tmp_path, run):
     texts = made_documents("prose", 3)
     for name, text in zip(("a.txt", "b.TXT", "more/c.txt"), texts, strict=True):
         (tmp_path / name).write_text(text, newline="")
-    (tmp_path / "notes.md").write_text("other")
+    for name in ("notes.md", ".hidden.txt"):
+        (tmp_path / name).write_text("other")
     assert read_texts(tmp_path) == texts
     assert read_texts(tmp_path / "**" / "*") == texts
     assert read_texts(tmp_path / "[ab].*") == texts[:2]
-    assert "not read: 1 .md" in run(tmp_path / "d", f"a={tmp_path}")[1]
+    assert "not read: 1 .txt, 1 .md (hidden, or" in run(tmp_path / "d", f"a={tmp_path}")[1]
 
 
 def test_one_source_becomes_many_domains_by_a_key(tmp_path, run):
@@ -301,8 +301,8 @@ GOOD = b'{"text": "some text"}\n'
         ("a.jsonl", GOOD + GOOD + b'{"text": null}', 3, "no text under 'text'; there are 'text'"),
         ("a.jsonl", b'{"body": "x"}', 1, "no text under 'text'; there are 'body'"),
         ("a.jsonl", b"{}", 1, "no keys"),
-        ("a.jsonl", GOOD + b"[1]", 2, "no object"),
-        ("a.jsonl", GOOD + b'"a string"', 2, "no object"),
+        ("a.jsonl", GOOD + b"[1]", 2, "no object; a line is one: jq -c '.[]'"),
+        ("a.jsonl", GOOD + b'"a string"', 2, "jq -c '{text: .}'"),
         ("a.jsonl", GOOD + b'{"text": "\\ud800"}', 2, "surrogate"),
         ("a.jsonl", GOOD + b'{"text": "na\xefve"}', 2, "utf-8"),
         ("a.jsonl", GOOD + b"\0" * 100, 2, "JSONDecodeError"),
@@ -310,7 +310,8 @@ GOOD = b'{"text": "some text"}\n'
         ("a.jsonl", b"[" * 100_000, 1, "RecursionError"),
         ("a.jsonl", b"9" * 5000, 1, "5000 digits"),
         ("a.json", b'{\n "text": "x"\n}', 1, "JSON over many lines"),
-        ("a.json", b'[\n {"text": "x"}]', 1, "JSON over many lines"),
+        ("a.json", b'[\n {"text": "x"}]', 1, "of a list, jq -c '.[]'"),
+        ("a.parquet", parquet(["x"], "body"), 1, "no text under 'text'; there are 'n', 'body'"),
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\n", 1, "git lfs pull"),
         ("a.txt", "naïve".encode("latin-1"), 1, "utf-8"),
         ("a.txt", b"version https://git-lfs.github.com/spec/v1\n", 1, "git lfs pull"),
@@ -320,8 +321,9 @@ GOOD = b'{"text": "some text"}\n'
 def test_a_bad_line_is_named_by_file_number_and_reason(tmp_path, name, content, number, why):
     path = tmp_path / name
     path.write_bytes(content)
-    bad = [line for line in read({"a": [path]}, "text", None) if isinstance(line, BadLine)]
-    assert bad[0][:3] == ("a", path, number) and why in bad[0].why
+    bad = [line for line in read({"a": [path]}, "text", None) if isinstance(line, LeftOut)]
+    assert bad[0][:2] == ("a", "bad")
+    assert bad[0].message.startswith(f"{path}:{number}: ") and why in bad[0].message
 
 
 def test_bad_lines_are_counted_where_some_are_allowed(tmp_path, run):
@@ -355,8 +357,8 @@ def test_a_line_of_300_megabytes_in_a_small_file(tmp_path, data, pack):
     assert done.returncode == 0 and "1 bad" in done.stdout, done.stderr
     assert len(all_texts(Data(tmp_path / "d"), "a")) == 160
     documents = read({"a": [source]}, "text", None)
-    bad = next(line for line in documents if isinstance(line, BadLine))
-    assert bad == ("a", source, 81, "longer than 16,777,216 bytes")
+    bad = next(line for line in documents if isinstance(line, LeftOut))
+    assert bad.message.startswith(f"{source}:81: longer than 16,777,216 bytes;")
 
 
 def test_a_file_that_takes_more_memory_than_there_is(tmp_path):
@@ -430,9 +432,13 @@ def test_two_domains_whose_files_some_disks_would_take_for_one_are_an_error(both
         ("a=", ["name=path"]),
         ("../x=a.jsonl", ["'../x'"]),
         ("a=a.jsonl --tokenizer=missing.json", ["missing.json"]),
-        ("a=a.jsonl --tokenizer=train:x", ["train:x"]),
+        ("a=table.csv.gz", [".csv.gz is not read"]),
+        ("a=a.jsonl --tokenizer=train:x", ["train:x", "expected train:N"]),
         ("a=a.jsonl --tokenizer=train:90000", ["90000"]),
-        ("a=few.jsonl", ["is left empty, of 2 documents", "--val-", "--min-documents"]),
+        ("a=few.jsonl", ["is left empty, of 2 documents", "--val-"]),
+        ("a=few.jsonl b=a.jsonl", ["of 2 documents", "--min-documents 3 leaves the domain out"]),
+        ("a=a.jsonl b=a.jsonl --limit-tokens=9", ["is left empty", "raise --limit-tokens"]),
+        ("a=a.jsonl b=few.jsonl --min-documents=99", ["of 60 documents", "--min-documents 60"]),
         ("a=a.jsonl --val-fraction=0.9", ["--val-fraction"]),
         ("a=a.jsonl --val-fraction=nan", ["--val-fraction"]),
         ("a=a.jsonl --workers=0", ["--workers 0: expected at least 1"]),
@@ -442,6 +448,8 @@ def test_two_domains_whose_files_some_disks_would_take_for_one_are_an_error(both
         ("a=a.jsonl b=empty.jsonl", ["b.train is left empty"]),
         ("empty.jsonl --domain-key=meta.set", ["every split is left empty"]),
         ("a=a.jsonl --add", ["--tokenizer", "--add"]),
+        ("a=a.jsonl --domain-key=set", ["a=a.jsonl", "has no name"]),
+        ("named.jsonl --domain-key=set", ["named.jsonl:1: '\u65e5\u672c' cannot be", "--max-bad"]),
     ],
 )
 def test_what_cannot_be_done_is_said_and_leaves_nothing(script, tmp_path, monkeypatch, argv, said):
@@ -449,7 +457,9 @@ def test_what_cannot_be_done_is_said_and_leaves_nothing(script, tmp_path, monkey
     write_jsonl(tmp_path / "a.jsonl", made_documents("sums", 60))
     write_jsonl(tmp_path / "few.jsonl", made_documents("sums", 2))
     (tmp_path / "empty.jsonl").write_text("")
-    (tmp_path / "table.csv").write_text("a,b")
+    (tmp_path / "named.jsonl").write_text('{"text": "some", "set": "\u65e5\u672c"}', "utf-8")
+    for name in ("table.csv", "table.csv.gz"):
+        (tmp_path / name).write_text("a,b")
     before = sorted(tmp_path.iterdir())
     fails(script("prepare", *arguments("d"), *argv.split()), *said)
     assert sorted(tmp_path.iterdir()) == before
@@ -478,7 +488,7 @@ def test_small_domains_can_be_left_out(run, tmp_path):
 def test_nothing_that_exists_is_replaced(run, script, tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", made_documents("sums", 80))
     for out in (tmp_path, ".", source):
-        fails(run(out, f"a={source}"), "exists", "--add")
+        fails(run(out, f"a={source}"), "exists, and is no data set; choose another --out")
     add = options(out=tmp_path / "none", add=True, workers=1)
     fails(script("prepare", f"a={source}", *add), "not there to add to")
     fails(script("prepare", f"a={source}", *add, "--val-fraction", 0.2), "own fractions are taken")
@@ -505,12 +515,17 @@ def test_a_domain_is_added_as_if_it_had_been_there_from_the_start(tmp_path, run,
     changed = {name for name, written in after.items() if before.get(name) != written}
     assert changed == {"meta.json", *(f"prose.{split}.bin" for split in SPLITS)}
 
-    fails(script("prepare", sources["prose"], *add), "has prose.test already")
+    fails(run(two, sources["prose"]), "exists", "--add domains to it")
+    fails(script("prepare", sources["prose"], *add), "has prose.test already", "another name")
     (tmp_path / "bad.jsonl").write_text((tmp_path / "code.jsonl").read_text() + "{broken\n")
     fails(script("prepare", f"more={tmp_path}/bad.jsonl", *add), "bad.jsonl:121")
     assert Data(two).meta == Data(three).meta
     assert {path.name: path.stat().st_mtime_ns for path in two.iterdir()} == after
     assert not list(tmp_path.glob(".*"))
+
+    # Tokens of another tokenizer would be taken for others.
+    (two / "tokenizer.json").write_text((two / "tokenizer.json").read_text() + "\n")
+    fails(script("prepare", f"more={tmp_path}/code.jsonl", *add), "tokenizer.json", "damaged")
 
 
 def test_two_processes_may_add_at_the_same_time(tmp_path):
