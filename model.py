@@ -746,7 +746,10 @@ def compile_for(
                 broken |= {path for path in found if path.stat().st_size == 0}
                 # Once removed they are made anew. If that was not it, torch.compile does not work.
                 if broken <= removed:
-                    reason = " ".join(str(e).split())[:120]
+                    # A compiler's own line tells most; what torch says of it is long.
+                    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+                    telling = [line for line in lines if "error:" in line] + lines + [repr(e)]
+                    reason = telling[0][:160]
                     say(f"warning: torch.compile failed, going on without it: {reason}")
                     model.run_eagerly()
                 else:
@@ -803,9 +806,11 @@ def sequences_at_once(
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    # torch, the C library, C++, cuBLAS and Python, each in its own words.
+    # torch, the C library, C++, cuBLAS and Python, each in its own words; and oneDNN, whose
+    # "primitive descriptor" is another matter.
     words = "out of memory|allocate memory|bad_alloc|ALLOC_FAILED|MemoryError"
-    return bool(re.search(words, repr(error)))
+    onednn = "could not create a (primitive(?! descriptor)|memory object)"
+    return bool(re.search(f"{words}|{onednn}", repr(error)))
 
 
 @contextlib.contextmanager

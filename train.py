@@ -384,12 +384,26 @@ def micro_batch_size(model: GPTNeoX, hyper: Hyperparameters, device: torch.devic
     return math.ceil(rows / parts)
 
 
-def cut_log(path: Path, first: int) -> None:
-    """Leave in log.jsonl the lines of the steps before `first`: the others will be done again."""
+def memory_words(micro_batch_size: int, seq_len: int) -> tuple[str, str]:
+    """What is said where memory runs out: what took it, and the way out that helps there."""
+    way_out = f"try --micro-batch-size {micro_batch_size // 2}"
+    if micro_batch_size == 1:
+        way_out = "try --activation-checkpointing, a shorter --seq-len or --fsdp"
+    return f"training on {micro_batch_size} sequences of {seq_len} tokens at a time", way_out
+
+
+def cut_log(path: Path, steps: int, losses: dict[str, float] | None) -> None:
+    """Leave in log.jsonl the lines of so many steps: the others will be done again.
+
+    losses: of the evaluation after the last of them, if there was to be one.
+    """
     lines = []
     if path.exists():
-        lines = path.read_text(errors="replace").splitlines()
-    prepare.write_text(path, "".join(f"{line}\n" for line in lines[:first]))
+        lines = path.read_text(errors="replace").splitlines()[:steps]
+    # A signal may have cut that evaluation short.
+    if losses is not None and len(lines) == steps:
+        lines[-1] = json.dumps(json.loads(lines[-1]) | {"val": losses})
+    prepare.write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def check_skipped(progress: Progress, title: str, batch: range, hyper: Hyperparameters) -> None:
@@ -399,6 +413,33 @@ def check_skipped(progress: Progress, title: str, batch: range, hyper: Hyperpara
         where = f"steps {first} to {first + 2}, sequences {first * hyper.batch_size} to {batch[-1]}"
         way_out = f"look at these, or lower --lr, now {hyper.learning_rate:g}"
         raise InputError(f"{title}: loss or gradient not finite in {where}; {way_out}")
+
+
+def speed_words(model: GPTNeoX, hyper: Hyperparameters, tokens_per_second: int) -> str:
+    """How fast it is and, on GPUs whose peak is known, what share of that (MFU)."""
+    words = f"{tokens_per_second:,} tok/s"
+    peak = peak_flops(next(model.parameters()).device, hyper.dtype)
+    if peak:
+        used = tokens_per_second * model.flops_per_token(hyper.seq_len)
+        words += f", MFU {used / (peak * world_size()):.0%}"
+    return words
+
+
+def say_duration(title: str, steps: int, seconds: float) -> None:
+    """Say what so many steps of so many seconds will take, if it is long and no bar shows it."""
+    minutes = steps * seconds / 60
+    if minutes > 1 and not sys.stderr.isatty():
+        say(f"{title}: about {minutes:,.0f} min for {steps:,} steps")
+
+
+def over_ranks(model: GPTNeoX) -> torch.nn.Module:
+    """The model as DDP has it, which adds gradients up over the ranks; itself if FSDP does that."""
+    if world_size() == 1 or is_sharded(model):
+        return model
+    network = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    # Buffers are the same everywhere. As an argument this would warn.
+    network.broadcast_buffers = False
+    return network
 
 
 def train(
@@ -418,41 +459,32 @@ def train(
 
     counts: {domain: sequences}. seen: times_seen by earlier passes. out: a folder for log.jsonl
     and, every save_every steps, checkpoints; the run goes on from the newest sound one there.
-    validate(steps done): losses to log, or None. A step whose loss or gradient is not finite
-    leaves the model as it is. Raises InputError for bad counts and after three such steps in a
-    row, Stopped after a signal.
+    validate(steps done): losses to log, or None; a run that goes on asks again for those of its
+    last step. A step whose loss or gradient is not finite leaves the model as it is. Raises
+    InputError for bad counts and after three such steps in a row, Stopped after a signal.
     """
     check_fit(model, data, hyper.seq_len)
     device = next(model.parameters()).device
     mixture = Mixture(data, counts, hyper.seq_len, hyper.seed, seen)
     steps = math.ceil(len(mixture) / hyper.batch_size)
-    # What is said where memory runs out: the way out that helps depends on what was tried.
     M = micro_batch_size(model, hyper, device)
-    fewer = f"--micro-batch-size {M // 2}"
-    if M == 1:
-        fewer = "--activation-checkpointing, a shorter --seq-len or --fsdp"
-    memory = (f"training on {M} sequences of {hyper.seq_len} tokens at a time", f"try {fewer}")
+    memory = memory_words(M, hyper.seq_len)
 
     # State is set before DDP makes the parameters' gradients views of its buckets.
     optimizer = make_optimizer(model, device)
-    network = model
     with enough_memory(*memory):
         stop_if_asked(device)
         compile_for(model, M, hyper.seq_len, hyper.dtype, training=True)
-        progress = Progress()
-        if out:
-            progress = load_checkpoint(out, model, optimizer)
-        if world_size() > 1 and not is_sharded(model):
-            network = DistributedDataParallel(model, gradient_as_bucket_view=True)
-            # Buffers are the same everywhere. As an argument this would warn.
-            network.broadcast_buffers = False
+        progress = load_checkpoint(out, model, optimizer)
+        network = over_ranks(model)
+    first = progress.step
+    losses = validate(first) if validate and first else None
     logging = out is not None and rank() == 0
     if logging:
-        cut_log(out / "log.jsonl", progress.step)
-    peak = peak_flops(device, hyper.dtype)
-    bar = prepare.Bar(title, steps, "step", progress.step, shown=rank() == 0)
+        cut_log(out / "log.jsonl", first, losses)
+    bar = prepare.Bar(title, steps, "step", first, shown=rank() == 0)
 
-    for step in range(progress.step, steps):
+    for step in range(first, steps):
         began = time.perf_counter()
         batch = sequences_of_step(step, hyper.batch_size, len(mixture))
         rate = learning_rate_at(step, steps, hyper.learning_rate, hyper.warmup)
@@ -471,26 +503,29 @@ def train(
             if finite:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=network is model)  # DDP's gradients live in its buckets
-
-        progress.step = step + 1
-        progress.skipped += 1
-        if finite:
-            progress.skipped = 0
+        seconds = time.perf_counter() - began
+        progress = Progress(step + 1, 0 if finite else progress.skipped + 1)
 
         # Its line in the log, and in the bar.
-        tokens_per_second = round(len(batch) * hyper.seq_len / (time.perf_counter() - began))
         line = {"step": step, "loss": loss, "lr": rate, "grad_norm": grad_norm}
-        line |= {"sequences": len(batch), "tokens_per_second": tokens_per_second}
+        line["sequences"] = len(batch)
+        line["tokens_per_second"] = round(len(batch) * hyper.seq_len / seconds)
         if not finite:
             line |= {"loss": None, "grad_norm": None, "skipped": list(batch)}
             found = f"loss {loss}, gradient norm {grad_norm}"
             say(f"\nstep {step}: {found}: no update from sequences {batch[0]} to {batch[-1]}")
-        words = f"loss {loss:.3f}, lr {rate:.1e}, {tokens_per_second:,} tok/s"
-        if peak:
-            used = tokens_per_second * model.flops_per_token(hyper.seq_len)
-            words += f", MFU {used / (peak * world_size()):.0%}"
-        bar.to(progress.step, words)
-        losses = validate(progress.step) if validate else None
+        speed = speed_words(model, hyper, line["tokens_per_second"])
+        bar.to(progress.step, f"loss {loss:.3f}, lr {rate:.1e}, {speed}")
+        if step == first + 2:
+            say_duration(title, steps - first, seconds)
+
+        # A signal that comes in the evaluation, or before it, leaves it to the run that goes on.
+        losses = None
+        try:
+            if validate and not stop:
+                losses = validate(progress.step)
+        except Stopped:
+            stop = True
         if losses is not None:
             line["val"] = losses
         if logging:
@@ -664,8 +699,10 @@ def newest_checkpoint(out: Path) -> Path | None:
     return None
 
 
-def load_checkpoint(out: Path, model: GPTNeoX, optimizer: torch.optim.Optimizer) -> Progress:
+def load_checkpoint(out: Path | None, model: GPTNeoX, optimizer: torch.optim.Optimizer) -> Progress:
     """Restore the newest sound checkpoint in `out`, if there is one; how far it had come."""
+    if out is None:
+        return Progress()
     # The first rank looks, for the others may see the folder later than it does.
     found = torch.tensor(0, device=next(model.parameters()).device)
     if rank() == 0 and (newest := newest_checkpoint(out)):
@@ -735,9 +772,29 @@ def stoppable() -> Iterator[None]:
 
 def resume_command() -> str:
     options = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
+    return shlex.join([*launcher(), sys.argv[0], *options, "--resume"])
+
+
+def launcher() -> list[str]:
+    """What stood before the script's name: python, or torchrun with its own options."""
     ranks = os.environ.get("LOCAL_WORLD_SIZE")
-    start = ["torchrun", f"--nproc_per_node={ranks}"] if ranks else ["python"]
-    return shlex.join([*start, sys.argv[0], *options, "--resume"])
+    if ranks is None:
+        return ["python"]
+    # On Linux torchrun, which is the parent, shows its command line, up to the script's name.
+    with contextlib.suppress(OSError, ValueError):
+        called = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
+        called = called[: called.index(sys.argv[0])]
+        for i, word in enumerate(called):
+            if word == "torch.distributed.run" or Path(word).name == "torchrun":
+                return ["torchrun", *called[i + 1 :]]
+    # Elsewhere what it told this process has to do.
+    told = ["torchrun", f"--nproc_per_node={ranks}"]
+    if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+        told += [f"--nnodes={os.environ['GROUP_WORLD_SIZE']}"]
+        told += [f"--node_rank={os.environ['GROUP_RANK']}"]
+        told += [f"--master_addr={os.environ['MASTER_ADDR']}"]
+        told += [f"--master_port={os.environ['MASTER_PORT']}"]
+    return told
 
 
 @functools.cache  # the code that runs is that which was read first
@@ -1111,14 +1168,20 @@ def main():
     earlier = passes_of(args.model)
     model = load_to_train(args, data, hyper.dtype, device)
     T = hyper.seq_len
+    steps = math.ceil(sum(counts.values()) / hyper.batch_size)
+    losses = {}  # before the pass and after it
 
-    def validation(after_batch: Callable[[], None] | None = None):
-        return evaluate(model, data, "val", T, hyper.dtype, args.eval_sequences, after_batch)
+    def validation() -> dict[str, np.ndarray]:
+        stop = functools.partial(stop_if_asked, device)
+        return evaluate(model, data, "val", T, hyper.dtype, args.eval_sequences, stop)
 
     def validate(steps_done: int) -> dict[str, float] | None:
-        if not args.eval_every or steps_done % args.eval_every:
+        due = args.eval_every and steps_done % args.eval_every == 0
+        if due or steps_done == steps:
+            losses["after"] = validation()
+        if not due:
             return None
-        means = domain_means(validation())
+        means = domain_means(losses["after"])
         return {**dict(zip(data.domains, means.tolist(), strict=True)), "mean": float(means.mean())}
 
     say_cost(model, hyper, sum(counts.values()), device)
@@ -1130,12 +1193,10 @@ def main():
     passes = [*earlier, this_pass(data, hyper, counts)]
     with claim(out, args, settings, passes), stoppable():
         if not (out / "model.safetensors").is_file():
-            # A later evaluation is not cut short: the steps before it would be lost.
-            losses = {"before": validation(functools.partial(stop_if_asked, device))}
+            losses["before"] = validation()
             seen = times_seen(data, T, earlier)
             kept = {"out": out, "save_every": args.save_every, "validate": validate}
             train(model, data, counts, hyper, seen=seen, **kept)
-            losses["after"] = validation()
             if rank() == 0:
                 result = results(losses, data, "val", T)
                 prepare.write_json(out / "result.json", result)
