@@ -10,14 +10,11 @@ In comments on shapes B is sequences, T tokens, C hidden_size, H heads, D = C / 
 import contextlib
 import ctypes
 import functools
-import importlib.util
-import itertools
 import math
 import os
 import re
 import shutil
 import sys
-import sysconfig
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -30,22 +27,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from prepare import (
-    END_OF_TEXT,
-    ArgumentParser,
-    InputError,
-    Tokenizer,
-    cli,
-    hub_folder,
-    load_json,
-    notice,
-    replacing,
-    tell,
-    write_json,
-    write_text,
-)
+import prepare
+from prepare import InputError, Tokenizer
 
 # ---- the shapes ----
 
@@ -97,39 +83,38 @@ SHAPES = {
 # ---- the network ----
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding (2104.09864, equation 34) of the first R of D dimensions.
 
     x (B, H, T, D), cos and sin (T, R) -> (B, H, T, D).
     """
     R = cos.size(-1)
     rotated = x[..., :R]
-    rest = x[..., R:]
-    a, b = rotated.chunk(2, dim=-1)  # a pair is (i, i + R/2)
-    return torch.cat((rotated * cos + torch.cat((-b, a), dim=-1) * sin, rest), dim=-1)
+    # GPT-NeoX rotates dimension i with i + R/2, not with its neighbour.
+    a, b = rotated.chunk(2, dim=-1)
+    rotated = rotated * cos + torch.cat((-b, a), dim=-1) * sin
+    return torch.cat((rotated, x[..., R:]), dim=-1)
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Causal attention of the last T of S tokens; q and the result (B, H, T, D), k, v (B, H, S, D).
-
-    On a CPU, blocks of queries in operations that torch.compile fuses are faster than SDPA's
-    kernel: forward and backward of bf16 (16, 4, 256, 32) take 6.7 ms on two cores, not 21.4. They
-    keep the half of a sequence's H T^2 probabilities that is not zero for the backward pass. On a
-    GPU the choice of kernel is SDPA's own.
-    """
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of the last T of S tokens: q (B, H, T, D), k, v (B, H, S, D) -> like q."""
     T = q.size(2)
     S = k.size(2)
     in_blocks = q.device.type == "cpu" and torch.compiler.is_compiling() and T == S
     if not in_blocks:
         return F.scaled_dot_product_attention(q, k, v, is_causal=T == S)
-    # A block of queries sees the keys up to its own end.
+    # On a CPU, blocks of queries in operations that torch.compile fuses are faster than SDPA's
+    # kernel: forward and backward of bf16 (16, 4, 256, 32) take 6.7 ms on two cores, not 21.4.
+    # They keep the half of a sequence's H T^2 probabilities that is not zero for the backward pass.
     size = max(128, T // 8)
     out = []
     for i in range(0, T, size):
+        # A block of queries sees the keys up to its own end.
         n = min(i + size, T)
         later = torch.arange(n) > torch.arange(i, n)[:, None]
         scores = (q[:, :, i:n] @ k[:, :, :n].transpose(-2, -1)).float() * q.size(-1) ** -0.5
         scores = scores.masked_fill(later, -math.inf)
+        # The softmax's division comes last, on D numbers a query instead of n.
         p = (scores - scores.amax(-1, keepdim=True).detach()).exp().to(v.dtype)
         out.append((p @ v[:, :, :n] / p.float().sum(-1, keepdim=True)).to(v.dtype))
     return torch.cat(out, 2)
@@ -138,7 +123,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 class Linear(nn.Linear):
     def forward(self, x):
         y = F.linear(x, self.weight)
-        return y + self.bias.to(y.dtype)  # apart, so that torch.compile fuses it with what follows
+        # The bias apart, so that torch.compile fuses it with what follows.
+        return y + self.bias.to(y.dtype)
 
 
 class Attention(nn.Module):
@@ -150,13 +136,13 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache=None):
         B, T, C = x.shape
-        # (B, T, 3C), in which each head has its query, key and value side by side.
-        qkv = self.query_key_value(x)
-        qkv = qkv.view(B, T, self.heads, -1).transpose(1, 2)  # fused per head: (B, H, T, 3D)
+        # (B, T, 3C), in which each head has its query, key and value side by side: (B, H, T, 3D).
+        qkv = self.query_key_value(x).view(B, T, self.heads, -1).transpose(1, 2)
         q, k, v = qkv.chunk(3, dim=-1)
         q = rotate(q, cos, sin)
         k = rotate(k, cos, sin)
-        if cache is not None:  # (2, B, H, S, D): keys and values of all S tokens, these T the last
+        # The cache (2, B, H, S, D) holds keys and values of all S tokens, these T the last.
+        if cache is not None:
             cache[0, :, :, -T:] = k
             cache[1, :, :, -T:] = v
             k, v = cache
@@ -185,7 +171,8 @@ class Layer(nn.Module):
 
     def forward(self, x, cos, sin, cache=None):
         attended = self.attention(self.input_layernorm(x), cos, sin, cache)
-        if self.parallel:  # both branches read x
+        # In Pythia both branches read x.
+        if self.parallel:
             return x + attended + self.mlp(self.post_attention_layernorm(x))
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -210,13 +197,10 @@ class GPTNeoX(nn.Module):
         self.embed_out = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.embed_out.weight = self.gpt_neox.embed_in.weight
-        self.draw_weights()
-        self.make_rotary()
-
-    def draw_weights(self) -> None:
-        """As Pythia's were: small (1910.05895), and smaller for what a branch adds (2204.06745)."""
-        small = math.sqrt(2 / (5 * self.config.hidden_size))
-        added = 2 / (self.config.num_hidden_layers * math.sqrt(self.config.hidden_size))
+        # Weights as Pythia's were: small (1910.05895), and smaller for what a branch adds to x
+        # (2204.06745), so that the sum over the layers does not grow with their number.
+        small = math.sqrt(2 / (5 * config.hidden_size))
+        added = 2 / (config.num_hidden_layers * math.sqrt(config.hidden_size))
         for name, p in self.named_parameters():
             if name.endswith(("attention.dense.weight", "dense_4h_to_h.weight")):
                 nn.init.normal_(p, std=added)
@@ -224,11 +208,13 @@ class GPTNeoX(nn.Module):
                 nn.init.normal_(p, std=small)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
+        self.make_rotary()
 
     def make_rotary(self) -> None:
         """Fill the (T, R) tables of cosines and sines, fp32."""
         c = self.config
-        with torch.device("cpu"):  # so that every device has the same
+        # On the CPU, so that every device has the same.
+        with torch.device("cpu"):
             exponent = torch.arange(0, c.rotary_dims, 2, dtype=torch.float32) / c.rotary_dims
             position = torch.arange(c.max_position_embeddings, dtype=torch.float32)
             angle = torch.outer(position, c.rotary_emb_base**-exponent).repeat(1, 2)
@@ -236,21 +222,17 @@ class GPTNeoX(nn.Module):
         self.register_buffer("cos", angle.cos().to(device), persistent=False)
         self.register_buffer("sin", angle.sin().to(device), persistent=False)
 
-    def forward(
-        self,
-        tokens: torch.Tensor,
-        targets: torch.Tensor | None = None,
-        cache: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: Tensor | None = None):
         """tokens (B, T) int64 -> logits (B, T, V), or with targets the loss of every token.
 
-        targets: (B, T) int64, too; losses: (B, T), fp32, nats.
-        cache: (L, 2, B, H, S, D), keys and values of S tokens, these T the last; they are filled
-        in.
+        targets: (B, T) int64, too; losses: (B, T), fp32, nats. cache: (L, 2, B, H, S, D), keys and
+        values of S tokens in each of L layers; those of these T, the last, are filled in.
         """
         T = tokens.size(1)
         # Positions begin at 0, or after the tokens that are in the cache.
-        first = 0 if cache is None else cache.size(4) - T
+        first = 0
+        if cache is not None:
+            first = cache.size(4) - T
         x = self.gpt_neox.embed_in(tokens)
         cos = self.cos[first : first + T].to(x.dtype)
         sin = self.sin[first : first + T].to(x.dtype)
@@ -264,9 +246,10 @@ class GPTNeoX(nn.Module):
         if targets is None:
             return self.embed_out(self.gpt_neox.final_layer_norm(x))
         losses = self.token_losses(x.flatten(0, 1), targets.flatten())
-        return losses.view_as(tokens).clone()  # FSDP's hooks want no view
+        # A copy, for FSDP's hooks want no view.
+        return losses.view_as(tokens).clone()
 
-    def token_losses(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def token_losses(self, x: Tensor, targets: Tensor) -> Tensor:
         """The last layer's output (N, C) and targets (N,) -> losses (N,)."""
         logits = self.embed_out(self.gpt_neox.final_layer_norm(x))
         return F.cross_entropy(logits.float(), targets, reduction="none")
@@ -290,7 +273,7 @@ class GPTNeoX(nn.Module):
 
     def generate(
         self,
-        tokens: torch.Tensor,
+        tokens: Tensor,
         new_tokens: int,
         temperature: float = 0.0,
         end: int | None = None,
@@ -302,17 +285,22 @@ class GPTNeoX(nn.Module):
         """
         c = self.config
         limit = c.max_position_embeddings
+        # Keys and values of the tokens so far, so that each is computed once.
         room = min(limit, tokens.size(1) + new_tokens)
         shape = (c.num_hidden_layers, 2, 1, c.num_attention_heads, room, c.head_dim)
         cache = self.embed_out.weight.new_empty(shape)
         known = 0  # tokens whose keys and values are in the cache
         for _ in range(new_tokens):
             n = tokens.size(1)
-            if n <= limit:
-                logits = self.next_logits(tokens[:, known:], cache[..., :n, :])
-                known = n
-            else:  # the window slides, and every token's position with it
-                logits = self.next_logits(tokens[:, -limit:])
+            # Eagerly, for every token makes another shape.
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                if n <= limit:
+                    logits = self(tokens[:, known:], cache=cache[..., :n, :])
+                    known = n
+                else:
+                    # The window slides, and every token's position with it: nothing known holds.
+                    logits = self(tokens[:, -limit:])
+            logits = logits[:, -1].float()  # (1, V)
             if temperature > 0:
                 probabilities = torch.softmax(logits / temperature, dim=-1)
                 token = torch.multinomial(probabilities, 1, generator=generator)
@@ -322,12 +310,6 @@ class GPTNeoX(nn.Module):
                 return
             tokens = torch.cat((tokens, token), dim=1)
             yield token.item()
-
-    @torch.compiler.set_stance("force_eager")  # every token makes another shape
-    @torch.no_grad()
-    def next_logits(self, tokens: torch.Tensor, cache: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits (1, V), fp32, of what follows tokens (1, T)."""
-        return self(tokens, cache=cache)[:, -1].float()
 
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.parameters())
@@ -350,10 +332,14 @@ class GPTNeoX(nn.Module):
         pythia-70m, 410m and 1b took on an H100; reckoned elsewhere.
         """
         c = self.config
-        if not training:  # one layer at a time, and the logits: as they are, in fp32, as a softmax
+        # One layer at a time, and the logits: as they are, in fp32, as a softmax.
+        if not training:
             return 40 * c.hidden_size + 8 * c.vocab_size
-        a_layer = 4 if self.activation_checkpointing else 40
-        token = a_layer * c.hidden_size * c.num_hidden_layers + 2 * c.vocab_size
+        # Of every layer what its gradient needs; of a checkpointed one only what enters it.
+        layer = 40 * c.hidden_size
+        if self.activation_checkpointing:
+            layer = 4 * c.hidden_size
+        token = layer * c.num_hidden_layers + 2 * c.vocab_size
         return token if dtype == torch.bfloat16 else 2 * token
 
 
@@ -362,13 +348,26 @@ class GPTNeoX(nn.Module):
 
 def read_config(path: Path) -> Config:
     """The Config in a config.json; InputError if it is another architecture or makes no sense."""
-    values = load_json(path)
+    values = prepare.load_json(path)
     if values.get("model_type") != "gpt_neox":
         found = f"model_type is {values.get('model_type')!r}"
         raise InputError(f"{path}: {found}; this program knows gpt_neox (Pythia)")
     if values.get("hidden_act", "gelu") != "gelu" or values.get("attention_bias", True) is not True:
         raise InputError(f"{path}: only hidden_act gelu and attention_bias true are known")
-    values |= rotary_settings(values, path)
+    # Newer files have the rotary settings in rope_parameters. Any scaling of them, in whatever
+    # spelling, would be other arithmetic.
+    plain = (None, "default")
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = values.get(key) or {}
+        is_object = isinstance(rope, dict)
+        if not is_object or rope.get("rope_type") not in plain or rope.get("type") not in plain:
+            raise InputError(f"{path}: {key} is {rope!r}; only plain rotary embeddings are known")
+    rope = values.get("rope_parameters") or {}
+    newer_names = {"rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta"}
+    for name, newer in newer_names.items():
+        if rope.get(newer) is not None:
+            values[name] = rope[newer]
+    # Each value by itself: of its type, and of a size that a model has.
     settings = {}
     for name, field in Config.__dataclass_fields__.items():
         value = values.get(name, field.default)
@@ -379,7 +378,7 @@ def read_config(path: Path) -> Config:
             expected = f"a sensible {field.type.__name__}"
             raise InputError(f"{path}: {name} is {value!r}, expected {expected}")
         settings[name] = value
-    # Each is sensible by itself; now together.
+    # All together.
     config = Config(**settings)
     R = config.rotary_dims
     if config.num_hidden_layers > 1024 or R * config.max_position_embeddings > 2**27:
@@ -391,28 +390,6 @@ def read_config(path: Path) -> Config:
     return config
 
 
-def rotary_settings(values: dict, path: Path) -> dict:
-    """What a config.json's rope_parameters say, if it has them, under their older names.
-
-    Raises InputError for any scaling of rotary embeddings, in whatever spelling.
-    """
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = values.get(key)
-        if rope is None:
-            continue
-        known = (None, "default")
-        if not (
-            isinstance(rope, dict) and rope.get("rope_type") in known and rope.get("type") in known
-        ):
-            raise InputError(f"{path}: {key} is {rope!r}; only plain rotary embeddings are known")
-    rope = values.get("rope_parameters") or {}
-    found = {
-        "rotary_pct": rope.get("partial_rotary_factor"),
-        "rotary_emb_base": rope.get("rope_theta"),
-    }
-    return {name: value for name, value in found.items() if value is not None}
-
-
 @functools.cache
 def model_folder(name: str) -> Path:
     """The folder of a model: `name` itself or, of the hub, one in the cache, named by the commit.
@@ -422,14 +399,15 @@ def model_folder(name: str) -> Path:
     if Path(name).exists():
         return Path(name)
     files = ["config.json", "tokenizer.json", "model*.safetensors", "model.safetensors.index.json"]
-    return hub_folder(name, files)
+    return prepare.hub_folder(name, files)
 
 
 def pinned(name: str) -> str:
     """A name on the hub as ORG/NAME@COMMIT, what its revision is now; others as they are."""
     if name.startswith("scratch:") or Path(name).exists():
         return name
-    folder = model_folder(name)  # …/models--ORG--NAME/snapshots/COMMIT
+    # The cache has it as …/models--ORG--NAME/snapshots/COMMIT.
+    folder = model_folder(name)
     repo = folder.parents[1].name.removeprefix("models--").replace("--", "/")
     return f"{repo}@{folder.name}"
 
@@ -437,19 +415,19 @@ def pinned(name: str) -> str:
 def weight_files(name: str) -> list[Path]:
     """The one safetensors file of a model, or the shards its index names. Raises InputError."""
     folder = model_folder(name)
-    single = folder / "model.safetensors"
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
     if not index.is_file():
         hint = "some revisions of a Pythia have only .bin files, which are not read: take main"
         raise InputError(f"{name}: has no model.safetensors; {hint}")
-    weight_map = load_json(index).get("weight_map")
+    # What an index names comes from outside: nothing but shards, all in this folder.
+    weight_map = prepare.load_json(index).get("weight_map")
     shards = []
     if isinstance(weight_map, dict):
         shards = sorted({str(shard) for shard in weight_map.values()})
-    shard_name = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-    if not shards or not all(shard_name.fullmatch(shard) for shard in shards):
+    shard_name = r"model-\d{5}-of-\d{5}\.safetensors"
+    if not shards or not all(re.fullmatch(shard_name, shard) for shard in shards):
         expected = "files like model-00001-of-00002.safetensors"
         raise InputError(f"{index}: its weight_map must name {expected}")
     for shard in shards:
@@ -458,13 +436,12 @@ def weight_files(name: str) -> list[Path]:
     return [folder / shard for shard in shards]
 
 
+# Of old checkpoints: what today's code makes for itself.
 BUFFERS = (".attention.bias", ".attention.masked_bias", ".attention.rotary_emb.inv_freq")
 
 
-def read_tensors(
-    path: Path, shapes: dict[str, list[int]], device, dtype
-) -> dict[str, torch.Tensor]:
-    """The tensors in a file, which must be of these shapes. Raises InputError."""
+def read_tensors(path: Path, shapes: dict[str, list[int]], device, dtype) -> dict:
+    """{name: tensor} of a file, which must be of these shapes. Raises InputError."""
     tensors = {}
     with safe_open(path, framework="pt") as file:
         names = [name for name in file.keys() if not name.endswith(BUFFERS)]  # noqa: SIM118
@@ -487,13 +464,14 @@ def read_tensors(
 def read_weights(files: list[Path], model: GPTNeoX, device, dtype: torch.dtype) -> None:
     """Replace a model's parameters by the tensors of these files, which must be just its own."""
     shapes = {name: list(p.shape) for name, p in model.state_dict().items()}
-    tied = model.config.tie_word_embeddings
     weights = {}
     for path in files:
         try:
             weights |= read_tensors(path, shapes, device, dtype)
         except SafetensorError as e:
             raise InputError(f"{path}: not a whole safetensors file ({e})") from None
+    # Of tied embeddings a file has only one.
+    tied = model.config.tie_word_embeddings
     if tied and "gpt_neox.embed_in.weight" in weights:
         weights["embed_out.weight"] = weights["gpt_neox.embed_in.weight"]
     missing = [name for name in shapes if name not in weights]
@@ -528,7 +506,10 @@ def load(
         config = Config(**asdict(SHAPES[size]))
         if vocab_size is not None:
             config.vocab_size = 128 * math.ceil(vocab_size / 128)
-        drawn_on = "meta" if str(device) == "meta" else "cpu"  # so that every device has the same
+        # Drawn on the CPU, so that every device has the same.
+        drawn_on = "cpu"
+        if str(device) == "meta":
+            drawn_on = "meta"
         with torch.random.fork_rng(devices=[]), torch.device(drawn_on):
             torch.manual_seed(seed)
             return GPTNeoX(config).to(device=device, dtype=dtype)
@@ -549,7 +530,7 @@ def save(
     folder: str | Path,
     tokenizer: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
-    weights: dict[str, torch.Tensor] | None = None,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Write a folder that transformers loads, model.safetensors last.
 
@@ -557,28 +538,24 @@ def save(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    # The tokenizer, and what transformers wants to know of it.
     end = 0
     if tokenizer is not None:
         loaded = Tokenizer(tokenizer)
         end = loaded.end_of_text
-        write_text(folder / "tokenizer.json", loaded.json)
-        settings = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_max_length": model.config.max_position_embeddings,
-        }
-        settings |= {f"{role}_token": END_OF_TEXT for role in ("bos", "eos", "unk")}
-        write_json(folder / "tokenizer_config.json", settings)
-    config = {
-        "architectures": ["GPTNeoXForCausalLM"],
-        "model_type": "gpt_neox",
-        **asdict(model.config),
-        "hidden_act": "gelu",
-        "attention_bias": True,
-        "bos_token_id": end,
-        "eos_token_id": end,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-    }
-    write_json(folder / "config.json", config)
+        prepare.write_text(folder / "tokenizer.json", loaded.json)
+        settings = {f"{role}_token": prepare.END_OF_TEXT for role in ("bos", "eos", "unk")}
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        settings["model_max_length"] = model.config.max_position_embeddings
+        prepare.write_json(folder / "tokenizer_config.json", settings)
+    # The shape, under the names that transformers 4 and 5 both read.
+    config = {"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox"}
+    config |= asdict(model.config)
+    config |= {"hidden_act": "gelu", "attention_bias": True}
+    config |= {"bos_token_id": end, "eos_token_id": end}
+    config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    prepare.write_json(folder / "config.json", config)
+    # The weights come last, for a folder that has them counts as whole.
     weights = weights or model.state_dict()
     weights = {name: p.to(dtype).contiguous() for name, p in weights.items()}
     if model.config.tie_word_embeddings:
@@ -586,14 +563,15 @@ def save(
     write_safetensors(folder / "model.safetensors", weights)
 
 
-def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """save_file, but whole or not at all, and with the mode that the umask gives."""
-    with replacing(path) as partial:
+    with prepare.replacing(path) as partial:
         partial.touch()
         mode = partial.stat().st_mode
         try:
             save_file(tensors, partial, metadata={"format": "pt"})
-        except SafetensorError as e:  # a disk that is full, for one
+        # A disk that is full, for one.
+        except SafetensorError as e:
             raise OSError(str(e)) from None
         partial.chmod(mode)
 
@@ -622,23 +600,14 @@ def find_device(name: str | None) -> torch.device:
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    full_name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
     try:
-        device = torch.device(full_name)
+        device = torch.device(name)
+        if name == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:
         raise InputError(f"--device {name}: {str(e)[:100]}") from None
     return device
-
-
-def keep_freed_memory() -> None:
-    """glibc gives large blocks back to the system, which zeroes their pages anew for every step."""
-    M_TRIM_THRESHOLD = -1
-    M_MMAP_MAX = -4
-    with contextlib.suppress(AttributeError, TypeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def start(device_name: str | None = None) -> torch.device:
@@ -648,12 +617,18 @@ def start(device_name: str | None = None) -> torch.device:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     elif device.type == "cpu":
-        keep_freed_memory()
+        # glibc gives large blocks back to the system, which zeroes their pages anew for every step:
+        # M_MMAP_MAX (-4) and M_TRIM_THRESHOLD (-1) make it keep them. Other C libraries have none.
+        with contextlib.suppress(AttributeError, TypeError):
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(-4, 0)
+            mallopt(-1, -1)
         # Else a compiled embedding adds up its gradient in the order in which threads arrive.
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     if dist.is_torchelastic_launched() and not dist.is_initialized():
-        timeout = timedelta(hours=2)  # the others wait while one saves
+        # The others wait while one saves.
+        timeout = timedelta(hours=2)
         if device.type == "cuda":
             dist.init_process_group("nccl", device_id=device, timeout=timeout)
         else:
@@ -682,46 +657,34 @@ def barrier() -> None:
         dist.barrier()
 
 
-def add_up(tensor: torch.Tensor) -> torch.Tensor:
+def add_up(tensor: Tensor) -> Tensor:
     """The sum of every rank's tensor, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
-def from_first_rank(number: int, device: torch.device) -> int:
-    """The first rank's number, on every rank."""
-    tensor = torch.tensor(number, device=device)
-    if dist.is_initialized():
-        dist.broadcast(tensor, 0)
-    return tensor.item()
-
-
 def say(*lines: str) -> None:
     """Print on the first rank."""
     if rank() == 0:
-        tell(*lines)
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether bf16 matrix products are faster than fp32 here."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
-        return False
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+        prepare.tell(*lines)
 
 
 def autocast_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """--dtype as a torch.dtype; None: bf16 where the hardware has it."""
-    if name is None:
-        name = "bfloat16" if has_bf16(device) else "float32"
-    return getattr(torch, name)
+    """--dtype as a torch.dtype; None: bf16 where its matrix products are faster than fp32's."""
+    if name is not None:
+        return getattr(torch, name)
+    fast = False
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
+        found = torch.cpu.get_capabilities()
+        fast = found.get("avx512_bf16") or found.get("amx_bf16")
+    return torch.bfloat16 if fast else torch.float32
 
 
 def where_it_runs(device: torch.device, dtype: torch.dtype, asked: str | None) -> str:
-    """In words. asked: --dtype."""
+    """In words, for the header. asked: --dtype."""
     reason = "no fast bfloat16 here"
     if asked:
         reason = "--dtype"
@@ -738,22 +701,14 @@ def autocast(device: torch.device, dtype: torch.dtype):
 
 
 def can_compile(device: torch.device) -> tuple[bool, str]:
-    """Whether torch.compile works here, and why."""
+    """Whether torch.compile is used here, and why; where it fails, compile_for does without it."""
     default = "clang++" if sys.platform == "darwin" else "g++"
     compiler = shutil.which(os.environ.get("CXX") or default)
-    headers = Path(sysconfig.get_path("include")) / "Python.h"
     if device.type not in ("cpu", "cuda"):
         return False, f"eager (torch.compile is not used on {device.type})"
     if compiler is None:
-        return False, "eager (no C++ compiler found: install g++ for torch.compile)"
-    if not headers.is_file():
-        return False, "eager (no Python.h found: install Python's headers for torch.compile)"
-    if device.type == "cpu":
-        return True, f"torch.compile ({Path(compiler).name} found)"
-    has_triton = importlib.util.find_spec("triton") is not None
-    if not has_triton or torch.cuda.get_device_capability(device) < (7, 0):
-        return False, "eager (no triton for this GPU)"
-    return True, "torch.compile (triton found)"
+        return False, f"eager (no C++ compiler found: install {default} for torch.compile)"
+    return True, f"torch.compile ({Path(compiler).name} found)"
 
 
 def compile_for(
@@ -761,8 +716,7 @@ def compile_for(
 ) -> None:
     """Compile what batches of this shape need, now and once, by a batch of zeros.
 
-    Whatever that raises, the model goes on: a process that was killed while it compiled leaves
-    files cut short in the cache, which are removed and made anew; else it goes on eagerly.
+    Whatever a compiler, its cache or the linker raises, the model goes on, if need be eagerly.
     """
     shape = (rows, seq_len, training)
     if not model.compiled or shape in model.compiled_for:
@@ -772,7 +726,7 @@ def compile_for(
     device = next(model.parameters()).device
     tokens = torch.zeros(rows, seq_len, dtype=torch.int64, device=device)
     removed = set()
-    with notice("compiling (once)", shown=rank() == 0):
+    with prepare.notice("compiling (once)", shown=rank() == 0):
         while model.compiled and shape not in model.compiled_for:
             try:
                 with autocast(device, dtype), torch.set_grad_enabled(training):
@@ -780,36 +734,39 @@ def compile_for(
                 if training:
                     (losses * torch.ones(rows, 1, device=device)).sum().backward()
                 model.compiled_for.add(shape)
-            except Exception as e:  # of a compiler, its cache, the linker, …
+            except Exception as e:
                 if is_out_of_memory(e):
                     raise
-                # Of the libraries that it names, the system's are not ours to remove.
+                # A process that was killed while it compiled leaves libraries cut short in the
+                # cache: those that the error names (the system's are not ours to remove), and empty
+                # ones, which it need not name, for they are probes of what the CPU can.
                 named = re.findall(r"/[^\s:]+\.(?:so|dylib|pyd)\b", str(e))
-                made = {path for path in named if Path(path).is_relative_to(cache_dir())}
-                # One that is empty need not be named: the probes of what the CPU can are such.
+                broken = {Path(path) for path in named if Path(path).is_relative_to(cache_dir())}
                 found = Path(cache_dir()).rglob("*.so")
-                made |= {str(path) for path in found if path.stat().st_size == 0}
-                if made - removed:
-                    removed |= made
-                    for path in made:
-                        Path(path).unlink(missing_ok=True)
-                    torch._dynamo.reset()
-                    model.compile_parts()
-                else:
-                    reason = " ".join(str(e).split())[:120]
+                broken |= {path for path in found if path.stat().st_size == 0}
+                # Once removed they are made anew. If that was not it, torch.compile does not work.
+                if broken <= removed:
+                    # A compiler's own line tells most; what torch says of it is long.
+                    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+                    telling = [line for line in lines if "error:" in line] + lines + [repr(e)]
+                    reason = telling[0][:160]
                     say(f"warning: torch.compile failed, going on without it: {reason}")
                     model.run_eagerly()
+                else:
+                    removed |= broken
+                    for path in broken:
+                        path.unlink(missing_ok=True)
+                    torch._dynamo.reset()
+                    model.compile_parts()
     model.zero_grad(set_to_none=True)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """The GPU's dense bf16 FLOP/s by its maker's data sheet; None where it is not known."""
-    if device.type == "cuda" and dtype == torch.bfloat16:
-        name = torch.cuda.get_device_name(device)
-        for known, flops in PEAK_FLOPS.items():
-            if known in name:
-                return flops
-    return None
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for known, flops in PEAK_FLOPS.items() if known in name), None)
 
 
 def is_sharded(model: GPTNeoX) -> bool:
@@ -829,14 +786,18 @@ def sequences_at_once(
         sequence = seq_len * model.bytes_per_token(False, dtype)
         return max(1, 296 * 2**20 // sequence)
     memory = torch.cuda.get_device_properties(device).total_memory
-    # In training 16 bytes a parameter: fp32 weight and gradient, and Adam's two moments.
-    state = (16 if training else 4) * model.parameter_count()
+    # Of each parameter its fp32 weight; in training its gradient, too, and Adam's two moments.
+    state = 4 * model.parameter_count()
+    if training:
+        state *= 4
     if is_sharded(model):
         state //= world_size()
+    # A tenth stays free, for memory is handed out in pieces that do not fill it.
     sequence = seq_len * model.bytes_per_token(training, dtype)
     fits = (memory * 9 // 10 - state) // sequence
     logits = min(2**30, memory // 40) // (seq_len * model.config.vocab_size)
     sequences = max(1, min(fits, logits))
+    # GPUs may differ; a batch is cut the same way on all of them.
     if dist.is_initialized():
         least = torch.tensor(sequences, device=device)
         dist.all_reduce(least, dist.ReduceOp.MIN)
@@ -845,8 +806,11 @@ def sequences_at_once(
 
 
 def is_out_of_memory(error: Exception) -> bool:
+    # torch, the C library, C++, cuBLAS and Python, each in its own words; and oneDNN, whose
+    # "primitive descriptor" is another matter.
     words = "out of memory|allocate memory|bad_alloc|ALLOC_FAILED|MemoryError"
-    return bool(re.search(words, repr(error)))
+    onednn = "could not create a (primitive(?! descriptor)|memory object)"
+    return bool(re.search(f"{words}|{onednn}", repr(error)))
 
 
 @contextlib.contextmanager
@@ -857,8 +821,9 @@ def enough_memory(what: str, way_out: str):
     except (RuntimeError, MemoryError) as e:
         if not is_out_of_memory(e):
             raise
-        asked = re.search(r"allocate ([\d.]+ \w+)", str(e))
-        more = f" (it asked for {asked[1]} more)" if asked else ""
+        more = ""
+        if asked := re.search(r"allocate ([\d.]+ \w+)", str(e)):
+            more = f" (it asked for {asked[1]} more)"
         raise InputError(f"out of memory: {what}{more}; {way_out}") from None
 
 
@@ -871,20 +836,21 @@ def speak(model: GPTNeoX, tokenizer: Tokenizer, prompt: str, args) -> None:
     generator = torch.Generator(device).manual_seed(args.seed)
     ids = tokenizer.encode(prompt or "\n").tolist()
     tokens = torch.tensor([ids], device=device)
-    said = ""
-    new = model.generate(tokens, args.tokens, args.temperature, tokenizer.end_of_text, generator)
-    for token in itertools.chain([None], new):
-        if token is not None:
-            ids.append(token)
+    said = tokenizer.decode(ids)
+    print(said, end="", flush=True)
+    end = tokenizer.end_of_text
+    for token in model.generate(tokens, args.tokens, args.temperature, end, generator):
+        ids.append(token)
         text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):  # the bytes of a character may come one by one
+        # The bytes of a character may come one by one.
+        if not text.endswith("\ufffd"):
             print(text[len(said) :], end="", flush=True)
             said = text
     print(tokenizer.decode(ids)[len(said) :])
 
 
 def main():
-    parser = ArgumentParser(__doc__)
+    parser = prepare.ArgumentParser(__doc__)
     add = parser.add_argument
     add("models", nargs="+", metavar="MODEL", help="folders or names on the hub")
     add("prompt", help="what they go on with")
@@ -894,10 +860,11 @@ def main():
     add("--device", help="default: cuda where there is one, else cpu")
     args = parser.parse_args()
     device = find_device(args.device)
+    # What is wrong with any of them is said before the first speaks.
     for name in args.models:
-        load(name, "meta")  # what is wrong with any of them is said before the first speaks
+        load(name, "meta")
     for name in args.models:
-        with notice(f"loading {name}", shown=sys.stderr.isatty()):
+        with prepare.notice(f"loading {name}", shown=sys.stderr.isatty()):
             model = load(name, device)
             tokenizer = Tokenizer(name)
         if len(args.models) > 1:
@@ -906,4 +873,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli(main)
+    prepare.cli(main)

@@ -23,31 +23,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint.state_dict as whole_state
 from safetensors.torch import load_file
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.nn.parallel import DistributedDataParallel
 
-from eval import (
-    Losses,
-    check_fit,
-    domain_means,
-    evaluate,
-    results,
-    table,
-    warn_of_another_tokenizer,
-)
+import prepare
+from eval import check_fit, domain_means, evaluate, results, table, warn_of_another_tokenizer
 from model import (
     SHAPES,
     Config,
@@ -61,7 +47,6 @@ from model import (
     enough_memory,
     find_device,
     finish,
-    from_first_rank,
     is_sharded,
     load,
     peak_flops,
@@ -75,23 +60,7 @@ from model import (
     world_size,
     write_safetensors,
 )
-from prepare import (
-    SAMPLE,
-    SPLITS,
-    ArgumentParser,
-    Bar,
-    Data,
-    InputError,
-    cli,
-    load_json,
-    locked,
-    naming,
-    replacing,
-    sha256_of,
-    sync,
-    write_json,
-    write_text,
-)
+from prepare import Data, InputError
 
 RESUME_HINT = "; the same command with --resume goes on"
 
@@ -110,13 +79,11 @@ def splitmix64(x: np.ndarray) -> np.ndarray:
 
 
 def places(count: int) -> np.ndarray:
-    """Where the draws of a domain stand in the pass, (count,) uint64: draw k at (k + 1/2) / count.
-
-    As floor((2k + 1) 2^62 / count), so that places are compared exactly: in two divisions, for
-    the product has more than 64 bits.
-    """
+    """Where the draws of a domain stand in the pass, (count,) uint64: k at (k + 1/2) / count."""
     word = np.uint64(31)
     n = np.uint64(count)
+    # As floor((2k + 1) 2^62 / count), so that places are compared exactly: in two divisions, for
+    # the product has more than 64 bits.
     numerators = (2 * np.arange(count, dtype=np.uint64) + np.uint64(1)) << word
     high, rest = np.divmod(numerators, n)
     return (high << word) | (rest << word) // n
@@ -139,6 +106,7 @@ class Mixture:
         seed: int = 0,
         seen: dict[str, np.ndarray] | None = None,
     ):
+        # Counts may come from anywhere: a file, the command line, a method.
         for domain, count in counts.items():
             if domain not in data.domains:
                 has = f"it has {', '.join(data.domains)}"
@@ -155,7 +123,7 @@ class Mixture:
         self.counts = {d: counts[d] for d in sorted(counts) if counts[d]}
         self.windows = {d: data.windows(d, "train", seq_len) for d in self.counts}
         self._domains = list(self.counts)
-        self._epochs: dict[tuple[str, int], np.ndarray] = {}
+        self._epochs: dict[tuple[str, int], np.ndarray] = {}  # permutations that were asked for
 
         # Each sequence's domain, by number, and which draw of the domain it is. The sort is
         # stable, so that of equal places the domain that is first by name comes first.
@@ -175,9 +143,9 @@ class Mixture:
             # A permutation by sorting hashes: numpy's own generators may change between versions.
             key = hashlib.sha256(f"{self.seed}/{domain}/{epoch}".encode()).digest()[:8]
             first = np.uint64(int.from_bytes(key, "little"))
-            hashes = splitmix64(
-                first + np.arange(n, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-            )
+            step = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's own
+            hashes = splitmix64(first + np.arange(n, dtype=np.uint64) * step)
+            # Windows that earlier passes trained on come last.
             seen = self.seen.get(domain, np.zeros(n, dtype=np.int64))
             self._epochs[domain, epoch] = np.lexsort((hashes, seen))
         return int(self._epochs[domain, epoch][k % n])
@@ -194,7 +162,7 @@ class Mixture:
 
     def __getitem__(self, i: int) -> tuple[str, np.ndarray, np.ndarray]:
         """Sequence i of the pass: its domain, inputs (T,) and targets (T,), uint16."""
-        i = range(len(self))[i]
+        i = range(len(self))[i]  # counts from the end, and raises, like a list
         row = self.row(i)
         return self.domain(i), row[:-1], row[1:]
 
@@ -210,6 +178,7 @@ def times_seen(data: Data, seq_len: int, passes: list[dict]) -> dict[str, np.nda
         # Windows of other data or of another length have other numbers.
         if (one["data"], one["seq_len"]) != (data.identity, seq_len):
             continue
+        # A pass drew by what the ones before it had seen.
         mixture = Mixture(data, one["counts"], seq_len, one["seed"], dict(seen))
         for domain, count in mixture.counts.items():
             windows = [mixture.window(domain, k) for k in range(count)]
@@ -226,6 +195,7 @@ def rescale(weights: dict[str, float], sequences: int) -> dict[str, int]:
     total = sum(weights.values())
     exact = {d: weights[d] * sequences / total for d in names}
     counts = {d: math.floor(exact[d]) for d in names}
+    # What rounding down left over goes where it took most.
     left = sequences - sum(counts.values())
     for domain in sorted(names, key=lambda d: counts[d] - exact[d])[:left]:
         counts[domain] += 1
@@ -242,6 +212,7 @@ def parse_mixture(
     domains = domains or data.domains
     if sequences is not None and sequences < 1:
         raise InputError(f"--sequences {sequences}: expected at least 1")
+    # Names of mixtures that have proportions alone.
     if text in ("uniform", "natural"):
         if sequences is None:
             raise InputError(f"--mix {text} needs --sequences, the number of sequences to train on")
@@ -249,10 +220,12 @@ def parse_mixture(
         if text == "natural":
             weights = {d: data.size(d, "train")["tokens"] for d in domains}
         return rescale(weights, sequences)
+    # Counts: the post's, a file's, or those on the command line.
     if text == "horizon":
         counts = HORIZON
     elif text.endswith(".json"):
-        counts = load_json(Path(text))
+        counts = prepare.load_json(Path(text))
+        # It is bare counts, or a mix.json, which says how long its sequences are.
         if "counts" in counts:
             made_for = counts.get("seq_len", seq_len)
             if made_for != seq_len and sequences is None:
@@ -267,8 +240,11 @@ def parse_mixture(
         counts = {pair[1]: int(pair[2]) for pair in pairs}
     if not isinstance(counts, dict):
         raise InputError(f"--mix {text}: expected counts by domain")
-    Mixture(data, counts, seq_len)  # says what is wrong with them
-    return dict(counts) if sequences is None else rescale(counts, sequences)
+    # This says what is wrong with them.
+    Mixture(data, counts, seq_len)
+    if sequences is None:
+        return dict(counts)
+    return rescale(counts, sequences)
 
 
 # ---- the schedule, the optimizer, one step ----
@@ -306,11 +282,8 @@ def defaults(config: Config) -> dict:
 
 
 def learning_rate_at(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Linear from 0 over the first `warmup` share of the pass, then a cosine to 0.
-
-    It is taken at the middle of the step.
-    """
-    x = (step + 0.5) / steps
+    """Linear from 0 over the first `warmup` share of the pass, then a cosine to 0."""
+    x = (step + 0.5) / steps  # the middle of the step, so that none has rate 0
     if x < warmup:
         return peak * x / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (x - warmup) / (1 - warmup)))
@@ -333,12 +306,16 @@ def sequences_of_step(step: int, batch_size: int, sequences: int) -> range:
     return range(step * batch_size, min((step + 1) * batch_size, sequences))
 
 
-def micro_batches(
-    mixture: Mixture, batch: range, micro_batch_size: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[int]]]:
-    """This rank's part of a batch: tokens (M, T + 1) int64, weights (M, 1) fp32, and the sequences.
+# A micro-batch: tokens (M, T + 1) int64, weights (M, 1) fp32, the numbers of the sequences.
+Part = tuple[torch.Tensor, torch.Tensor, list[int]]
+# weigh(step, sequences of the pass, their losses (M, T), weights (M, 1)) -> weights (M, 1)
+Weigh = Callable[[int, list[int], torch.Tensor, torch.Tensor], torch.Tensor]
 
-    Every rank gets as many micro-batches, each of M rows; rows that only fill one up have weight 0.
+
+def micro_batches(mixture: Mixture, batch: range, micro_batch_size: int) -> Iterator[Part]:
+    """This rank's part of a batch. Every rank gets as many micro-batches, each of M rows.
+
+    Rows that only fill one up have weight 0.
     """
     # Sequences go round the ranks, so that the domains of a batch are spread evenly over them.
     mine = batch[rank() :: world_size()]
@@ -350,13 +327,9 @@ def micro_batches(
         yield torch.from_numpy(tokens), weights, rows
 
 
-# weigh(step, sequences of the pass, their losses (M, T), weights (M, 1)) -> weights (M, 1)
-Weigh = Callable[[int, list[int], torch.Tensor, torch.Tensor], torch.Tensor]
-
-
 def add_gradients(
     network: torch.nn.Module,
-    parts: list[tuple[torch.Tensor, torch.Tensor, list[int]]],
+    parts: list[Part],
     step: int,
     sequences: int,
     hyper: Hyperparameters,
@@ -376,11 +349,13 @@ def add_gradients(
         network.require_backward_grad_sync = i == len(parts) - 1
         with autocast(device, hyper.dtype):
             losses = network(tokens[:, :-1], tokens[:, 1:])  # (M, T)
+        # A method may weigh a sequence by its loss.
         if weigh:
             weights = weigh(step, rows, losses.detach(), weights)
         # Of the batch on all ranks, for micro-batches and ranks are not equally full.
         loss = (losses * weights).sum() / (sequences * hyper.seq_len)
-        (loss * world_size()).backward()  # DDP and FSDP divide by the number of ranks
+        # DDP and FSDP divide by the number of ranks.
+        (loss * world_size()).backward()
         total += loss.detach()
     return total
 
@@ -408,15 +383,33 @@ def micro_batch_size(model: GPTNeoX, hyper: Hyperparameters, device: torch.devic
     """As asked for, or so that a rank's rows are cut into as few equal parts as fit."""
     if hyper.micro_batch_size:
         return hyper.micro_batch_size
+    # 64 rows where 10 fit make 7 parts of at most 10.
     rows = math.ceil(hyper.batch_size / world_size())
     fits = sequences_at_once(model, hyper.seq_len, hyper.dtype, device, training=True)
-    return math.ceil(rows / math.ceil(rows / fits))
+    parts = math.ceil(rows / fits)
+    return math.ceil(rows / parts)
 
 
-def cut_log(path: Path, first: int) -> None:
-    """Leave in log.jsonl the lines of the steps before `first`: the others will be done again."""
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    write_text(path, "".join(f"{line}\n" for line in lines[:first]))
+def memory_words(micro_batch_size: int, seq_len: int) -> tuple[str, str]:
+    """What is said where memory runs out: what took it, and the way out that helps there."""
+    way_out = f"try --micro-batch-size {micro_batch_size // 2}"
+    if micro_batch_size == 1:
+        way_out = "try --activation-checkpointing, a shorter --seq-len or --fsdp"
+    return f"training on {micro_batch_size} sequences of {seq_len} tokens at a time", way_out
+
+
+def cut_log(path: Path, steps: int, losses: dict[str, float] | None) -> None:
+    """Leave in log.jsonl the lines of so many steps: the others will be done again.
+
+    losses: of the evaluation after the last of them, if there was to be one.
+    """
+    lines = []
+    if path.exists():
+        lines = path.read_text(errors="replace").splitlines()[:steps]
+    # A signal may have cut that evaluation short.
+    if losses is not None and len(lines) == steps:
+        lines[-1] = json.dumps(json.loads(lines[-1]) | {"val": losses})
+    prepare.write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def check_skipped(progress: Progress, title: str, batch: range, hyper: Hyperparameters) -> None:
@@ -428,9 +421,31 @@ def check_skipped(progress: Progress, title: str, batch: range, hyper: Hyperpara
         raise InputError(f"{title}: loss or gradient not finite in {where}; {way_out}")
 
 
-def append_line(path: Path, line: dict) -> None:
-    with naming(path), open(path, "a") as file:
-        file.write(json.dumps(line) + "\n")
+def speed_words(model: GPTNeoX, hyper: Hyperparameters, tokens_per_second: int) -> str:
+    """How fast it is and, on GPUs whose peak is known, what share of that (MFU)."""
+    words = f"{tokens_per_second:,} tok/s"
+    peak = peak_flops(next(model.parameters()).device, hyper.dtype)
+    if peak:
+        used = tokens_per_second * model.flops_per_token(hyper.seq_len)
+        words += f", MFU {used / (peak * world_size()):.0%}"
+    return words
+
+
+def say_duration(title: str, steps: int, seconds: float) -> None:
+    """Say what so many steps of so many seconds will take, if it is long and no bar shows it."""
+    minutes = steps * seconds / 60
+    if minutes > 1 and not sys.stderr.isatty():
+        say(f"{title}: about {minutes:,.0f} min for {steps:,} steps")
+
+
+def over_ranks(model: GPTNeoX) -> torch.nn.Module:
+    """The model as DDP has it, which adds gradients up over the ranks; itself if FSDP does that."""
+    if world_size() == 1 or is_sharded(model):
+        return model
+    network = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    # Buffers are the same everywhere. As an argument this would warn.
+    network.broadcast_buffers = False
+    return network
 
 
 def train(
@@ -450,46 +465,40 @@ def train(
 
     counts: {domain: sequences}. seen: times_seen by earlier passes. out: a folder for log.jsonl
     and, every save_every steps, checkpoints; the run goes on from the newest sound one there.
-    validate(steps done): losses to log, or None. A step whose loss or gradient is not finite
-    leaves the model as it is. Raises InputError for bad counts and after three such steps in a
-    row, Stopped after a signal.
+    validate(steps done): losses to log, or None; a run that goes on asks again for those of its
+    last step. A step whose loss or gradient is not finite leaves the model as it is. Raises
+    InputError for bad counts and after three such steps in a row, Stopped after a signal.
     """
     check_fit(model, data, hyper.seq_len)
     device = next(model.parameters()).device
     mixture = Mixture(data, counts, hyper.seq_len, hyper.seed, seen)
     steps = math.ceil(len(mixture) / hyper.batch_size)
-    # What is said where memory runs out.
     M = micro_batch_size(model, hyper, device)
-    fewer = f"--micro-batch-size {M // 2}"
-    if M == 1:
-        fewer = "--activation-checkpointing, a shorter --seq-len or --fsdp"
-    memory = (f"training on {M} sequences of {hyper.seq_len} tokens at a time", f"try {fewer}")
+    memory = memory_words(M, hyper.seq_len)
 
     # State is set before DDP makes the parameters' gradients views of its buckets.
     optimizer = make_optimizer(model, device)
-    network = model
     with enough_memory(*memory):
         stop_if_asked(device)
         compile_for(model, M, hyper.seq_len, hyper.dtype, training=True)
-        progress = load_checkpoint(out, model, optimizer) if out else Progress()
-        if world_size() > 1 and not is_sharded(model):
-            network = DistributedDataParallel(model, gradient_as_bucket_view=True)
-            # Buffers are the same everywhere. As an argument this would warn.
-            network.broadcast_buffers = False
+        progress = load_checkpoint(out, model, optimizer)
+        network = over_ranks(model)
+    first = progress.step
+    losses = validate(first) if validate and first else None
     logging = out is not None and rank() == 0
     if logging:
-        cut_log(out / "log.jsonl", progress.step)
-    peak = peak_flops(device, hyper.dtype)
-    bar = Bar(title, steps, "step", progress.step, shown=rank() == 0)
+        cut_log(out / "log.jsonl", first, losses)
+    bar = prepare.Bar(title, steps, "step", first, shown=rank() == 0)
 
-    for step in range(progress.step, steps):
+    for step in range(first, steps):
         began = time.perf_counter()
         batch = sequences_of_step(step, hyper.batch_size, len(mixture))
         rate = learning_rate_at(step, steps, hyper.learning_rate, hyper.warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate
 
-        # The step. All ranks learn the same loss, norm and signals, and so decide the same.
+        # The step. All ranks learn the same loss, norm and signals, and so decide the same. One
+        # whose loss or gradient is not finite would spoil the weights for good: it is left out.
         with enough_memory(*memory):
             parts = list(micro_batches(mixture, batch, M))
             part = add_gradients(network, parts, step, len(batch), hyper, weigh)
@@ -500,28 +509,34 @@ def train(
             if finite:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=network is model)  # DDP's gradients live in its buckets
-
-        progress.step = step + 1
-        progress.skipped = 0 if finite else progress.skipped + 1
+        seconds = time.perf_counter() - began
+        progress = Progress(step + 1, 0 if finite else progress.skipped + 1)
 
         # Its line in the log, and in the bar.
-        tokens_per_second = round(len(batch) * hyper.seq_len / (time.perf_counter() - began))
         line = {"step": step, "loss": loss, "lr": rate, "grad_norm": grad_norm}
-        line |= {"sequences": len(batch), "tokens_per_second": tokens_per_second}
+        line["sequences"] = len(batch)
+        line["tokens_per_second"] = round(len(batch) * hyper.seq_len / seconds)
         if not finite:
             line |= {"loss": None, "grad_norm": None, "skipped": list(batch)}
             found = f"loss {loss}, gradient norm {grad_norm}"
             say(f"\nstep {step}: {found}: no update from sequences {batch[0]} to {batch[-1]}")
-        words = f"loss {loss:.3f}, lr {rate:.1e}, {tokens_per_second:,} tok/s"
-        if peak:
-            used = tokens_per_second * model.flops_per_token(hyper.seq_len)
-            words += f", MFU {used / (peak * world_size()):.0%}"
-        bar.to(progress.step, words)
-        losses = validate(progress.step) if validate else None
+        speed = speed_words(model, hyper, line["tokens_per_second"])
+        bar.to(progress.step, f"loss {loss:.3f}, lr {rate:.1e}, {speed}")
+        if step == first + 2:
+            say_duration(title, steps - first, seconds)
+
+        # A signal that comes in the evaluation, or before it, leaves it to the run that goes on.
+        losses = None
+        try:
+            if validate and not stop:
+                losses = validate(progress.step)
+        except Stopped:
+            stop = True
         if losses is not None:
             line["val"] = losses
         if logging:
-            append_line(out / "log.jsonl", line)
+            with prepare.naming(out / "log.jsonl"), open(out / "log.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
 
         # The end, if it is bad or asked for; else perhaps a checkpoint.
         check_skipped(progress, title, batch, hyper)
@@ -557,15 +572,14 @@ def shard(model: GPTNeoX, dtype: torch.dtype, device: torch.device) -> None:
     model.make_rotary()
 
 
-# The first rank gets whole tensors on its CPU, the others nothing.
-GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
+# How state is read: the first rank gets whole tensors on its CPU, the others nothing.
+GATHER = whole_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def spread(model: GPTNeoX) -> StateDictOptions:
+def spread(model: GPTNeoX) -> whole_state.StateDictOptions:
     """How state is set: by the first rank for all where it is sharded, else by every rank."""
-    return StateDictOptions(
-        full_state_dict=is_sharded(model), broadcast_from_rank0=is_sharded(model)
-    )
+    by_first = is_sharded(model)
+    return whole_state.StateDictOptions(full_state_dict=by_first, broadcast_from_rank0=by_first)
 
 
 def reads_state(model: GPTNeoX) -> bool:
@@ -582,9 +596,10 @@ def check_finite(tensors: dict[str, torch.Tensor]) -> None:
 
 def optimizer_tensors(model: GPTNeoX, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """{"PARAMETER.KEY": tensor} of whatever state the optimizer has, on the first rank."""
-    if not optimizer.state:  # no step has been taken; to ask would take one
+    # Before its first step it has none, and to ask for it would take a step.
+    if not optimizer.state:
         return {}
-    state = get_optimizer_state_dict(model, optimizer, options=GATHER).get("state", {})
+    state = whole_state.get_optimizer_state_dict(model, optimizer, options=GATHER).get("state", {})
     return {
         f"{name}.{key}": value
         for name, values in state.items()
@@ -599,23 +614,25 @@ def set_optimizer_tensors(
     """What optimizer_tensors gave becomes the state of an optimizer that is as yet without one."""
     # A state of the right form, made by a step of size 0, on every rank that sets one.
     options = GATHER if is_sharded(model) else spread(model)
-    state = get_optimizer_state_dict(model, optimizer, options=options)
+    state = whole_state.get_optimizer_state_dict(model, optimizer, options=options)
     for name, values in state.get("state", {}).items():
         for key in values:
             values[key] = tensors.get(f"{name}.{key}", values[key])
-    set_optimizer_state_dict(model, optimizer, state, options=spread(model))
+    whole_state.set_optimizer_state_dict(model, optimizer, state, options=spread(model))
 
 
 def fill(model: GPTNeoX, name: str | Path, **scratch) -> None:
     """Copy a model's weights into another of its shape, which stays as it is, compiled or not."""
-    weights = load(name, **scratch).state_dict() if reads_state(model) else {}
-    set_model_state_dict(model, weights, options=spread(model))
+    weights = {}
+    if reads_state(model):
+        weights = load(name, **scratch).state_dict()
+    whole_state.set_model_state_dict(model, weights, options=spread(model))
 
 
 def keep(model: GPTNeoX, data: Data, out: Path, dtype: torch.dtype = torch.float32) -> None:
     """Save the finished model, if that is not done, and remove its checkpoints; on every rank."""
     if not (out / "model.safetensors").is_file():
-        weights = get_model_state_dict(model, options=GATHER)
+        weights = whole_state.get_model_state_dict(model, options=GATHER)
         weights = {name: weight.to(dtype) for name, weight in weights.items()}
         check_finite(weights)
         if rank() == 0:
@@ -623,11 +640,20 @@ def keep(model: GPTNeoX, data: Data, out: Path, dtype: torch.dtype = torch.float
     if rank() == 0:
         for folder in checkpoints(out):
             shutil.rmtree(folder)
-    barrier()  # the others may read what the first rank wrote
+    # The others may read what the first rank wrote.
+    barrier()
 
 
 def checkpoints(out: Path) -> list[Path]:
     return sorted(out.glob("checkpoint-" + 8 * "[0-9]"))
+
+
+def remove(path: Path) -> None:
+    """A file, or a folder with all that is in it."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def save_checkpoint(
@@ -637,60 +663,57 @@ def save_checkpoint(
 
     The folder appears whole. The newest two stay.
     """
-    weights = get_model_state_dict(model, options=GATHER)
+    weights = whole_state.get_model_state_dict(model, options=GATHER)
     moments = optimizer_tensors(model, optimizer)
     check_finite(weights | moments)
     if rank() > 0:
         return
-    if model.config.tie_word_embeddings:  # a file holds no two names of one tensor
+    # A file holds no two names of one tensor.
+    if model.config.tie_word_embeddings:
         weights["embed_out.weight"] = weights["embed_out.weight"].clone()
     final = out / f"checkpoint-{progress.step:08d}"
-    with replacing(final) as folder:
+    with prepare.replacing(final) as folder:
         folder.mkdir()
         # Each of these is on the disk before the manifest, and that before the folder's name.
         write_safetensors(folder / "model.safetensors", weights)
         write_safetensors(folder / "optimizer.safetensors", moments)
-        write_json(folder / "state.json", asdict(progress))
-        hashes = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
-        write_json(folder / "manifest.json", hashes)
-        sync(out / "log.jsonl")
-        shutil.rmtree(final, ignore_errors=True)  # one that was passed over as damaged
-    later = [path for path in checkpoints(out) if path > final]  # passed over as damaged
+        prepare.write_json(folder / "state.json", asdict(progress))
+        hashes = {path.name: prepare.sha256_of(path) for path in sorted(folder.iterdir())}
+        prepare.write_json(folder / "manifest.json", hashes)
+        prepare.sync(out / "log.jsonl")
+        shutil.rmtree(final, ignore_errors=True)
+    # Of this step or a later one there are only those that were passed over as damaged.
+    later = [path for path in checkpoints(out) if path > final]
     older = [path for path in checkpoints(out) if path < final]
     for folder in later + older[:-1]:
         shutil.rmtree(folder)
 
 
-def check_checkpoint(folder: Path) -> None:
-    """Raise InputError, or OSError, if a file is not what it was when it was saved."""
-    hashes = load_json(folder / "manifest.json")
-    for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
-        if sha256_of(folder / name) != hashes.get(name):
-            raise InputError(f"{name} is not what it was when it was saved")
-
-
 def newest_checkpoint(out: Path) -> Path | None:
     """The newest sound checkpoint, saying which are passed over; what was half written goes."""
     for leftover in out.glob(".*.partial"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-        else:
-            leftover.unlink()
+        remove(leftover)
     for folder in reversed(checkpoints(out)):
         try:
-            check_checkpoint(folder)
+            hashes = prepare.load_json(folder / "manifest.json")
+            for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
+                if prepare.sha256_of(folder / name) != hashes.get(name):
+                    raise InputError(f"{name} is not what it was when it was saved")
             return folder
         except (OSError, InputError) as e:
             say(f"{folder} is damaged and passed over: {e}")
     return None
 
 
-def load_checkpoint(out: Path, model: GPTNeoX, optimizer: torch.optim.Optimizer) -> Progress:
+def load_checkpoint(out: Path | None, model: GPTNeoX, optimizer: torch.optim.Optimizer) -> Progress:
     """Restore the newest sound checkpoint in `out`, if there is one; how far it had come."""
+    if out is None:
+        return Progress()
     # The first rank looks, for the others may see the folder later than it does.
-    newest = newest_checkpoint(out) if rank() == 0 else None
-    step = int(newest.name[-8:]) if newest else 0
-    step = from_first_rank(step, next(model.parameters()).device)
+    found = torch.tensor(0, device=next(model.parameters()).device)
+    if rank() == 0 and (newest := newest_checkpoint(out)):
+        found += int(newest.name[-8:])
+    step = add_up(found).item()
     if step == 0:
         return Progress()
     folder = out / f"checkpoint-{step:08d}"
@@ -700,10 +723,11 @@ def load_checkpoint(out: Path, model: GPTNeoX, optimizer: torch.optim.Optimizer)
     if reads_state(model):
         weights = load_file(folder / "model.safetensors")
         moments = load_file(folder / "optimizer.safetensors")
-    set_model_state_dict(model, weights, options=spread(model))
-    if from_first_rank(len(moments), next(model.parameters()).device):
+    whole_state.set_model_state_dict(model, weights, options=spread(model))
+    # If there are any, every rank takes part in setting them, also one that read nothing.
+    if add_up(torch.full_like(found, len(moments))) > 0:
         set_optimizer_tensors(model, optimizer, moments)
-    return Progress(**load_json(folder / "state.json"))
+    return Progress(**prepare.load_json(folder / "state.json"))
 
 
 # ---- the run's folder ----
@@ -743,7 +767,8 @@ def stoppable() -> Iterator[None]:
         if rank() == 0:
             print(f"\n{e}; go on with: {resume_command()}", file=sys.stderr)
         finish()
-        number = stop_signals[0] if stop_signals else signal.SIGTERM  # which came to another rank
+        # One that came to another rank is taken for a SIGTERM.
+        number = [*stop_signals, signal.SIGTERM][0]
         sys.exit(128 + number)
     finally:
         for number, handler in before.items():
@@ -753,9 +778,29 @@ def stoppable() -> Iterator[None]:
 
 def resume_command() -> str:
     options = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
+    return shlex.join([*launcher(), sys.argv[0], *options, "--resume"])
+
+
+def launcher() -> list[str]:
+    """What stood before the script's name: python, or torchrun with its own options."""
     ranks = os.environ.get("LOCAL_WORLD_SIZE")
-    start = ["torchrun", f"--nproc_per_node={ranks}"] if ranks else ["python"]
-    return shlex.join([*start, sys.argv[0], *options, "--resume"])
+    if ranks is None:
+        return ["python"]
+    # On Linux torchrun, which is the parent, shows its command line, up to the script's name.
+    with contextlib.suppress(OSError, ValueError):
+        called = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
+        called = called[: called.index(sys.argv[0])]
+        for i, word in enumerate(called):
+            if word == "torch.distributed.run" or Path(word).name == "torchrun":
+                return ["torchrun", *called[i + 1 :]]
+    # Elsewhere what it told this process has to do.
+    told = ["torchrun", f"--nproc_per_node={ranks}"]
+    if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+        told += [f"--nnodes={os.environ['GROUP_WORLD_SIZE']}"]
+        told += [f"--node_rank={os.environ['GROUP_RANK']}"]
+        told += [f"--master_addr={os.environ['MASTER_ADDR']}"]
+        told += [f"--master_port={os.environ['MASTER_PORT']}"]
+    return told
 
 
 @functools.cache  # the code that runs is that which was read first
@@ -778,7 +823,7 @@ def name_of(settings: dict) -> str:
 def passes_of(model: str | Path) -> list[dict]:
     """The passes that a model's folder says it was trained on."""
     record = Path(model) / "run.json"
-    return load_json(record).get("passes", []) if record.is_file() else []
+    return prepare.load_json(record).get("passes", []) if record.is_file() else []
 
 
 def this_pass(data: Data, hyper: Hyperparameters, counts: dict[str, int]) -> dict:
@@ -791,7 +836,7 @@ def settings_of(args, data: Data, hyper: Hyperparameters) -> dict:
     if rank() == 0:  # which alone writes them down
         for path in sorted(Path(args.model).glob("*")):
             if path.suffix == ".safetensors" or path.name in ("config.json", "run.json"):
-                files.append(sha256_of(path)[:16])
+                files.append(prepare.sha256_of(path)[:16])
     # A folder is what its files are, wherever it is.
     name = "" if Path(args.model).exists() else args.model
     return {
@@ -820,27 +865,19 @@ def check_folder(out: Path, args) -> None:
         raise InputError(f"{out}: --overwrite would remove {args.model}; choose another --out")
 
 
-def check_same(out: Path, old: dict, settings: dict) -> None:
-    """Raise InputError, naming each, if a run's settings are not those that it was begun with."""
-    changed = [
-        f"{key} was {old.get(key)}, is {settings.get(key)}"
-        for key in {**old, **settings}
-        if old.get(key) != settings.get(key)
-    ]
-    if changed:
-        raise InputError(f"{out}: --resume with other settings: {'; '.join(changed)}")
-
-
 # What a run leaves in its folder: first what makes it a finished one.
 OWN_FILES = ("model.safetensors", "checkpoint-*", "log.jsonl", "result.json", "train.png")
 
+# What a command says of itself, and what depends on where it runs: no option of the run.
+NOT_KEPT = ("out", "resume", "overwrite", "dry_run", "check_data", "device", "fsdp")
 
-def parse_args(parser: ArgumentParser):
+
+def parse_args(parser: prepare.ArgumentParser):
     """The command line; with --resume, what it leaves out is as it was when the run was begun."""
     args = parser.parse_args()
     record = Path(args.out) / "run.json"
     if args.resume and record.is_file():
-        parser.set_defaults(**load_json(record).get("options", {}))
+        parser.set_defaults(**prepare.load_json(record).get("options", {}))
         args = parser.parse_args()
     return args
 
@@ -860,30 +897,24 @@ def claim(
             check_folder(out, args)
             resuming = args.resume and is_run(out)
             if resuming:
-                check_same(out, load_json(record).get("settings", {}), settings)
+                known = prepare.load_json(record).get("settings", {})
+                changed = []
+                for key in {**known, **settings}:
+                    if known.get(key) != settings.get(key):
+                        changed.append(f"{key} was {known.get(key)}, is {settings.get(key)}")
+                if changed:
+                    raise InputError(f"{out}: --resume with other settings: {'; '.join(changed)}")
             # From here on the folder changes.
             out.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(out / ".lock", out))
+            stack.enter_context(prepare.locked(out / ".lock", out))
             if not resuming:
-                for path in [path for pattern in own_files for path in out.glob(pattern)]:
-                    if path.is_dir():
-                        shutil.rmtree(path)
-                    else:
-                        path.unlink()
-                options = dict(vars(args))
-                # What a command says of itself, and what depends on where it runs, is left out.
-                for name in (
-                    "out",
-                    "resume",
-                    "overwrite",
-                    "dry_run",
-                    "check_data",
-                    "device",
-                    "fsdp",
-                ):
-                    del options[name]
+                for pattern in own_files:
+                    for path in out.glob(pattern):
+                        remove(path)
+                options = {name: x for name, x in vars(args).items() if name not in NOT_KEPT}
                 known = {"settings": settings, "passes": passes, "options": options}
-                write_json(record, known)
+                prepare.write_json(record, known)
+        # The others look only now.
         barrier()
         if not record.is_file():
             seen = "this node does not see what the first one wrote there"
@@ -896,7 +927,8 @@ def decorating(path: Path) -> Iterator[None]:
     """A picture or a card is made in the block; if that fails, the result has to do without it."""
     try:
         yield
-    except Exception as e:  # whatever it is, it must not cost the weights
+    # Whatever it is, it must not cost the weights.
+    except Exception as e:
         say(f"warning: {path} could not be made: {type(e).__name__}: {' '.join(str(e).split())}")
 
 
@@ -906,26 +938,29 @@ def draw(log: Path, path: Path) -> None:
 
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     measured = [line for line in lines if "val" in line]
-    panels = 2 if measured else 1
+    panels = 1 + bool(measured)
     figure = Figure(figsize=(5 * panels, 4), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
-    steps = [line["step"] + 1 for line in lines if line["loss"] is not None]
-    axes[0].plot(steps, [line["loss"] for line in lines if line["loss"] is not None], lw=1)
+    # The loss, with a gap where a step was skipped, and on an axis of its own the learning rate.
+    steps = [line["step"] + 1 for line in lines]
+    losses = np.array([line["loss"] for line in lines], dtype=np.float64)
+    axes[0].plot(steps, losses, lw=1)
     axes[0].set(title="Training", xlabel="step", ylabel="loss, nats per token")
     rate = axes[0].twinx()
-    rate.plot([line["step"] + 1 for line in lines], [line["lr"] for line in lines], color="0.7")
+    rate.plot(steps, [line["lr"] for line in lines], color="0.7")
     rate.set_ylabel("learning rate", color="0.5")
     rate.set_ylim(bottom=0)
-    for panel in axes:
-        panel.xaxis.get_major_locator().set_params(integer=True)
+    # Each domain's loss where it was measured.
     if measured:
+        steps = [line["step"] + 1 for line in measured]
         for domain in measured[0]["val"]:
-            losses = [line["val"][domain] for line in measured]
             style = "k--" if domain == "mean" else ".-"
-            axes[1].plot([line["step"] + 1 for line in measured], losses, style, label=domain)
+            axes[1].plot(steps, [line["val"][domain] for line in measured], style, label=domain)
         axes[1].set(title="Validation", xlabel="step", ylabel="loss, nats per token")
         axes[1].legend(frameon=False)
-    with replacing(path) as partial:
+    for panel in axes:
+        panel.xaxis.get_major_locator().set_params(integer=True)
+    with prepare.replacing(path) as partial:
         figure.savefig(partial, dpi=120, format="png")
 
 
@@ -936,6 +971,7 @@ def model_card(
 
     What made it, and what came of it; of a folder of this machine no more than the name.
     """
+    # A model of the hub is named with its commit, and linked to.
     on_hub = re.fullmatch("([^/]+/[^/]+)@([0-9a-f]{40})", model)
     base = f"`{Path(model).name}`"
     front = "library_name: transformers"
@@ -977,10 +1013,10 @@ Data set `{data.identity}`, tokenizer `{data.meta["tokenizer"]["sha256"]}`.
 # ---- options and main ----
 
 
-def add_options(parser: ArgumentParser, out: str) -> None:
+def add_options(parser: prepare.ArgumentParser, out: str) -> None:
     """The options that train.py and mix.py share."""
     add = parser.add_argument_group("what to train on").add_argument
-    add("--data", default=SAMPLE, help="a folder that prepare.py wrote")
+    add("--data", default=prepare.SAMPLE, help="a folder that prepare.py wrote")
     names = "a folder, a name on the hub, or scratch:SIZE"
     add("--model", default="scratch:tiny", help=names)
     add("--sequences", type=int, metavar="N", help="length of a pass")
@@ -1054,7 +1090,7 @@ def set_up(args) -> tuple[Data, Hyperparameters]:
     )
     check_fit(shape, data, hyper.seq_len)
     for domain in data.domains:
-        for split in SPLITS:
+        for split in prepare.SPLITS:
             data.windows(domain, split, hyper.seq_len)
     data.check_tokenizer()  # it goes into the model's folder, at the very end
     if args.check_data:
@@ -1086,29 +1122,28 @@ def load_to_train(args, data: Data, dtype: torch.dtype, device: torch.device) ->
         model.compile_parts()
 
     tokens = sum(data.size(d, "train")["tokens"] for d in data.domains)
-    say(
-        f"data    {args.data}: {tokens:,} training tokens of {len(data.domains)} domains",
-        f"model   {args.model}: {model.parameter_count():,} parameters",
-        f"runs    on {where_it_runs(device, dtype, args.dtype)}, {how}",
-    )
+    say(f"data    {args.data}: {tokens:,} training tokens of {len(data.domains)} domains")
+    say(f"model   {args.model}: {model.parameter_count():,} parameters")
+    say(f"runs    on {where_it_runs(device, dtype, args.dtype)}, {how}")
     return model
 
 
 def say_cost(model: GPTNeoX, hyper: Hyperparameters, sequences: int, device: torch.device) -> None:
     """Say what a pass is, and what it takes by arithmetic."""
     T = hyper.seq_len
-    say(
-        f"pass    {sequences:,} sequences of {T} tokens ({sequences * T:,} in all), "
-        f"{hyper.batch_size} a step, lr {hyper.learning_rate:g}"
-    )
+    length = f"{sequences:,} sequences of {T} tokens ({sequences * T:,} in all)"
+    say(f"pass    {length}, {hyper.batch_size} a step, lr {hyper.learning_rate:g}")
+    # A checkpoint has the weights and Adam's two moments, in fp32.
     parameters = model.parameter_count()
-    takes = (
-        f"takes   {12 * parameters / 1e9:.2f} GB on the disk for a checkpoint, of which two stay"
-    )
+    disk = 12 * parameters / 1e9
+    takes = f"takes   {disk:.2f} GB on the disk for a checkpoint, of which two stay"
+    # Training has their gradient as well; a model that is sharded has its part of all that.
     if device.type == "cuda":
         M = micro_batch_size(model, hyper, device)
         tokens = M * T * model.bytes_per_token(True, hyper.dtype)
-        state = 16 * parameters // (world_size() if is_sharded(model) else 1)
+        state = 16 * parameters
+        if is_sharded(model):
+            state //= world_size()
         takes += f"; {(state + tokens) / 1e9:.1f} GB on a GPU, {M} sequences at a time"
     say(takes)
 
@@ -1118,13 +1153,14 @@ def say_repeats(repeats: dict[str, float]) -> None:
     often = ", ".join(f"{d} {n:.1f}" for d, n in repeats.items() if n > 1)
     if often:
         say(f"        times through a domain: {often}")
+    # Up to four epochs are worth nearly as much as new text (2305.16264).
     for d, n in repeats.items():
-        if n > 4:  # 2305.16264
+        if n > 4:
             say(f"warning: {n:.1f} times through {d}; more than 4 teach little: prepare more of it")
 
 
 def main():
-    parser = ArgumentParser(__doc__)
+    parser = prepare.ArgumentParser(__doc__)
     add_options(parser, "out/train")
     add = parser.add_argument
     kinds = "uniform, natural, horizon, FILE.json, or counts like arxiv=608,github=226"
@@ -1138,14 +1174,20 @@ def main():
     earlier = passes_of(args.model)
     model = load_to_train(args, data, hyper.dtype, device)
     T = hyper.seq_len
+    steps = math.ceil(sum(counts.values()) / hyper.batch_size)
+    losses = {}  # before the pass and after it
 
-    def validation(after_batch: Callable[[], None] | None = None) -> Losses:
-        return evaluate(model, data, "val", T, hyper.dtype, args.eval_sequences, after_batch)
+    def validation() -> dict[str, np.ndarray]:
+        stop = functools.partial(stop_if_asked, device)
+        return evaluate(model, data, "val", T, hyper.dtype, args.eval_sequences, stop)
 
     def validate(steps_done: int) -> dict[str, float] | None:
-        if not args.eval_every or steps_done % args.eval_every:
+        due = args.eval_every and steps_done % args.eval_every == 0
+        if due or steps_done == steps:
+            losses["after"] = validation()
+        if not due:
             return None
-        means = domain_means(validation())
+        means = domain_means(losses["after"])
         return {**dict(zip(data.domains, means.tolist(), strict=True)), "mean": float(means.mean())}
 
     say_cost(model, hyper, sum(counts.values()), device)
@@ -1157,39 +1199,27 @@ def main():
     passes = [*earlier, this_pass(data, hyper, counts)]
     with claim(out, args, settings, passes), stoppable():
         if not (out / "model.safetensors").is_file():
-            # A later evaluation is not cut short: the steps before it would be lost.
-            losses = {"before": validation(partial(stop_if_asked, device))}
-            train(
-                model,
-                data,
-                counts,
-                hyper,
-                seen=times_seen(data, T, earlier),
-                out=out,
-                save_every=args.save_every,
-                validate=validate,
-            )
-            losses["after"] = validation()
+            losses["before"] = validation()
+            seen = times_seen(data, T, earlier)
+            kept = {"out": out, "save_every": args.save_every, "validate": validate}
+            train(model, data, counts, hyper, seen=seen, **kept)
             if rank() == 0:
                 result = results(losses, data, "val", T)
-                write_json(out / "result.json", result)
+                prepare.write_json(out / "result.json", result)
                 with decorating(out / "train.png"):
                     draw(out / "log.jsonl", out / "train.png")
                 with decorating(out / "README.md"):
                     card = model_card(out.name, args.model, data, counts, hyper, result)
-                    write_text(out / "README.md", card)
+                    prepare.write_text(out / "README.md", card)
         keep(model, data, out, getattr(torch, args.save_dtype))
     if rank() == 0:
-        result = load_json(out / "result.json")
-        say(
-            f"validation losses, {T} tokens a sequence",
-            table(result),
-            f"model, log and train.png in {out}",
-        )
+        result = prepare.load_json(out / "result.json")
+        say(f"validation losses, {T} tokens a sequence", table(result))
+        say(f"model, log and train.png in {out}")
         say(f"next    python eval.py {args.model} {out} --data {args.data}")
         say(f"or      python model.py {out} 'def main('")
     finish()
 
 
 if __name__ == "__main__":
-    cli(main, RESUME_HINT)
+    prepare.cli(main, RESUME_HINT)

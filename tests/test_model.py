@@ -12,7 +12,18 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from model import SHAPES, Config, GPTNeoX, attend, can_compile, load, save, sequences_at_once
+from model import (
+    SHAPES,
+    Config,
+    GPTNeoX,
+    attend,
+    can_compile,
+    compile_for,
+    is_out_of_memory,
+    load,
+    save,
+    sequences_at_once,
+)
 from prepare import InputError, Tokenizer
 
 
@@ -345,6 +356,60 @@ def test_attention_in_blocks_rounds_no_more_than_sdpa(monkeypatch, dtype, T):
 @compiled
 def test_compiled_attention_rounds_no_more_in_bfloat16_than_sdpa():
     assert_rounds_like_sdpa(torch.compile(attend, dynamic=False), torch.bfloat16, 200)
+
+
+COMPILER = """CppCompileError: C++ compile error
+
+Command:
+/usr/bin/g++ /tmp/a.cpp -D A_MACRO -O3 -Werror -o /tmp/a.so
+
+Output:
+In file included from /tmp/a.cpp:1:
+/tmp/b.h:3:10: fatal error: omp.h: No such file or directory
+    3 | #include <omp.h>
+compilation terminated.
+
+Set TORCHDYNAMO_VERBOSE=1 for the internal stack trace
+"""
+
+
+@pytest.mark.parametrize(
+    "message, shown",
+    [
+        (COMPILER, "/tmp/b.h:3:10: fatal error: omp.h: No such file or directory"),
+        ("\nNo working C++ compiler found\n\nSet TORCHDYNAMO_VERBOSE=1", "No working C++ compiler"),
+        ("", "RuntimeError('')"),
+        ("error: " + "x" * 500, "error: " + "x" * 153 + "\n"),
+    ],
+)
+def test_the_warning_of_a_compiler_that_failed_shows_the_fault(message, shown, capsys):
+    model = GPTNeoX(Config(64, 16, 1, 2, 32, 16))
+    model.compile_parts()
+
+    def fails(x, targets):
+        raise RuntimeError(message)
+
+    model.token_losses = fails
+    with torch.compiler.set_stance("force_eager"):
+        compile_for(model, 2, 8, torch.float32, training=False)
+    assert f"torch.compile failed, going on without it: {shown}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "error, is_one",
+    [
+        (RuntimeError("could not create a primitive"), True),
+        (RuntimeError("could not create a memory object"), True),
+        (RuntimeError("could not create a primitive descriptor for a matmul primitive"), False),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("shapes cannot be multiplied"), False),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_running_out_of_memory_is_known_by_its_words(error, is_one):
+    assert is_out_of_memory(error) is is_one
 
 
 # ---- its size ----

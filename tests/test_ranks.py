@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -98,6 +99,42 @@ def test_two_nodes_meet_and_train_like_one_process(data, small, one, tmp_path):
     assert [node.returncode for node in nodes] == [0, 0], outputs
     assert sum("on cpu x 2," in out for out, _ in outputs) == 1
     assert_same_run(tmp_path / "run", one)
+
+
+PRINTING = "import train\nprint(train.resume_command())\n"
+
+
+def test_the_command_that_goes_on_has_the_options_that_torchrun_was_given(tmp_path):
+    script = tmp_path / "a script.py"
+    script.write_text(PRINTING)
+    words = options(nnodes=1, nproc_per_node=1, local_addr="localhost", rdzv_id=7)
+    words += options(rdzv_backend="c10d", rdzv_endpoint=f"localhost:{free_port()}")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *words]
+    done = subprocess.run(
+        [*torchrun, script, "--seed", "3", "--overwrite"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    expected = ["torchrun", *words, str(script), "--seed", "3", "--resume"]
+    assert shlex.split(done.stdout) == expected
+
+
+@pytest.mark.parametrize(
+    "told, start",
+    [
+        ({}, "python"),
+        ({"LOCAL_WORLD_SIZE": "8"}, "torchrun --nproc_per_node=8"),
+        (
+            {"LOCAL_WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "2", "GROUP_RANK": "1"},
+            "torchrun --nproc_per_node=8 --nnodes=2 --node_rank=1 --master_addr=a --master_port=9",
+        ),
+    ],
+)
+def test_where_torchrun_cannot_be_seen_the_command_has_what_it_told(monkeypatch, told, start):
+    """This process has another parent."""
+    for name, value in ({"MASTER_ADDR": "a", "MASTER_PORT": "9"} | told).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.argv", ["train.py", "--resume", "--out", "my run"])
+    assert train.resume_command() == f"{start} train.py --out 'my run' --resume"
 
 
 ALONE = (1, {})

@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
 import re
 import runpy
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,6 +98,74 @@ def test_a_gpu_gets_as_many_sequences_as_its_memory_holds(monkeypatch):
     assert [fitting(gib) for gib in (16, 24, 40, 80)] == [1, 2, 7, 10]
     model.activation_checkpointing = True
     assert fitting(24) == 6
+
+
+@pytest.mark.parametrize(
+    "sequences, last, said", [(40_000, 2, 0), (40_000, 5, 1), (48, 5, 0)], ids=["early", "long", ""]
+)
+def test_a_long_pass_says_after_its_third_step_how_long_it_will_take(
+    data, small, capsys, sequences, last, said
+):
+    """Once: of 5,000 steps that take a twentieth of a second or a little more."""
+
+    def slow(step, rows, losses, weights):
+        time.sleep(0.05)
+        if step == last:
+            raise KeyboardInterrupt
+        return weights
+
+    with pytest.raises(KeyboardInterrupt):
+        train(load(small), data, {"sums": sequences}, STEPS_OF_8, weigh=slow)
+    text = capsys.readouterr().out
+    assert len(re.findall(r"^train: about [4-9] min for 5,000 steps$", text, re.M)) == said
+    assert text.count("about") == said
+
+
+# ---- a signal in an evaluation ----
+
+
+@pytest.mark.parametrize(
+    "eval_every, evaluation, steps",
+    [(2, 2, 2), (2, 4, 6), (0, 2, 6)],
+    ids=["after two steps", "after the last", "the last alone"],
+)
+def test_a_signal_in_an_evaluation_stops_it_and_nothing_is_lost(
+    data, small, tmp_path, script, monkeypatch, eval_every, evaluation, steps
+):
+    """Of the run, and of the one that goes on; the third ends like one that nobody stopped."""
+    stop_in = 0
+    begun = 0
+
+    def four(*args, **kwargs):
+        nonlocal begun
+        begun += 1
+        if begun == stop_in:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return 4
+
+    # Asked once by every evaluation, of which the first is that of the untrained model.
+    monkeypatch.setattr("eval.sequences_at_once", four)
+    whole = tmp_path / "whole"
+    assert script("train", *train_options(data, small, whole, eval_every=eval_every))[0] == 0
+    out = tmp_path / "run"
+    words = train_options(data, small, out, eval_every=eval_every, resume=True)
+    for stop_in, message in (
+        (evaluation, f"stopped and saved after step {steps} of 6; go on with"),
+        (2, "stopped; go on with"),
+    ):
+        begun = 0
+        status, _, err = script("train", *words)
+        assert (status, begun) == (143, stop_in)
+        assert message in err
+        assert [path.name for path in out.glob("checkpoint-*")] == [f"checkpoint-{steps:08d}"]
+        assert len(log_of(out)) == steps
+        assert "val" not in log_of(out)[-1]
+    stop_in = 0
+    status, _, err = script("train", *words)
+    assert status == 0, err
+    assert same_weights(out, whole)
+    assert log_of(out) == log_of(whole)
+    assert (out / "result.json").read_bytes() == (whole / "result.json").read_bytes()
 
 
 # ---- a run's folder ----
