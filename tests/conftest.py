@@ -1,6 +1,5 @@
 """What the tests share: text made on the spot, a small model, and ways of running a script."""
 
-import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -15,7 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -41,7 +40,6 @@ def pytest_configure(config):
 
 
 # ---- data and models ----
-
 
 WORDS = "the a small large red old river stone house bird walks sees finds under over near and then"
 
@@ -105,17 +103,16 @@ def copy_of_small(tmp_path, small) -> Path:
 
 
 def bins(folder: Path, lengths: dict[str, int]) -> Data:
-    """Counted-up tokens, written without prepare.py: train splits of these lengths, val and test
-    of 100."""
+    """Counted-up tokens, without prepare.py: train splits of these lengths, val and test of 100."""
     folder.mkdir()
     files = {}
     for domain, length in lengths.items():
         for split in ("train", "val", "test"):
             tokens = (np.arange(length if split == "train" else 100) % 50_000).astype("<u2")
             tokens.tofile(folder / f"{domain}.{split}.bin")
-            sha256 = hashlib.sha256(tokens.tobytes()).hexdigest()
-            size = {"documents": 1, "tokens": len(tokens), "bytes": len(tokens)}
-            files[f"{domain}.{split}"] = size | {"sha256": sha256}
+            file = {"documents": 1, "tokens": len(tokens), "bytes": len(tokens)}
+            file["sha256"] = hashlib.sha256(tokens.tobytes()).hexdigest()
+            files[f"{domain}.{split}"] = file
     tokenizer = {"sha256": "", "vocab_size": 50_000, "end_of_text": 0}
     meta = {"format": 1, "tokenizer": tokenizer, "files": files}
     (folder / "meta.json").write_text(json.dumps(meta))
@@ -123,7 +120,6 @@ def bins(folder: Path, lengths: dict[str, int]) -> Data:
 
 
 # ---- running a script ----
-
 
 def options(**given) -> list[str]:
     """Words of a command line: options(seq_len=32, resume=True) -> ["--seq-len", "32", "--resume"].
@@ -166,20 +162,20 @@ def script(monkeypatch, capsys):
     return run
 
 
-def command(
-    *argv, ranks: int = 0, memory: float | None = None, **kwargs
-) -> subprocess.CompletedProcess:
-    """Run a script as a user does: command("train.py", …), under torchrun with `ranks` processes if
-    given; each of its processes may have so many bytes of memory of its own."""
+def command(script, *argv, ranks: int = 0, memory: float = 0) -> subprocess.CompletedProcess:
+    """Run a script as a user does: command("train.py", …).
+
+    ranks: as many processes, under torchrun. memory: how many bytes a process may have.
+    """
     words = [sys.executable]
     if ranks:
         words += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        kwargs["env"] = {**os.environ, "OMP_NUM_THREADS": "1"}
+    words += [ROOT / script, *map(str, argv)]
+    how = {"text": True, "timeout": 600, "capture_output": True}
     if memory:
         limits = (int(memory), int(memory))
-        kwargs["preexec_fn"] = lambda: resource.setrlimit(resource.RLIMIT_DATA, limits)
-    words += [str(ROOT / argv[0]), *map(str, argv[1:])]
-    return subprocess.run(words, text=True, timeout=600, capture_output=True, **kwargs)
+        how["preexec_fn"] = lambda: resource.setrlimit(resource.RLIMIT_DATA, limits)
+    return subprocess.run(words, **how)
 
 
 # A server that has imported everything once: its children start at once.
@@ -192,8 +188,10 @@ DISK = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
 
 
 def kill_before(moment: str | int, number: int) -> None:
-    """Send this process a signal just before a change of the disk: the n-th, or each in whose
-    description, the audit's word and the path, a pattern is found."""
+    """Send this process a signal just before changes of the disk.
+
+    Before the n-th, or before each whose word and path, "rename /…/x", a pattern is found in.
+    """
     changes = 0
 
     def watch(event, args):
@@ -287,18 +285,12 @@ def ranks(tmp_path: Path, number: int, what, *args, **settings) -> list[Run]:
     return [Run(tmp_path, what, *args, env=env, **settings) for env in rank_environments(number)]
 
 
-@contextlib.contextmanager
 def as_rank(rank: int, world_size: int):
-    """In this block the process passes for one of several ranks, though there are no others."""
-    group = {"is_initialized": True, "get_rank": rank, "get_world_size": world_size}
-    answers = {name: lambda value=value: value for name, value in group.items()}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("model.dist", SimpleNamespace(**answers))
-        yield
+    """A block in which train.py passes for one of several ranks, though there are no others."""
+    return mock.patch.multiple("train", rank=lambda: rank, world_size=lambda: world_size)
 
 
 # ---- what came of it ----
-
 
 def ends_well(*runs: Run) -> list[str]:
     """Waits for processes, none of which may fail or complain; what they printed."""
@@ -323,6 +315,19 @@ def log_of(folder: Path) -> list[dict]:
     path = folder / "log.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return [{**line, "tokens_per_second": 0} for line in lines]
+
+
+def content_of(folder: Path) -> dict[str, str]:
+    """What is in a folder, by path, as hashes; of a log, as log_of reads it."""
+    hashes = {}
+    for path in folder.rglob("*"):
+        content = b""
+        if path.name == "log.jsonl":
+            content = repr(log_of(path.parent)).encode()
+        elif path.is_file():
+            content = path.read_bytes()
+        hashes[str(path.relative_to(folder))] = hashlib.sha256(content).hexdigest()
+    return hashes
 
 
 def same_tensors(found: dict, expected: dict) -> bool:
