@@ -121,6 +121,7 @@ def bins(folder: Path, lengths: dict[str, int]) -> Data:
 
 # ---- running a script ----
 
+
 def options(**given) -> list[str]:
     """Words of a command line: options(seq_len=32, resume=True) -> ["--seq-len", "32", "--resume"].
 
@@ -291,6 +292,7 @@ def as_rank(rank: int, world_size: int):
 
 
 # ---- what came of it ----
+
 
 def ends_well(*runs: Run) -> list[str]:
     """Waits for processes, none of which may fail or complain; what they printed."""

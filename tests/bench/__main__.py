@@ -25,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import SHAPES, autocast, autocast_dtype, can_compile, load, save, start
 from prepare import Data
@@ -38,12 +37,6 @@ TASKS = ("train", "evaluate", "generate")
 PROMPT, NEW = 32, 64  # tokens
 ROWS = {"tiny": 16, "pythia-14m": 2, "pythia-70m": 1}  # sequences in a step on a CPU
 GPU_ROWS = {"pythia-70m": 8, "pythia-160m": 8, "pythia-410m": 8, "pythia-1b": 4}
-BACKENDS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
-}
 
 
 # ---- a side's process ----
@@ -229,38 +222,7 @@ def measure(size: str, rows: int, args, device: torch.device, dtype: torch.dtype
     print(f"{'':<23}matrix product: {peak / 1e12:.2f} TFLOP/s", flush=True)
 
 
-# ---- attention and data ----
-
-
-def attention_seconds(shape: tuple, backend: SDPBackend, device, dtype) -> float:
-    """Forward and backward; nan where the backend does not take the shape."""
-    made = {"device": device, "dtype": dtype, "requires_grad": True}
-    q, k, v = [torch.randn(shape, **made) for _ in range(3)]
-    seconds = []
-    for _ in range(8):
-        synchronize(device)
-        began = time.perf_counter()
-        try:
-            with sdpa_kernel(backend):
-                out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-            out.backward(out)
-        except RuntimeError:
-            return math.nan
-        synchronize(device)
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[3:])
-
-
-def attention(device: torch.device, dtype: torch.dtype) -> None:
-    """Milliseconds of SDPA by backend and head dimension, on one layer of a Pythia."""
-    print(f"\n{'SDPA, ms':<27}" + "".join(f"{name:>12}" for name in BACKENDS))
-    for size in ("pythia-70m", "pythia-1.4b", "pythia-1b"):
-        c = SHAPES[size]
-        shape = (8, c.num_attention_heads, 2048, c.head_dim)
-        line = f"{size:<12}{' x '.join(map(str, shape)):>15}"
-        for backend in BACKENDS.values():
-            line += f"{1e3 * attention_seconds(shape, backend, device, dtype):>12.2f}"
-        print(line, flush=True)
+# ---- the data ----
 
 
 def write_zeros(folder: Path, sequences: int, T: int) -> None:
@@ -304,15 +266,6 @@ def data_path(sequences: int = 10**7, T: int = 256) -> None:
 # ---- main ----
 
 
-def describe(device: torch.device) -> str:
-    """The GPU, or the CPU's threads and its instructions for bf16."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    found = torch.cpu.get_capabilities()
-    has = [name for name in ("avx512_bf16", "amx_bf16") if found.get(name)]
-    return f"{torch.get_num_threads()} CPU threads with {' and '.join(has) or 'no bf16'}"
-
-
 def main():
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
@@ -329,7 +282,9 @@ def main():
     device = start()
     dtype = autocast_dtype(None, device)
     precision = str(dtype).removeprefix("torch.")
-    where = describe(device)
+    where = f"{torch.get_num_threads()} CPU threads"
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name()
     print(f"torch {torch.__version__}, {where}, {precision}, {args.turns} turns of {args.steps}")
     above = f"{'':<45}{'train':>10}{'':>12}{'evaluate':>10}{'':>12}{'generate':>10}"
     print(f"{above}{'':>6}{'memory':>8}{'1st step':>10}")
@@ -340,8 +295,6 @@ def main():
     usual = GPU_ROWS if device.type == "cuda" else ROWS
     for size in args.models or usual:
         measure(size, args.sequences or usual.get(size, 1), args, device, dtype)
-    if device.type == "cuda":
-        attention(device, dtype)
     data_path()
 
 
