@@ -144,6 +144,18 @@ def train_options(data: Data, model: Path, out: Path, **changes) -> list[str]:
     return options(**words | changes)
 
 
+def job(name: str, data: Data, model: str | Path, out: Path) -> list[str]:
+    """Words for a small job of train, mix or prepare, which goes on where another run ended."""
+    if name == "prepare":
+        source = data.folder.parent / "code.jsonl"
+        return [f"a={source}", *options(out=out, tokenizer="train:400", workers=1)]
+    if name == "train":  # 50 steps of a few milliseconds
+        return train_options(data, model, out, sequences=400, save_every=2, resume=True)
+    sizes = {"seq_len": 32, "base_sequences": 64, "batch_size": 8, "sequences": 48, "rounds": 3}
+    words = options(data=data.folder, out=out, **sizes, eval_sequences=20)
+    return [*words, "--save-every", "2", "--resume", *SMALL]
+
+
 @pytest.fixture
 def script(monkeypatch, capsys):
     """Runs a script in this process: script("train", …) -> (exit status, stdout, stderr)."""

@@ -9,22 +9,18 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
-import time
-from functools import partial, reduce
-from hashlib import sha256
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import (
-    ROOT,
     SMALL,
     Run,
     content_of,
     ends_well,
     fails,
+    job,
     log_of,
     made_documents,
     options,
@@ -38,7 +34,7 @@ from safetensors.torch import load_file
 import model
 import train
 from model import load, save
-from prepare import Data
+from prepare import Data, sha256_of
 from train import Hyperparameters, Mixture
 
 LONG = {"sequences": 400, "save_every": 2}  # 50 steps of a few milliseconds, 24 checkpoints
@@ -76,7 +72,7 @@ def sound(folder: Path) -> list[int]:
         hashes = json.loads((checkpoint / "manifest.json").read_text())
         assert set(hashes) == {"model.safetensors", "optimizer.safetensors", "state.json"}
         for name, known in hashes.items():
-            assert sha256((checkpoint / name).read_bytes()).hexdigest() == known
+            assert sha256_of(checkpoint / name) == known
         assert all(p.isfinite().all() for p in load_file(checkpoint / "model.safetensors").values())
         steps.append(json.loads((checkpoint / "state.json").read_text())["step"])
     return steps
@@ -114,47 +110,39 @@ def killed_in_turn(tmp_path: Path, name: str, words: list, moments: list[str]) -
         assert ended[0] == -signal.SIGKILL, (moment, ended)
 
 
-def test_train_killed_at_every_kind_of_moment_ends_the_same(argv, out, whole, tmp_path):
-    moments = ["mkdir .*/run", "open .*/.lock", "rename .*/run.json", "rename .*/log.jsonl"]
-    moments += ["open .*00002.partial/.optimizer", "open .*00004.partial/.manifest"]
-    moments += ["rename .*/checkpoint-00000006", "rmdir .*/checkpoint-00000002"]
-    moments += ["remove state.json", "rename .*/result.json", "rename .*/README.md"]
-    moments += ["rename .*/run/model.safetensors", "rmdir .*/checkpoint-00000046", "remove manif"]
-    words = argv(**LONG, resume=True)
-    killed_in_turn(tmp_path, "train", words, moments)
-    ends_well(Run(tmp_path, "train", *words))
-    assert content_of(out) == content_of(whole)
+MOMENTS = {
+    "train": ["mkdir .*/run", "open .*/.lock", "rename .*/run.json", "rename .*/log.jsonl"]
+    + ["open .*00002.partial/.optimizer", "open .*00004.partial/.manifest"]
+    + ["rename .*/checkpoint-00000006", "rmdir .*/checkpoint-00000002", "remove state.json"]
+    + ["rename .*/result.json", "rename .*/README.md", "rename .*/run/model.safetensors"]
+    + ["rmdir .*/checkpoint-00000046", "remove manif"],
+    "mix": ["rename .*/base-[^/]*/run.json", "rename .*/base-[^/]*/checkpoint-00000004"]
+    + ["rename .*/base-[^/]*/model.safetensors", "rename .*/base-[^/]*/run.json"]
+    + ["rename .*/history.jsonl", "open .*/runs/.*00004.partial/.manifest"]
+    + ["rename .*/runs/[^/]*/run.json", "rename .*/val.json"]
+    + ["remove .*/runs/[^/]*/model.safetensors", "rename .*/result.json"]
+    + ["rename .*/mix.png", "rename .*/run/model.safetensors"],
+    "prepare": [
+        "mkdir",
+        "open .*tokenizer.json",
+        "open .*a.val.bin",
+        "open .*meta",
+        "rename .*/run",
+    ],
+}
 
 
-def test_mix_killed_at_every_kind_of_moment_ends_the_same(data, tmp_path):
-    def words(folder: str) -> list[str]:
-        rest = {"rounds": 3, "eval_sequences": 20, "save_every": 2, "resume": True}
-        return options(data=data.folder, out=tmp_path / folder / "run", **SEARCH, **rest) + SMALL
-
-    moments = ["rename .*/base-[^/]*/run.json", "rename .*/base-[^/]*/checkpoint-00000004"]
-    moments += ["rename .*/base-[^/]*/model.safetensors", "rename .*/base-[^/]*/run.json"]
-    moments += ["rename .*/history.jsonl", "open .*/runs/.*00004.partial/.manifest"]
-    moments += ["rename .*/runs/[^/]*/run.json", "rename .*/val.json"]
-    moments += ["remove .*/runs/[^/]*/model.safetensors", "rename .*/result.json"]
-    moments += ["rename .*/mix.png", "rename .*/run/model.safetensors"]
-    for folder in ("whole", "broken"):
-        (tmp_path / folder).mkdir()
-    ends_well(Run(tmp_path, "mix", *words("whole")))
-    killed_in_turn(tmp_path, "mix", words("broken"), moments)
-    ends_well(Run(tmp_path, "mix", *words("broken")))
-    assert content_of(tmp_path / "broken") == content_of(tmp_path / "whole")
-
-
-def test_prepare_killed_at_every_kind_of_moment_makes_the_same_files(tmp_path):
-    source = write_jsonl(tmp_path / "a.jsonl", made_documents("code", 60))
-    words = [f"a={source}", *options(tokenizer="train:400", workers=1)]
-    ends_well(Run(tmp_path, "prepare", *words, "--out", tmp_path / "whole"))
-    moments = ["mkdir", "open .*tokenizer.json", "open .*a.val.bin", "open .*meta", "rename .*/d"]
-    killed_in_turn(tmp_path, "prepare", [*words, "--out", tmp_path / "d"], moments)
-    assert not (tmp_path / "d").exists()
-    ends_well(Run(tmp_path, "prepare", *words, "--out", tmp_path / "d"))
-    assert not list(tmp_path.glob(".*"))
-    assert content_of(tmp_path / "d") == content_of(tmp_path / "whole")
+@pytest.mark.parametrize("name", MOMENTS)
+def test_killed_at_every_kind_of_moment_it_ends_the_same(data, small, tmp_path, name):
+    whole = tmp_path / "whole"
+    broken = tmp_path / "broken"
+    for folder in (whole, broken):
+        folder.mkdir()
+    ends_well(Run(tmp_path, name, *job(name, data, small, whole / "run")))
+    words = job(name, data, small, broken / "run")
+    killed_in_turn(tmp_path, name, words, MOMENTS[name])
+    ends_well(Run(tmp_path, name, *words))
+    assert content_of(broken) == content_of(whole)
 
 
 def test_resume_alone_goes_on_with_the_options_of_the_run(argv, out, whole, tmp_path, script):
@@ -276,34 +264,34 @@ def test_files_have_the_mode_that_the_umask_says(data, small, tmp_path):
         ({"warmup": 0.3}, ["warmup was 0.2, is 0.3"]),
         ({"seq_len": 16}, ["seq_len was 32, is 16"]),
         ({"dtype": "bfloat16"}, ["dtype was float32, is bfloat16"]),
-        (("sums.train.bin", "files", "sums.train"), ["data was"]),
-        (("tokenizer.json", "tokenizer"), ["tokenizer was"]),
-        ("model", ["model's files was"]),
+        ("data/sums.train.bin", ["data was"]),
+        ("data/tokenizer.json", ["tokenizer was"]),
+        ("model/model.safetensors", ["model's files was"]),
     ],
 )
 def test_what_changed_before_a_resume_is_named(
     data, small, whole, argv, out, tmp_path, script, change, words
 ):
     """An option, a file of the data and its hash, or the model. That folders moved is no change."""
-    model = shutil.copytree(small, tmp_path / "model")
-    folder = shutil.copytree(data.folder, tmp_path / "data")
+    shutil.copytree(small, tmp_path / "model")
+    shutil.copytree(data.folder, tmp_path / "data")
     shutil.copytree(whole, out)
-    resumed = LONG | {"resume": True}
-    assert script("train", *argv(model, Data(folder), **resumed))[0] == 0
+    changes = LONG | {"resume": True}
+
+    def resume():
+        return script("train", *argv(tmp_path / "model", Data(tmp_path / "data"), **changes))
+
+    assert resume()[0] == 0
     before = content_of(out)
     if isinstance(change, dict):
-        resumed |= change
-    elif change == "model":
-        flip_a_bit(model / "model.safetensors")
+        changes |= change
     else:
-        name, *keys = change
-        flip_a_bit(folder / name)
-        meta = json.loads((folder / "meta.json").read_text())
-        record = reduce(dict.get, keys, meta)
-        record["sha256"] = sha256((folder / name).read_bytes()).hexdigest()
-        (folder / "meta.json").write_text(json.dumps(meta))
-    result = script("train", *argv(model, Data(folder), **resumed))
-    fails(result, "--resume with other settings", *words)
+        path = tmp_path / change
+        known = sha256_of(path)
+        flip_a_bit(path)
+        meta = tmp_path / "data" / "meta.json"
+        meta.write_text(meta.read_text().replace(known, sha256_of(path)))
+    fails(resume(), "--resume with other settings", *words)
     assert content_of(out) == before
 
 
@@ -410,20 +398,6 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(argv, out, tmp_path, fs
     assert f"saved after step {done} of 5000; {way_on}" in ended[0][2]
 
 
-def test_torchrun_passes_a_signal_on(argv, out):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    torchrun += ["--nproc_per_node=2", ROOT / "train.py", *argv(**ENDLESS)]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    agent = subprocess.Popen(torchrun, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes)
-    while agent.poll() is None and len(log_of(out)) < 4:
-        time.sleep(0.01)
-    agent.terminate()
-    _, err = agent.communicate(timeout=60)
-    done = len(log_of(out))
-    assert f"stopped and saved after step {done} of 5000; go on with: torchrun" in err
-    assert sound(out) == [done]
-
-
 # ---- poisoned ----
 
 
@@ -465,9 +439,10 @@ def fragile(with_embedding) -> Path:
     return with_embedding(1e30, 511)
 
 
-def test_a_poisoned_batch_is_skipped_and_named(poisoned, fragile, argv, out, script):
-    poison = poisoned(0, 4)
-    status, text, err = script("train", *argv(fragile, poison, **TEN_STEPS))
+def test_a_poisoned_batch_is_skipped_and_named(
+    data, poisoned, fragile, argv, out, script, monkeypatch
+):
+    status, text, err = script("train", *argv(fragile, poisoned(0, 4), **TEN_STEPS))
     assert status == 0, err
     assert "step 0: loss nan" in text
     assert "no update from sequences 0 to 7" in text
@@ -477,27 +452,17 @@ def test_a_poisoned_batch_is_skipped_and_named(poisoned, fragile, argv, out, scr
     skipped = {line["step"]: line.get("skipped") for line in log if line["loss"] is None}
     assert skipped == {0: list(range(8)), 4: list(range(32, 40))}
 
-    # The oracle: the other steps, by a loop of its own.
-    network = load(fragile)
-    mixture = Mixture(poison, COUNTS, 32)
-    matrices = [p for p in network.parameters() if p.dim() == 2]
-    vectors = [p for p in network.parameters() if p.dim() == 1]
-    optimizer = torch.optim.AdamW(matrices, betas=(0.9, 0.95), weight_decay=0.1)
-    optimizer.add_param_group({"params": vectors, "weight_decay": 0.0})
-    for line in log:
-        if line["step"] in skipped:
-            continue
-        rows = [mixture.row(8 * line["step"] + row) for row in range(8)]
-        tokens = torch.tensor(np.stack(rows).astype("int64"))
-        network(tokens[:, :-1], tokens[:, 1:]).mean().backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = line["lr"]
-        optimizer.step()
-        optimizer.zero_grad()
-    for name, p in load_file(out / "model.safetensors").items():
-        assert p.isfinite().all()
-        torch.testing.assert_close(p, network.state_dict()[name], atol=2e-4, rtol=0)
+    # It ends as a run on sound data does in which AdamW leaves out these two steps.
+    steps = itertools.count()
+    plain = torch.optim.AdamW.step
+
+    def step(optimizer, closure=None):
+        if next(steps) not in skipped:
+            plain(optimizer)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    assert same_tensors(load_file(out / "model.safetensors"), ten_steps(fragile, data))
+    assert next(steps) == 10
 
 
 def test_a_run_with_skipped_steps_resumes_to_the_same_weights(poisoned, fragile, tmp_path):

@@ -12,6 +12,7 @@ training are in autocast, generation (one sequence, greedy, from 32 tokens on) i
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -82,9 +83,13 @@ def transformers(folder: str, compiled: bool):
     return model, mean_loss, generate
 
 
-def synchronize(device: torch.device) -> None:
+def timed(device: torch.device, task) -> tuple[float, object]:
+    """The seconds that a call takes, until the device is done, and what it returns."""
+    began = time.perf_counter()
+    result = task()
     if device.type == "cuda":
         torch.cuda.synchronize()
+    return time.perf_counter() - began, result
 
 
 def work(side: str, folder: str, rows: int) -> None:
@@ -104,7 +109,7 @@ def work(side: str, folder: str, rows: int) -> None:
     inputs = tokens[:, :-1].contiguous()
     targets = tokens[:, 1:].contiguous()
 
-    def train():
+    def train() -> float:
         with autocast(device, dtype):
             loss = mean_loss(inputs, targets)
         loss.backward()
@@ -114,29 +119,23 @@ def work(side: str, folder: str, rows: int) -> None:
         return loss.item()
 
     @torch.inference_mode()
-    def evaluate():
+    def evaluate() -> float:
         with autocast(device, dtype):
             return mean_loss(inputs, targets).item()
 
     @torch.inference_mode()
-    def generate():
+    def generate() -> int:
         return len(continued(inputs[:1, :PROMPT]))
 
     tasks = {"train": train, "evaluate": evaluate, "generate": generate}
     for line in sys.stdin:
-        synchronize(device)
-        began = time.perf_counter()
-        try:
-            value = tasks[line.strip()]()
-            synchronize(device)
-            seconds = time.perf_counter() - began
-        except torch.OutOfMemoryError:
-            value = math.nan
-            seconds = math.nan
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        answer = {"value": math.nan, "seconds": math.nan}
+        with contextlib.suppress(torch.OutOfMemoryError):
+            seconds, value = timed(device, tasks[line.strip()])
+            answer = {"value": value, "seconds": seconds}
+        answer["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated()
-        answer = {"value": value, "seconds": seconds, "memory": memory}
+            answer["memory"] = torch.cuda.max_memory_allocated()
         print(json.dumps(answer), file=answers, flush=True)
 
 
@@ -179,14 +178,8 @@ class Side:
 def product_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of the best of three products of 4096 x 4096 matrices."""
     a, b = torch.randn(2, 4096, 4096, device=device).to(dtype)
-    seconds = []
-    for _ in range(3):
-        synchronize(device)
-        began = time.perf_counter()
-        a @ b
-        synchronize(device)
-        seconds.append(time.perf_counter() - began)
-    return 2 * 4096**3 / min(seconds)
+    timed(device, lambda: None)  # until the matrices are there
+    return 2 * 4096**3 / min(timed(device, lambda: a @ b)[0] for _ in range(3))
 
 
 def measure(size: str, rows: int, args, device: torch.device, dtype: torch.dtype) -> None:
@@ -243,23 +236,21 @@ def write_zeros(folder: Path, sequences: int, T: int) -> None:
 def data_path(sequences: int = 10**7, T: int = 256) -> None:
     """Opening a data set of so many sequences, and reading a part of a pass over it."""
 
-    def read(steps: range) -> float:
-        began = time.perf_counter()
+    def read(steps: range) -> None:
         for step in steps:
             for _ in micro_batches(mixture, sequences_of_step(step, 16, sequences), 16):
                 pass
-        return time.perf_counter() - began
 
+    cpu = torch.device("cpu")
     with tempfile.TemporaryDirectory() as folder:
         write_zeros(Path(folder), sequences, T)
-        began = time.perf_counter()
-        data = Data(folder)
-        mixture = Mixture(data, dict.fromkeys(data.domains, sequences // 5), T)
-        opened = time.perf_counter() - began
-        first = read(range(1))  # hashes and sorts the windows of every domain
+        counts = dict.fromkeys("abcde", sequences // 5)
+        opened, mixture = timed(cpu, lambda: Mixture(Data(folder), counts, T))
+        first, _ = timed(cpu, lambda: read(range(1)))  # hashes and sorts all windows
         print(f"\ndata of {sequences:,} sequences: open {opened:.2f} s, first batch {first:.2f} s")
         for words in ("first read", "read again"):
-            rate = 1000 * 16 * T / read(range(1, 1001))
+            seconds, _ = timed(cpu, lambda: read(range(1, 1001)))
+            rate = 1000 * 16 * T / seconds
             print(f"batches of 16 x {T}, {words}: {rate:,.0f} tokens/s")
 
 

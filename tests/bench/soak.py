@@ -15,11 +15,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from hashlib import sha256
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
-from conftest import SMALL, Run, ends_well, log_of, made_data, options  # noqa: E402
+from conftest import Run, content_of, ends_well, job, made_data, small_model
 
 SCRIPTS = ("train", "mix", "prepare")
 KILL = "SIGKILL at some moment"
@@ -28,32 +27,6 @@ FULL_DISK = "full disk"
 DAMAGE = "damage"
 FAULTS = (KILL, KILL_BEFORE_CHANGE, "SIGTERM", "SIGINT", FULL_DISK, DAMAGE)
 DAMAGES = ("a bit flipped", "a file cut short", "a file removed")
-
-
-def words(script: str, folder: Path, data: Path, resume: bool = False) -> list[str]:
-    """The command line of a small job."""
-    if script == "prepare":
-        source = f"a={data.parent / 'code.jsonl'}"
-        return [source, *options(out=folder / "run", tokenizer="train:400", workers=1)]
-    line = options(data=data, out=folder / "run", model="scratch:tiny", seq_len=32, batch_size=8)
-    line += options(eval_sequences=8, save_every=3, resume=resume)
-    if script == "train":
-        line += options(mix="uniform", sequences=240)
-    else:
-        line += options(base_sequences=96, sequences=48)
-    return line + SMALL
-
-
-def content(folder: Path) -> dict[str, str]:
-    """The hash of every file, of logs without the speeds in them."""
-    hashes = {}
-    for path in folder.rglob("*"):
-        if path.is_file():
-            text = path.read_bytes()
-            if path.name == "log.jsonl":
-                text = repr(log_of(path.parent)).encode()
-            hashes[str(path.relative_to(folder))] = sha256(text).hexdigest()
-    return hashes
 
 
 def damage(folder: Path, rng: random.Random) -> str:
@@ -83,7 +56,7 @@ def one_life(top: Path, line: list[str], fault: str, took: float, rng: random.Ra
     if fault == KILL_BEFORE_CHANGE:
         settings["kill_at"] = rng.randint(1, 60)
     if fault == FULL_DISK:
-        settings["largest"] = rng.randint(1000, 8_000_000)
+        settings["largest"] = rng.randint(1000, 1_000_000)
     run = Run(top, *line, **settings)
     if fault in (KILL, "SIGTERM", "SIGINT"):
         time.sleep(rng.uniform(0, 0.7 * took))
@@ -101,15 +74,16 @@ def one_life(top: Path, line: list[str], fault: str, took: float, rng: random.Ra
 
 def soak(top: Path, minutes: float, rng: random.Random) -> tuple[Counter, Counter]:
     """Returns how many of each fault runs survived, and how many runs of each script ended."""
-    data = made_data(top).folder
+    data = made_data(top)
+    model = small_model(top / "model", data)
     expected = {}
     took = {}
     for script in SCRIPTS:
         (top / script).mkdir()
         began = time.perf_counter()
-        ends_well(Run(top, script, *words(script, top / script, data)))
+        ends_well(Run(top, script, *job(script, data, model, top / script / "run")))
         took[script] = time.perf_counter() - began
-        expected[script] = content(top / script)
+        expected[script] = content_of(top / script)
 
     survived = Counter()
     finished = Counter()
@@ -122,12 +96,12 @@ def soak(top: Path, minutes: float, rng: random.Random) -> tuple[Counter, Counte
         fault = rng.choice(FAULTS)
         if fault == DAMAGE:
             fault = damage(folder, rng)
-        line = [script, *words(script, folder, data, resume=True)]
+        line = [script, *job(script, data, model, folder / "run")]
         status = one_life(top, line, fault, took[script], rng)
         if status != 0 or fault in DAMAGES:
             survived[fault] += 1
         if status == 0:
-            assert content(folder) == expected[script], f"{script} did not end as undisturbed"
+            assert content_of(folder) == expected[script], f"{script} did not end as undisturbed"
             finished[script] += 1
             shutil.rmtree(folder)
             script = rng.choice(SCRIPTS)
