@@ -156,21 +156,25 @@ def job(name: str, data: Data, model: str | Path, out: Path) -> list[str]:
     return [*words, "--save-every", "2", "--resume", *SMALL]
 
 
+def run_script(name: str, argv: list) -> None:
+    """As a user does, in this process."""
+    sys.argv = [f"{name}.py", *map(str, argv)]
+    cli(__import__(name).main, RESUME_HINT)
+
+
 @pytest.fixture
 def script(monkeypatch, capsys):
     """Runs a script in this process: script("train", …) -> (exit status, stdout, stderr)."""
 
     def run(name: str, *argv) -> tuple[int, str, str]:
-        module = __import__(name)
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, argv)])
+        monkeypatch.setattr(sys, "argv", [])  # which is put back
         capsys.readouterr()
+        status = 0
         try:
-            cli(module.main, RESUME_HINT)
-            status = 0
+            run_script(name, argv)
         except SystemExit as e:
             status = e.code
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
+        return status, *capsys.readouterr()
 
     return run
 
@@ -220,13 +224,10 @@ def kill_before(moment: str | int, number: int) -> None:
     sys.addaudithook(watch)
 
 
-def child(
-    what, args, output, kill_at=0, number=signal.SIGKILL, largest=0, threads=1, env=None
-) -> None:
+def child(what, args, output, kill_at=0, number=signal.SIGKILL, largest=0, env=None) -> None:
     for stream in (1, 2):
         os.dup2(os.open(f"{output}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     os.environ.update(env or {})
-    torch.set_num_threads(threads)
     if largest:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
     if kill_at:
@@ -237,17 +238,11 @@ def child(
         what(*args)
 
 
-def run_script(name: str, argv: list) -> None:
-    """As a user does, in this process."""
-    sys.argv = [f"{name}.py", *map(str, argv)]
-    cli(__import__(name).main, RESUME_HINT)
-
-
 class Run:
     """A script, or a function of a test's file, in a process that has started when this returns.
 
     settings: kill_at, a moment, and number, for kill_before; largest, which no file may exceed, in
-    bytes; threads; env, what is added to the environment.
+    bytes; env, what is added to the environment.
     """
 
     def __init__(self, tmp_path: Path, what, *args, **settings):

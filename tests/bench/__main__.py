@@ -272,17 +272,15 @@ def main():
         return work(side, folder, int(rows))
     device = start()
     dtype = autocast_dtype(None, device)
-    precision = str(dtype).removeprefix("torch.")
     where = f"{torch.get_num_threads()} CPU threads"
     if device.type == "cuda":
         where = torch.cuda.get_device_name()
-    print(f"torch {torch.__version__}, {where}, {precision}, {args.turns} turns of {args.steps}")
-    above = f"{'':<45}{'train':>10}{'':>12}{'evaluate':>10}{'':>12}{'generate':>10}"
-    print(f"{above}{'':>6}{'memory':>8}{'1st step':>10}")
-    head = (
-        f"{'model':<12}{'B x T':>9}  {'side':<22}" + f"{'tokens/s':>10}{'ratio':>6}{'peak':>6}" * 2
-    )
-    print(f"{head}{'tokens/s':>10}{'ratio':>6}{'GB':>8}{'s':>10}{'loss':>9}", flush=True)
+    where += f", {str(dtype).removeprefix('torch.')}"
+    print(f"torch {torch.__version__}, {where}, {args.turns} turns of {args.steps}")
+    print(f"{'':<45}{'train':>10}{'evaluate':>22}{'generate':>22}{'memory':>14}{'1st step':>10}")
+    rates = f"{'tokens/s':>10}{'ratio':>6}{'peak':>6}"
+    rest = f"{'tokens/s':>10}{'ratio':>6}{'GB':>8}{'s':>10}{'loss':>9}"
+    print(f"{'model':<12}{'B x T':>9}  {'side':<22}{rates}{rates}{rest}", flush=True)
     usual = GPU_ROWS if device.type == "cuda" else ROWS
     for size in args.models or usual:
         measure(size, args.sequences or usual.get(size, 1), args, device, dtype)
