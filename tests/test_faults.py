@@ -440,7 +440,8 @@ def test_a_poisoned_batch_is_skipped_and_named_in_a_resumed_run_too(
     data, poisoned, fragile, tmp_path, monkeypatch, capsys
 ):
     """Interrupted before there was any update, and later."""
-    poison = poisoned(0, 1, 5)
+    steps = (0, 1, 5, 8)
+    poison = poisoned(*steps)
     out = tmp_path / "run"
     interrupted(fragile, poison, out, 3)
     saved = out / "checkpoint-00000002"
@@ -449,26 +450,26 @@ def test_a_poisoned_batch_is_skipped_and_named_in_a_resumed_run_too(
     interrupted(fragile, poison, out, 7)
     found = ten_steps(fragile, poison, out)
     text = capsys.readouterr().out
-    for step in (0, 1, 5):
+    for step in steps:
         first = 8 * step
         assert f"step {step}: loss nan" in text
         assert f"no update from sequences {first} to {first + 7}" in text
     log = log_of(out)
     assert [line["step"] for line in log] == list(range(10))
     skipped = {line["step"]: line.get("skipped") for line in log if line["loss"] is None}
-    assert skipped == {step: list(range(8 * step, 8 * step + 8)) for step in (0, 1, 5)}
+    assert skipped == {step: list(range(8 * step, 8 * step + 8)) for step in steps}
 
     # It ends as a run on sound data does in which AdamW leaves out these steps.
-    steps = itertools.count()
+    number = itertools.count()
     plain = torch.optim.AdamW.step
 
     def step_or_not(optimizer, closure=None):
-        if next(steps) not in skipped:
+        if next(number) not in steps:
             plain(optimizer)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step_or_not)
     assert same_tensors(found, ten_steps(fragile, data))
-    assert next(steps) == 10
+    assert next(number) == 10
 
 
 def test_three_poisoned_batches_in_a_row_end_it_with_the_last_good_checkpoint(
