@@ -1,5 +1,6 @@
 """Killed, stopped, poisoned, damaged, full, twice at once: nothing is lost or silently wrong."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -614,12 +615,20 @@ def test_two_searches_do_not_pretrain_one_base_at_the_same_time(data, tmp_path):
 
 def test_prepare_twice_at_once(tmp_path, script):
     """The first one waits for text that comes through a pipe."""
-    os.mkfifo(tmp_path / "a.jsonl")
-    source = f"a={tmp_path / 'a.jsonl'}"
-    words = [source, *options(out=tmp_path / "d", tokenizer="train:300", workers=1)]
+    pipe = tmp_path / "a.jsonl"
+    os.mkfifo(pipe)
+    words = [f"a={pipe}", *options(out=tmp_path / "d", tokenizer="train:300", workers=1)]
+    writers = []
+
+    def is_read() -> bool:
+        with contextlib.suppress(OSError):  # as long as nobody reads
+            writers.append(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+        return bool(writers)
+
     first = Run(tmp_path, "prepare", *words)
-    first.wait_for(lambda: list(tmp_path.glob(".d-*/tokenizer.json")))
+    first.wait_for(is_read)
     fails(script("prepare", *words), tmp_path / "d", AT_WORK)
     assert first.process.is_alive()
     assert list(tmp_path.glob(".d-*/tokenizer.json"))
     first.kill()
+    os.close(writers[0])
