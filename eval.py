@@ -11,7 +11,9 @@ documents, not windows.
 import gc
 import hashlib
 import math
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -86,18 +88,23 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
     limit: int | None = None,
     after_batch: Callable[[], None] | None = None,
+    per_token: bool = False,
 ) -> Losses:
     """Mean loss of every sequence of every domain's split: {domain: (n,) float64}, nats per token.
 
     limit: of each domain at most so many sequences, evenly spaced. after_batch: may raise, to stop
-    it. Under torchrun the ranks share the work and return the same. Touches no random state.
-    Raises InputError where a split is shorter than one sequence, or a loss is not finite.
+    it. per_token: the loss of every token instead, (n, T) float32, 4 n T bytes a domain. Under
+    torchrun the ranks share the work and return the same. Touches no random state. Raises
+    InputError where a split is shorter than one sequence, or a loss is not finite.
     """
     check_fit(model, data, seq_len)
     device = next(model.parameters()).device
     numbers = {d: evaluated_windows(data, d, split, seq_len, limit) for d in data.domains}
     windows = [(d, number) for d in data.domains for number in numbers[d]]
-    losses = torch.zeros(len(windows), dtype=torch.float64)
+    if per_token:
+        losses = torch.zeros(len(windows), seq_len)
+    else:
+        losses = torch.zeros(len(windows), dtype=torch.float64)
 
     # Always B rows, so that a compiled model sees one shape; and as many batches on every rank,
     # of which the last ones can be empty.
@@ -117,8 +124,10 @@ def evaluate(
                 row[:] = data.window(domain, split, seq_len, number)
             tokens = torch.from_numpy(batch).to(device)
             with autocast(device, dtype):
-                means = model(tokens[:, :-1], tokens[:, 1:]).mean(1)
-            losses[i : i + len(rows)] = means[: len(rows)].cpu()
+                found = model(tokens[:, :-1], tokens[:, 1:])
+                if not per_token:
+                    found = found.mean(1)
+            losses[i : i + len(rows)] = found[: len(rows)].cpu()
             if after_batch:
                 after_batch()
             bar.to(done)
@@ -129,8 +138,9 @@ def evaluate(
     ends = np.cumsum([len(numbers[d]) for d in data.domains])
     by_domain = np.split(losses.cpu().numpy(), ends[:-1])
     for domain, values in zip(data.domains, by_domain, strict=True):
-        if not np.isfinite(values).all():
-            where = f"{domain}'s {split} split: the loss of sequence {np.isfinite(values).argmin()}"
+        finite = np.isfinite(values).reshape(len(values), -1).all(1)
+        if not finite.all():
+            where = f"{domain}'s {split} split: the loss of sequence {finite.argmin()}"
             reason = "weights are damaged, or too large for --dtype"
             raise InputError(f"{where} is not finite; {reason}")
     return dict(zip(data.domains, by_domain, strict=True))
@@ -168,39 +178,117 @@ def interval(means: np.ndarray) -> list[float]:
     return [float(x) for x in np.quantile(means, (0.025, 0.975))]
 
 
-def compare(base: Losses, other: Losses, data: Data, split: str, seq_len: int) -> dict:
-    """other - base in nats per token.
+def resampled_changes(
+    base: Losses, other: Losses, data: Data, split: str, seq_len: int
+) -> np.ndarray:
+    """Mean changes of each domain's loss, other - base, over resampled documents: (K, resamples).
 
-    {domain or "mean": {"change", "interval"}, "improved": number of domains, "worst": change}.
+    Domains are resampled independently, and the documents drawn are the same for any two models.
     """
-    rows = {}
-    resampled = []
+    rows = []
     for k, domain in enumerate(base):
         # Of the same window by both models, so that how hard a window is plays no part.
         difference = other[domain] - base[domain]
         numbers = evaluated_windows(data, domain, split, seq_len, len(difference))
         documents = data.documents_of(domain, split, seq_len, numbers)
-        means = bootstrap(difference, documents, seed=k)
-        rows[domain] = {"change": float(difference.mean()), "interval": interval(means)}
-        resampled.append(means)
-    changes = [row["change"] for row in rows.values()]
-    # Domains are resampled independently; their mean has an interval of its own.
-    mean_interval = interval(np.mean(resampled, axis=0))
+        rows.append(bootstrap(difference, documents, seed=k))
+    return np.array(rows)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a model is judged by: a weighted mean of its losses or, without weights, the largest
+    change of any domain's loss from the untouched model's."""
+
+    name: str
+    weights: np.ndarray | None  # (K,), of sum 1
+
+    def of(self, changes: np.ndarray) -> np.ndarray:
+        """Of changes (K, …) of the losses, from the untouched model's: (…)."""
+        if self.weights is None:
+            return changes.max(0)
+        return np.tensordot(self.weights, changes, 1)
+
+    def only(self, domains: list[str], some: list[str]) -> "Objective | None":
+        """The same for some of the domains alone; None where these do not count."""
+        if self.weights is None or not some:
+            return self if some else None
+        weights = np.array([w for d, w in zip(domains, self.weights, strict=True) if d in some])
+        return Objective(self.name, weights / weights.sum()) if weights.any() else None
+
+
+WORST = Objective("worst", None)
+
+
+def parse_objective(text: str, domains: list[str]) -> Objective:
+    """--objective: mean, worst or "arxiv=2,web=1" (others 0). Raises InputError."""
+    if text == "worst":
+        return WORST
+    if text == "mean":
+        return Objective(text, np.full(len(domains), 1 / len(domains)))
+    weights = dict.fromkeys(domains, 0.0)
+    for pair in text.split(","):
+        match = re.fullmatch(r"([^=]+)=(\d+(?:\.\d+)?)", pair.strip())
+        if not match or match[1] not in weights:
+            expected = f"mean, worst, or weights of {', '.join(domains)}, like {domains[0]}=2"
+            raise InputError(f"--objective {text}: expected {expected}")
+        weights[match[1]] = float(match[2])
+    total = sum(weights.values())
+    if not total:
+        raise InputError(f"--objective {text}: every weight is zero")
+    return Objective("goal", np.array(list(weights.values())) / total)
+
+
+def compare(base: Losses, other: Losses, data: Data, split: str, seq_len: int) -> dict:
+    """other - base in nats per token.
+
+    {domain or "mean": {"change", "interval"}, "improved": number of domains, "worst": change}.
+    """
+    changes = domain_means(other) - domain_means(base)
+    resampled = resampled_changes(base, other, data, split, seq_len)
+    rows = {}
+    for domain, change, means in zip(base, changes, resampled, strict=True):
+        rows[domain] = {"change": float(change), "interval": interval(means)}
+    rows["mean"] = {"change": float(changes.mean()), "interval": interval(resampled.mean(0))}
+    return {**rows, "improved": int((changes < 0).sum()), "worst": float(changes.max())}
+
+
+def judge(
+    untouched: Losses,
+    base: Losses,
+    other: Losses,
+    data: Data,
+    split: str,
+    seq_len: int,
+    objective: Objective,
+) -> dict:
+    """other's objective - base's: {"change", "interval"}, in nats per token."""
+    changes = []
+    resampled = []
+    for losses in (base, other):
+        changes.append(objective.of(domain_means(losses) - domain_means(untouched)))
+        found = resampled_changes(untouched, losses, data, split, seq_len)
+        resampled.append(objective.of(found))
     return {
-        **rows,
-        "mean": {"change": float(np.mean(changes)), "interval": mean_interval},
-        "improved": sum(change < 0 for change in changes),
-        "worst": max(changes),
+        "change": float(changes[1] - changes[0]),
+        "interval": interval(resampled[1] - resampled[0]),
     }
 
 
 # ---- results ----
 
 
-def results(losses: dict[str, Losses], data: Data, split: str, seq_len: int) -> dict:
+def results(
+    losses: dict[str, Losses],
+    data: Data,
+    split: str,
+    seq_len: int,
+    objective: Objective | None = None,
+) -> dict:
     """All that the table shows. losses: {model: its losses}; the first model is the baseline.
 
-    Bits per byte are nats x tokens / (ln 2 x UTF-8 bytes of the text).
+    Bits per byte are nats x tokens / (ln 2 x UTF-8 bytes of the text). objective: what the models
+    were made for, if it is not the mean.
     """
     base = next(iter(losses.values()))
     domains = {}
@@ -221,6 +309,9 @@ def results(losses: dict[str, Losses], data: Data, split: str, seq_len: int) -> 
         models[name] = {"nats": nats, "bits_per_byte": bits}
         if by_domain is not base:
             models[name]["difference"] = compare(base, by_domain, data, split, seq_len)
+            if objective:
+                row = judge(base, base, by_domain, data, split, seq_len, objective)
+                models[name]["objective"] = row
     return {
         "data": str(data.folder),
         "split": split,
@@ -277,6 +368,9 @@ def table(result: dict) -> str:
         ]
         if better:
             cells.append(["domains better", "", "", *better])
+        if shown and "objective" in models[shown[0]]:
+            judged = [signed(models[name]["objective"]) for name in shown]
+            cells.append(["objective", "", "", *judged])
         bits = [models[name]["bits_per_byte"]["mean"] for name in (base, *shown)]
         cells.append(["bits per byte", "", *(f"{value:.4f}" for value in bits)])
         if lines:

@@ -2,7 +2,7 @@
 
     python mix.py                                    # the whole method on a laptop, in minutes
     python mix.py --data data/pile --model pythia-70m --sequences 2000 --out out/pile
-    python mix.py --method returns --out out/returns # another method; README.md says which to take
+    python mix.py --method experts --out out/experts # another method; README.md says which to take
 
 All methods end with the table that counts: untouched, uniform and the mixture found, on the test
 split, trained on as many sequences.
@@ -10,7 +10,9 @@ split, trained on as many sequences.
 
 import contextlib
 import json
+import math
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +23,20 @@ import torch
 
 import prepare
 import train
-from eval import FEW_DOCUMENTS, Losses, compare, domain_means, evaluate, results, signed, table
+from eval import (
+    FEW_DOCUMENTS,
+    WORST,
+    Losses,
+    Objective,
+    compare,
+    domain_means,
+    evaluate,
+    judge,
+    parse_objective,
+    results,
+    signed,
+    table,
+)
 from model import GPTNeoX, add_up, barrier, finish, rank, say, start, world_size
 from prepare import Data, InputError
 from train import Hyperparameters, Mixture, rescale
@@ -60,9 +75,7 @@ def reweight(runs: "Runs", history: "History", start: dict[str, int], args) -> d
 
     Returns the counts of the best round.
     """
-    A = np.array([start.get(d, 0) for d in runs.domains], dtype=np.float64)
-    # With --signal excess the rule sees what can still be learnt, in place of the loss itself.
-    alone = losses_alone(runs) if args.signal == "excess" else None
+    A = np.array([start.get(d, 0) for d in runs.train_on], dtype=np.float64)
     for number in range(1, args.rounds + 1):
         counts = runs.counts(A, round(A.sum()) if args.grow else args.sequences)
         # Trained on A from the base: the validation loss of each domain.
@@ -70,29 +83,145 @@ def reweight(runs: "Runs", history: "History", start: dict[str, int], args) -> d
         history.add(counts, L, quantities=A.tolist())
         runs.keep_only(history.counts(1), history.best()["counts"])  # the comparison needs these
         if number - history.best()["round"] == 2:
-            say(f"stopped: the {history.objective} has not improved for two rounds")
+            say(f"stopped: the {history.objective.name} has not improved for two rounds")
             break
-        signal = L if alone is None else excess(L, alone)
-        A = update(A, signal, args.rate, args.rule)
+        A = update(A, L[runs.trained], args.rate, args.rule)
     return history.best()["counts"]
 
 
-def losses_alone(runs: "Runs") -> np.ndarray:
-    """The loss (K,) of every domain where it gets the whole budget alone."""
-    losses = []
-    for k, only in enumerate(np.eye(len(runs.domains))):
-        losses.append(runs.measure(runs.counts(only), f"{runs.domains[k]} alone")[k])
-        runs.keep_only()
-    return np.array(losses)
+# ---- soft experts ----
 
 
-def excess(losses: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """What can still be learnt (2305.10429, section 2): L - L_ref, in units of its deviation.
+SOFT = 0.5  # λ: the share of an expert's sequences that are its own domain's
+SHORT = 4  # an expert has so many times fewer sequences than a pass
+STEPS = 25  # and at least so many steps, of a smaller batch if need be
 
-    Both are (K,). Excesses are some hundredths of a nat, of which a softmax makes nothing.
+
+class Law:
+    """The losses of mixed experts: L_i(w) = -mean over i's tokens of ln Σ_k w_k exp(-ℓ_k).
+
+    losses: every expert's loss ℓ_k of every token, {domain: (n, T)}, nats. Expert k stands for a
+    domain of its own; w (K,), of sum 1, mixes what they predict (2502.15950, section 3).
     """
-    difference = losses - reference
-    return difference / max(difference.std(), 1e-9)
+
+    def __init__(self, losses: list[Losses]):
+        self.least = []  # by domain: the mean of the least loss that any expert has
+        self.odds = []  # by domain: (K, tokens), each expert's probability over the largest
+        for domain in losses[0]:
+            of_experts = np.stack([one[domain].ravel() for one in losses])
+            least = of_experts.min(0)
+            self.least.append(least.mean())
+            self.odds.append(np.exp(least - of_experts))
+
+    def losses(self, w: np.ndarray) -> np.ndarray:
+        """(K,) or, if more domains are measured than have an expert, as many as these."""
+        mixed = [np.log(w.astype(np.float32) @ odds).mean() for odds in self.odds]
+        return np.array(self.least) - np.array(mixed)
+
+    def accounts(self, w: np.ndarray) -> np.ndarray:
+        """The share of each domain's tokens (rows) that each expert accounts for: (…, K)."""
+        rows = []
+        for odds in self.odds:
+            mixed = w.astype(np.float32) @ odds
+            rows.append(w * (odds @ (1 / mixed)) / len(mixed))
+        return np.array(rows)
+
+
+def capped(w: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Weights in the proportions of w, of sum 1, none above `high`, if that leaves a choice."""
+    if high.sum() <= 1:
+        return high / high.sum()
+    w = w / w.sum()
+    while (w > high + 1e-12).any():
+        full = w >= high
+        w = np.where(full, high, w * (1 - high[full].sum()) / w[~full].sum())
+    return w
+
+
+def best_weights(
+    law: Law,
+    objective: Objective,
+    changes: Callable[[np.ndarray], np.ndarray],
+    high: np.ndarray,
+    bound: float = np.inf,
+) -> np.ndarray:
+    """The experts' weights (K,) of the least objective, none above high, no change above bound.
+
+    w_k ← Σ_i v_i · the share of i's tokens that expert k accounts for: expectation-maximisation
+    (Dempster, Laird & Rubin 1977, section 4.3) for domains that count v. They count more, step by
+    step, where changes(w) exceeds the bound or, for `worst`, is the largest.
+    """
+    w = capped(np.ones(len(high)), high)
+    v = objective.weights
+    if v is None:
+        v = np.full(len(law.odds), 1 / len(law.odds))
+    more = np.zeros(len(v))
+    for _ in range(500):
+        w = capped((v + more) @ law.accounts(w), high)
+        if objective.weights is None:
+            change = changes(w)
+            v = v * np.exp(10 * (change - change.max()))
+            v = v / v.sum()
+        elif bound < np.inf:
+            more = np.maximum(more + 10 * (changes(w) - bound), 0)
+    return w
+
+
+def experts(runs: "Runs", history: "History", start: dict[str, int], args) -> dict[str, int]:
+    """Soft experts (after 2502.15950): a short run for each domain tells every mixture's losses.
+
+    Expert k is the base trained on a fraction of a pass, with a schedule of its own, in the
+    proportions (1 - λ) u + λ e_k, u the start's. Weights w of what they predict stand for the
+    mixture (1 - λ) u + λ w. That says how the losses of two mixtures differ; what they are, a run
+    on the start.
+    """
+    u = runs.shares(start)
+    begun = runs.measure(start, "the start")
+    history.add(start, begun, note="the start")
+    law = Law(losses_of_experts(runs, start, args.expert_sequences or args.sequences // SHORT))
+    begun_by_law = law.losses(u)
+
+    def changes(w: np.ndarray) -> np.ndarray:
+        return begun - history.untouched + law.losses(w) - begun_by_law
+
+    # No share may grow beyond 4 repeats.
+    high = ((runs.cap - (1 - SOFT) * u) / SOFT).clip(0, 1)
+
+    def best(objective: Objective, bound: float = np.inf) -> tuple[dict[str, int], np.ndarray]:
+        w = best_weights(law, objective, changes, high, bound)
+        return runs.counts((1 - SOFT) * u + SOFT * w), changes(w)
+
+    # From the best mixture to the one by which the domain that pays most pays least.
+    counts, change = best(history.objective)
+    sparing, least = best(WORST)
+    for bound in np.linspace(change.max(), least.max(), 5):
+        point, predicted = best(history.objective, bound)
+        history.foretell(point, predicted, f"no domain above {bound:+.4f}")
+    if args.spare is not None:
+        counts, change = best(history.objective, args.spare)
+        if change.max() > args.spare + 1e-3:
+            say(f"warning: no mixture is predicted to hold --spare {args.spare}; taking the last")
+            counts, change = sparing, least
+    history.foretell(counts, change, "taken")
+    return counts
+
+
+def losses_of_experts(runs: "Runs", start: dict[str, int], sequences: int) -> list[Losses]:
+    """Train an expert for each domain on so many sequences: its loss of every token measured."""
+    u = runs.shares(start)
+    sequences = max(1, sequences)
+    # A few steps of a large batch would leave the experts too much alike.
+    batch_size = min(runs.hyper.batch_size, math.ceil(sequences / STEPS))
+    # Of so many windows an expert takes less time to be measured than to be trained.
+    windows = max(16, 2 * sequences // len(runs.domains))
+    size = f"{sequences} sequences, {batch_size} a step"
+    say(f"{len(u)} experts, each of {size}, measured on {windows} windows a domain")
+    losses = []
+    for domain, only in zip(runs.train_on, np.eye(len(u)), strict=True):
+        counts = runs.counts((1 - SOFT) * u + SOFT * only, sequences)
+        title = f"expert {domain}"
+        losses.append(runs.token_losses(counts, windows, title, batch_size=batch_size))
+    return losses
 
 
 # ---- the other methods ----
@@ -100,7 +229,8 @@ def excess(losses: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
 def fixed(runs: "Runs", history: "History", start: dict[str, int], args) -> dict[str, int]:
     """`uniform`, p = 1/K, and `natural`, p ∝ the tokens that there are: no search."""
-    return train.parse_mixture(args.method, runs.data, args.sequences, runs.hyper.seq_len)
+    T = runs.hyper.seq_len
+    return train.parse_mixture(args.method, runs.data, args.sequences, T, runs.train_on)
 
 
 def doremi_step(
@@ -167,11 +297,11 @@ def doremi(runs: "Runs", history: "History", start: dict[str, int], args) -> dic
     The reference is the base tuned on uniform, the proxy the base tuned on other windows of it,
     where a domain has as many.
     """
-    uniform = runs.counts(np.ones(len(runs.domains)))
+    uniform = runs.counts(np.ones(len(runs.train_on)))
     passes = [*runs.passes, train.this_pass(runs.data, runs.hyper, uniform)]
     seen = train.times_seen(runs.data, runs.hyper.seq_len, passes)
     mixture = Mixture(runs.data, uniform, runs.hyper.seq_len, runs.hyper.seed, seen)
-    domains = [runs.domains.index(mixture.domain(i)) for i in range(len(mixture))]
+    domains = [runs.train_on.index(mixture.domain(i)) for i in range(len(mixture))]
     reference = torch.zeros(len(mixture), runs.hyper.seq_len)
 
     # The reference's loss of every token of the proxy's pass, from a pass without learning.
@@ -195,105 +325,24 @@ def doremi(runs: "Runs", history: "History", start: dict[str, int], args) -> dic
     return runs.counts(means[-1])
 
 
-def emphasis(changes: np.ndarray, objective: str) -> np.ndarray:
-    """∂ objective / ∂ losses, (K,). changes: (K,), from the untouched model's losses.
-
-    The largest change, for `worst`, is smoothed over 0.01 nats.
-    """
-    if objective == "mean":
-        return np.full(len(changes), 1 / len(changes))
-    raised = np.exp((changes - changes.max()) / 0.01)
-    return raised / raised.sum()
-
-
-def descend(
-    slopes: Callable[[np.ndarray], np.ndarray],
-    start: np.ndarray,
-    low: np.ndarray,
-    high: np.ndarray,
-    steps: int,
-) -> list[np.ndarray]:
-    """Minimise a function of shares, low <= w <= high, by exponentiated gradient.
-
-    w ← w ⊙ exp(-η ∇F), normalised, η = 1 / √step (Kivinen & Warmuth 1997, section 3). slopes(w):
-    ∇F. All are (K,). Returns the path of w.
-    """
-    path = [start]
-    for step in range(steps):
-        slope = slopes(path[-1])
-        w = path[-1] * np.exp(np.clip((slope.mean() - slope) / np.sqrt(step + 1), -1, 1))
-        for _ in range(50):  # until both hold
-            before = w
-            w = np.clip(w / w.sum(), low, high)
-            if (w == before).all():
-                break
-        path.append(w / w.sum())
-    return path
-
-
-def returns(runs: "Runs", history: "History", start: dict[str, int], args) -> dict[str, int]:
-    """Diminishing returns: L_i(p) = a_i - Σ_k B_ki ln p_k, by least squares through trained runs.
-
-    The mean loss is least where p_k ∝ Σ_i B_ki: a domain's share is what it gives, like the
-    exponents of Cobb & Douglas (1928). The runs are the start p and, for each domain k,
-    (3 p + e_k) / 4; then K more around the minimum. No share falls below a quarter of its start.
-    """
-    first = runs.shares(start)
-    p = first
-    mixtures = [start]
-    notes = ["the start"]
-    logs = []
-    losses = []
-    for _ in range(2):
-        # A quarter more of one domain, for each, around what is the best by now.
-        mixtures += [runs.counts(3 * p + only) for only in np.eye(len(p))]
-        notes += [f"probe: more {domain}" for domain in runs.domains]
-        for counts, note in list(zip(mixtures, notes, strict=True))[len(losses) :]:
-            losses.append(runs.measure(counts, note))
-            runs.keep_only(start)
-            shares = runs.shares(counts).clip(0.5 / args.sequences)
-            logs.append([1, *np.log(shares)])
-            history.add(counts, losses[-1], note=note)
-        # One least-squares problem a domain, all with the same runs.
-        fitted = np.linalg.lstsq(np.array(logs), np.array(losses), rcond=None)[0]
-        a = fitted[0]
-        B = -fitted[1:]
-        slopes = returns_slopes(a - history.untouched, B, history.objective)
-        p = descend(slopes, first, first / 4, runs.cap, 1000)[-1]
-        predicted = a - np.log(p) @ B
-        note = f"the law's minimum: mean {predicted.mean():.4f} predicted"
-        law = {"predicted": predicted.tolist(), "a": a.tolist(), "B": B.tolist()}
-        history.add(runs.counts(p), note=note, **law)
-    error = np.abs(np.array(logs) @ fitted - np.array(losses)).mean()
-    say(f"the law fits {len(losses)} runs to {error:.4f} nats; its minimum is taken, not the best")
-    say("run, whose lead may be its seed's")
-    return runs.counts(p)
-
-
-def returns_slopes(a: np.ndarray, B: np.ndarray, objective: str):
-    """∇ of the objective by the law of `returns`, a (K,) being less the untouched losses."""
-
-    def slopes(p: np.ndarray) -> np.ndarray:
-        return -B @ emphasis(a - np.log(p) @ B, objective) / p
-
-    return slopes
-
-
 class Method(NamedTuple):
     """A way to find a mixture, and its own options: {option: what argparse is told of it}."""
 
     find: Callable[["Runs", "History", dict[str, int], object], dict[str, int]]
     options: dict[str, dict] = {}
     is_path: bool = True  # each of its mixtures is a step from the last one
-    needs_every_domain: bool = False  # in --start
 
 
 REWEIGHT_OPTIONS = {
     "--rule": {"choices": RULES, "default": "multiplicative", "help": "reading of the formula"},
     "--rate": {"type": float, "metavar": "R", "help": "r; default: the rule's, found by trying"},
-    "--signal": {"choices": ("loss", "excess"), "default": "loss", "help": "what the rule sees"},
     "--rounds": {"type": int, "metavar": "N", "default": 4, "help": "at most"},
     "--grow": {"action": "store_true", "help": "train on the quantities, as they grow"},
+}
+
+EXPERTS_OPTIONS = {
+    "--expert-sequences": {"type": int, "metavar": "N", "help": "default: a quarter of a pass"},
+    "--spare": {"type": float, "metavar": "X", "help": "nats that a domain may lose, by the law"},
 }
 
 METHODS = {
@@ -301,7 +350,7 @@ METHODS = {
     "natural": Method(fixed),
     "reweight": Method(reweight, REWEIGHT_OPTIONS),
     "doremi": Method(doremi),
-    "returns": Method(returns, is_path=False, needs_every_domain=True),
+    "experts": Method(experts, EXPERTS_OPTIONS, is_path=False),
 }
 
 
@@ -368,33 +417,37 @@ class Runs:
     sequences: int  # of a pass
     eval_sequences: int  # of a domain, at most
     save_every: int = 0
+    train_on: list[str] | None = None  # domains that may have a share; None: all
 
     def __post_init__(self):
         T = self.hyper.seq_len
         self.domains = self.data.domains
+        self.train_on = self.train_on or self.domains
+        self.trained = [self.domains.index(d) for d in self.train_on]
         self.passes = train.passes_of(self.base)  # that the base was trained on
         self.tokens = {"trained": 0, "evaluated": 0}  # as if nothing had been kept
-        self.windows = np.array([self.data.windows(d, "train", T) for d in self.domains])
+        self.windows = np.array([self.data.windows(d, "train", T) for d in self.train_on])
         self.cap = 4 * self.windows / self.sequences  # shares (K,) of 4 repeats (2305.16264)
 
     def counts(self, shares: np.ndarray, sequences: int | None = None) -> dict[str, int]:
-        """Shares (K,), in any unit, as a mixture of so many sequences, or of a pass."""
-        weights = dict(zip(self.domains, np.asarray(shares).tolist(), strict=True))
+        """Shares (K,) of train_on, in any unit, as a mixture of so many sequences, or of a pass."""
+        weights = dict(zip(self.train_on, np.asarray(shares).tolist(), strict=True))
         return rescale(weights, sequences or self.sequences)
 
     def shares(self, counts: dict[str, int]) -> np.ndarray:
-        return np.array([counts.get(d, 0) for d in self.domains]) / sum(counts.values())
+        return np.array([counts.get(d, 0) for d in self.train_on]) / sum(counts.values())
 
-    def run(self, counts: dict[str, int]) -> Run:
-        """The run on a mixture, whether it took place or not."""
+    def run(self, counts: dict[str, int], **changes) -> Run:
+        """The run on a mixture, whether it took place or not. changes: of hyperparameters."""
+        hyper = replace(self.hyper, **changes)
         settings = {
             "base": self.base_name,
             "data": self.data.identity,
             "counts": {d: n for d, n in sorted(counts.items()) if n},
-            **self.hyper.record(),
+            **hyper.record(),
         }
         folder = self.folder / train.name_of(settings)
-        return Run(folder, settings, counts, self.hyper, self.passes)
+        return Run(folder, settings, counts, hyper, self.passes)
 
     def train(self, counts: dict[str, int], title: str = "train") -> None:
         """Make the model the base trained on the mixture, and keep it."""
@@ -411,14 +464,43 @@ class Runs:
     def stop_if_asked(self) -> None:
         train.stop_if_asked(next(self.model.parameters()).device)
 
-    def evaluate(self) -> Losses:
-        """The model's losses on the validation split."""
+    def evaluate(self, limit: int | None = None, per_token: bool = False) -> Losses:
+        """The model's losses on the validation split, as `evaluate` of eval.py gives them."""
         T = self.hyper.seq_len
-        dtype = self.hyper.dtype
-        limit = self.eval_sequences
-        losses = evaluate(self.model, self.data, "val", T, dtype, limit, self.stop_if_asked)
+        how = (self.hyper.dtype, limit or self.eval_sequences, self.stop_if_asked, per_token)
+        losses = evaluate(self.model, self.data, "val", T, *how)
         self.tokens["evaluated"] += sum(map(len, losses.values())) * T
         return losses
+
+    def token_losses(self, counts: dict[str, int], limit: int, title: str, **changes) -> Losses:
+        """The mixture's loss of every token, of at most `limit` windows a domain.
+
+        They are kept, and the weights are not. changes: of hyperparameters.
+        """
+        run = self.run(counts, **changes)
+        path = run.folder / f"tokens-{limit}.npz"
+        self.tokens["trained"] += sum(counts.values()) * self.hyper.seq_len
+        losses = self.known_token_losses(path)
+        barrier()  # before the first rank may write
+        if losses is None:
+            train_once(self.model, self.base, self.data, run, self.save_every, title)
+            losses = self.evaluate(limit, per_token=True)
+            if rank() == 0:
+                with prepare.replacing(path) as partial, open(partial, "wb") as file:
+                    np.savez(file, **{f"{d}.val": values for d, values in losses.items()})
+        else:  # what it cost, as if it had been done now
+            self.tokens["evaluated"] += sum(values.size for values in losses.values())
+        if rank() == 0:
+            (run.folder / "model.safetensors").unlink(missing_ok=True)
+        barrier()
+        return losses
+
+    def known_token_losses(self, path: Path) -> Losses | None:
+        """Those in a file, if it is there and sound."""
+        unsound = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+        with contextlib.suppress(*unsound), np.load(path) as found:
+            return {d: found[f"{d}.val"] for d in self.domains}
+        return None
 
     def known_losses(self, run: Run) -> np.ndarray | None:
         """The losses (K,) that were measured before, if they were, and in the same way."""
@@ -465,21 +547,13 @@ class Runs:
 class History:
     """The mixtures that were tried, in their order, as lines of history.jsonl and of the log.
 
-    domains: and windows (K,), how many each has to train on. untouched: the base's losses (K,).
-    objective: what a mixture is judged by, the "mean" of the losses or the "worst" change.
+    untouched: the base's losses (K,), of all domains. objective: what a mixture is judged by.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        domains: list[str],
-        windows: np.ndarray,
-        untouched: np.ndarray,
-        objective: str,
-    ):
+    def __init__(self, path: Path, runs: Runs, untouched: np.ndarray, objective: Objective):
         self.path = path
-        self.domains = domains
-        self.windows = dict(zip(domains, windows.tolist(), strict=True))
+        self.domains = runs.domains
+        self.windows = dict(zip(runs.train_on, runs.windows.tolist(), strict=True))
         self.untouched = untouched
         self.objective = objective
         self.lines: list[dict] = []
@@ -493,14 +567,21 @@ class History:
             head = "  the largest moves from the first mixture"
         elif K > 5:
             head = "".join(f"{d[:10]:>11}" for d in self.domains)
-        say(f"{'round':>5}{self.objective:>7}{head}")
+        say(f"{'round':>5}{self.objective.name:>7}{head}")
         self.add(None, self.untouched)
+
+    def score(self, losses: np.ndarray) -> float:
+        """The objective of losses (K,): a weighted mean, or the largest change."""
+        if self.objective.weights is None:
+            losses = losses - self.untouched
+        return float(self.objective.of(losses))
 
     def add(self, counts: dict[str, int] | None, losses: np.ndarray | None = None, **more) -> None:
         """Note a mixture, its validation losses (K,) if they were measured, and more."""
         line = {"round": len(self.lines), "counts": counts}
-        line |= {"mean": None, "worst": None, "losses": None}
+        line |= {"objective": None, "mean": None, "worst": None, "losses": None}
         if losses is not None:
+            line["objective"] = self.score(losses)
             line["mean"] = float(losses.mean())
             line["worst"] = float((losses - self.untouched).max())
             line["losses"] = dict(zip(self.domains, losses.tolist(), strict=True))
@@ -510,11 +591,17 @@ class History:
             prepare.write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
         say(self.words(line))
 
+    def foretell(self, counts: dict[str, int], changes: np.ndarray, note: str) -> None:
+        """Note a mixture whose changes (K,) from the untouched model's losses are predicted."""
+        score = self.score(self.untouched + changes)
+        note = f"{note}: {self.objective.name} {score:.4f} predicted"
+        self.add(counts, note=note, predicted=changes.tolist())
+
     def words(self, line: dict) -> str:
         """A line of the table, within 100 columns, and below it what else there is to say."""
         text = f"{line['round']:>5}{'':>7}"
         if line["losses"]:
-            text = f"{line['round']:>5}{line[self.objective]:>7.4f}"
+            text = f"{line['round']:>5}{line['objective']:>7.4f}"
         counts = line["counts"] or {}
         if len(self.domains) <= 8:
             text += "".join(self.cell(line, d) for d in self.domains)
@@ -526,8 +613,14 @@ class History:
         again = self.round_of(counts)
         if again is not None and again < line["round"]:
             below.append(f"as round {again}")
+        foretold = [one for one in self.lines if "predicted" in one and one["counts"] == counts]
+        if line["losses"] and foretold:
+            score = self.score(self.untouched + np.array(foretold[-1]["predicted"]))
+            below.append(f"{score:.4f} was predicted")
         below += [
-            f"{d} {n / self.windows[d]:.1f} times" for d, n in counts.items() if n > self.windows[d]
+            f"{d} {n / self.windows[d]:.1f} times"
+            for d, n in counts.items()
+            if n > self.windows.get(d, n)
         ]
         text = text.rstrip()
         if below:
@@ -563,7 +656,7 @@ class History:
 
     def best(self) -> dict:
         """The line with the lowest objective; the earlier one of equals."""
-        return min(self.measured(), key=lambda line: line[self.objective])
+        return min(self.measured(), key=lambda line: line["objective"])
 
     def round_of(self, counts: dict[str, int]) -> int | None:
         """The first round that measured this mixture."""
@@ -622,14 +715,15 @@ def title_of(method: str) -> str:
     return "reweighted" if method == "reweight" else method
 
 
-def comparison(runs: Runs, counts: dict[str, int], method: str) -> dict:
+def comparison(runs: Runs, counts: dict[str, int], method: str, objective: Objective) -> dict:
     """Untouched, uniform and the mixture found, on the test split; the model ends as the last one.
 
-    Uniform has as many sequences. `difference` is the mixture found less uniform.
+    Uniform has as many sequences. `difference` is the mixture found less uniform; `judged` that of
+    the objective, and `sure` likewise without the domains that have too few documents.
     """
     data = runs.data
     T = runs.hyper.seq_len
-    uniform = train.parse_mixture("uniform", data, sum(counts.values()), T)
+    uniform = runs.counts(np.ones(len(runs.train_on)), sum(counts.values()))
     title = title_of(method)
     losses = {}
     for name, mixture in {"untouched": None, "uniform": uniform, title: counts}.items():
@@ -642,15 +736,16 @@ def comparison(runs: Runs, counts: dict[str, int], method: str) -> dict:
             runs.train(mixture, name)
         dtype = runs.hyper.dtype
         losses[name] = evaluate(runs.model, data, "test", T, dtype, None, runs.stop_if_asked)
-    result = results(losses, data, "test", T)
-    found = losses[title]
-    base = losses["uniform"]
-    result["difference"] = compare(base, found, data, "test", T)
-    # Once more without the domains that have too few documents to say anything.
+    shown = None if objective.name == "mean" else objective
+    result = results(losses, data, "test", T, shown)
+    three = [losses[name] for name in ("untouched", "uniform", title)]
+    result["difference"] = compare(three[1], three[2], data, "test", T)
+    result["judged"] = judge(*three, data, "test", T, objective)
     sure = [d for d, n in result["domains"].items() if n["documents"] >= FEW_DOCUMENTS]
-    if 0 < len(sure) < len(base):
-        without = compare({d: base[d] for d in sure}, {d: found[d] for d in sure}, data, "test", T)
-        result["difference"]["sure"] = without["mean"]
+    result["sure"] = None
+    if objective.only(runs.domains, sure):
+        of_sure = [{d: one[d] for d in sure} for one in three]
+        result["sure"] = judge(*of_sure, data, "test", T, objective.only(runs.domains, sure))
     return result
 
 
@@ -658,7 +753,7 @@ def verdict(result: dict) -> str:
     """What the table says of the mixture found and of uniform, in words."""
     difference = result["difference"]
     name = list(result["models"])[-1]
-    low, high = difference["mean"]["interval"]
+    low, high = result["judged"]["interval"]
     if low == high == 0:
         return f"{name} is uniform" + ("" if name == "uniform" else ": no other mixture was better")
     words = "not distinguishable from"
@@ -667,31 +762,34 @@ def verdict(result: dict) -> str:
     if low > 0:
         words = "worse than"
     few = ""
-    low, high = difference.get("sure", difference["mean"])["interval"]
+    low, high = (result["sure"] or {"interval": (0, 0)})["interval"]
     if words != "not distinguishable from" and low <= 0 <= high:
         words = "not distinguishable from"
         few = f" (what differs are domains of fewer than {FEW_DOCUMENTS} documents)"
     better = f"better in {difference['improved']} of {len(result['domains'])} domains"
-    change = signed(difference["mean"])
+    change = signed(result["judged"])
     return f"{name} - uniform: {change} nats, {better}:\n{words} uniform, by this seed{few}"
 
 
 def draw(history: History, found: int, is_path: bool, path: Path) -> None:
-    """Two panels by round: the mixture, and each domain's change of loss from the first mixture.
+    """Panels by round: the mixture, and each domain's change of loss from the first mixture.
 
-    That is where the differences are; the untouched model's stands in words. found: the round
-    whose mixture was taken.
+    That is where the differences are; the untouched model's stands in words. A third one shows
+    what sparing the domain that pays most costs, where that is known. found: the round whose
+    mixture was taken.
     """
     from matplotlib.figure import Figure
 
-    # Not by pyplot, which keeps every figure that is not closed.
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
     mixtures = history.lines[1:]
     measured = history.measured()
     rounds = [line["round"] for line in measured]
     first = np.array(list(measured[0]["losses"].values()))
     changes = [np.array(list(line["losses"].values())) - first for line in measured]
+    predicted = [np.array(line["predicted"]) for line in mixtures if "predicted" in line]
+    panels = 3 if predicted else 2
+    # Not by pyplot, which keeps every figure that is not closed.
+    figure = Figure(figsize=(5 * panels, 4.2), layout="constrained")
+    left, right, *others = figure.subplots(1, panels)
     for k, d in enumerate(history.domains):
         style = {"color": f"C{k % 10}", "marker": "os^Dv"[k // 10 % 5], "label": d}
         style["linestyle"] = "-" if is_path else ""
@@ -713,6 +811,13 @@ def draw(history: History, found: int, is_path: bool, path: Path) -> None:
         axes.set_xlabel("round")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.axvline(found, color="0.88", linewidth=10, zorder=0, label="mixture found")
+    for axes in others:
+        scores = [history.objective.of(change) for change in predicted]
+        axes.plot([change.max() for change in predicted], scores, "k.-")
+        axes.plot(predicted[-1].max(), scores[-1], "o", color="0.7", ms=12, zorder=0)
+        words = {"xlabel": "largest change of a domain, nats", "ylabel": history.objective.name}
+        axes.set(title="Changes from the untouched model, predicted", **words)
+    for axes in (left, right, *others):
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = right.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=7, frameon=False)
@@ -738,6 +843,9 @@ def write_results(
         "data": args.data,
         "model": args.model,
     }
+    law = [line for line in history.lines if "predicted" in line]
+    if law:
+        mixture["predicted"] = [{key: line[key] for key in ("counts", "predicted")} for line in law]
     prepare.write_json(out / "mix.json", mixture | own_options(args))
     prepare.write_json(out / "result.json", result)
     with train.decorating(out / "mix.png"):
@@ -766,14 +874,25 @@ def warn_of_few_documents(losses: Losses, data: Data, seq_len: int) -> None:
             say(f"warning: {words}; prepare more, or --eval-sequences")
 
 
-def begin_history(runs: Runs, path: Path, objective: str) -> History:
+def begin_history(runs: Runs, path: Path, objective: Objective) -> History:
     """A search's history, which begins with the untouched model; that is measured here."""
     train.fill(runs.model, runs.base)
     untouched = runs.evaluate()
     warn_of_few_documents(untouched, runs.data, runs.hyper.seq_len)
-    history = History(path, runs.domains, runs.windows, domain_means(untouched), objective)
+    history = History(path, runs, domain_means(untouched), objective)
     history.begin()
     return history
+
+
+def parse_train_on(text: str | None, data: Data) -> list[str]:
+    """--train-on as domains, of which there are all by default. Raises InputError."""
+    if text is None:
+        return data.domains
+    domains = sorted({d.strip() for d in text.split(",")})
+    for d in domains:
+        if d not in data.domains:
+            raise InputError(f"--train-on: no domain {d!r}; there are {', '.join(data.domains)}")
+    return domains
 
 
 def parse_args():
@@ -781,8 +900,9 @@ def parse_args():
     train.add_options(parser, "out/mix")
     add = parser.add_argument
     add("--method", choices=METHODS, default="reweight", help="how to find the mixture")
-    lowers = "what the search lowers: the mean loss of all domains, or the largest change of any"
-    add("--objective", choices=("mean", "worst"), default="mean", help=lowers)
+    lowers = "what the search lowers: mean, worst (the largest change) or weights: arxiv=2,web=1"
+    add("--objective", default="mean", help=lowers)
+    add("--train-on", metavar="A,B", help="domains that may have a share; all are measured")
     add("--start", default="uniform", help="the first mixture, like train.py's --mix")
     pretraining = "to pretrain scratch:SIZE on"
     add("--base-sequences", type=int, metavar="N", default=6400, help=pretraining)
@@ -796,7 +916,7 @@ def parse_args():
     args = train.parse_args(parser)
     if args.rate is None:
         args.rate = RULES[args.rule][1]
-    for name in ("rounds", "rate", "base_sequences", "base_lr"):
+    for name in ("rounds", "rate", "base_sequences", "base_lr", "expert_sequences"):
         value = vars(args)[name]
         if value is not None and not 0 < value < 1e9:
             raise InputError(f"--{name.replace('_', '-')} {value}: expected more than 0")
@@ -815,14 +935,15 @@ def main():
 
     # All that can be checked, before anything is trained.
     data, hyper = train.set_up(args)
-    first = train.parse_mixture(args.start, data, args.sequences, hyper.seq_len)
-    every = all(first.get(d) for d in data.domains)
-    if METHODS[args.method].needs_every_domain and not every:
-        needs = f"--method {args.method} needs every domain in it"
-        raise InputError(f"--start {args.start}: {needs}; try more --sequences")
+    objective = parse_objective(args.objective, data.domains)
+    train_on = parse_train_on(args.train_on, data)
+    first = train.parse_mixture(args.start, data, args.sequences, hyper.seq_len, train_on)
+    if not any(first.get(d) for d in train_on) or any(first[d] for d in first.keys() - train_on):
+        raise InputError(f"--start {args.start}: has other domains than --train-on")
 
     # What a resumed search must have in common with the one that was begun.
     settings = train.settings_of(args, data, hyper) | {"start": first, **own_options(args)}
+    settings["train_on"] = train_on
     for name in ("method", "objective", "sequences", "eval_sequences", "base_sequences", "base_lr"):
         settings[name] = vars(args)[name]
     model = train.load_to_train(args, data, hyper.dtype, device)
@@ -841,14 +962,14 @@ def main():
                 base_name = base.name
             clock["base"] = time.perf_counter()
             sizes = (args.sequences, args.eval_sequences, args.save_every)
-            runs = Runs(model, base, base_name, data, hyper, out / "runs", *sizes)
-            history = begin_history(runs, out / "history.jsonl", args.objective)
+            runs = Runs(model, base, base_name, data, hyper, out / "runs", *sizes, train_on)
+            history = begin_history(runs, out / "history.jsonl", objective)
             counts = METHODS[args.method].find(runs, history, first, args)
             cost = dict(runs.tokens)
             if history.round_of(counts) is None:
                 history.add(counts, runs.measure(counts, "the mixture found"))
             clock["search"] = time.perf_counter()
-            result = comparison(runs, counts, args.method)
+            result = comparison(runs, counts, args.method, objective)
             if rank() == 0:
                 write_results(runs, history, counts, cost, result, args)
             clock["comparison"] = time.perf_counter()
@@ -872,7 +993,7 @@ def next_steps(args, result: dict) -> list[str]:
     better = "better than" in verdict(result)
     if args.method == "reweight" and not better:
         same = f"--data {args.data} --model {args.model} --sequences {args.sequences}"
-        steps.append(f"or      python mix.py {same} --method returns --out out/returns")
+        steps.append(f"or      python mix.py {same} --method experts --out out/experts")
     return steps
 
 

@@ -232,16 +232,22 @@ def rescale(weights: dict[str, float], sequences: int) -> dict[str, int]:
     return counts
 
 
-def parse_mixture(text: str, data: Data, sequences: int | None, seq_len: int) -> dict[str, int]:
-    """--mix as counts. Raises InputError for what is not a mixture of this data."""
+def parse_mixture(
+    text: str, data: Data, sequences: int | None, seq_len: int, domains: list[str] | None = None
+) -> dict[str, int]:
+    """--mix as counts. Raises InputError for what is not a mixture of this data.
+
+    domains: those that `uniform` and `natural` have; None: all.
+    """
+    domains = domains or data.domains
     if sequences is not None and sequences < 1:
         raise InputError(f"--sequences {sequences}: expected at least 1")
     if text in ("uniform", "natural"):
         if sequences is None:
             raise InputError(f"--mix {text} needs --sequences, the number of sequences to train on")
-        weights = dict.fromkeys(data.domains, 1)
+        weights = dict.fromkeys(domains, 1)
         if text == "natural":
-            weights = {d: data.size(d, "train")["tokens"] for d in data.domains}
+            weights = {d: data.size(d, "train")["tokens"] for d in domains}
         return rescale(weights, sequences)
     if text == "horizon":
         counts = HORIZON

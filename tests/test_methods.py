@@ -1,17 +1,22 @@
 """What the methods are made of, beside numbers worked out by hand and laws that hold exactly."""
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import bins, log_of
+from conftest import ROOT, bins, log_of
 
 import mix
-from mix import History, Proxy, Runs, descend, doremi_step, emphasis
+from eval import WORST, parse_objective
+from mix import History, Law, Proxy, Runs, best_weights, doremi_step
 from model import load
 from train import Hyperparameters, Mixture, train
+
+sys.path.append(str(ROOT / "tests" / "bench"))  # the last: it has a prepare.py, too
+from excess import EXCESS  # noqa: E402
 
 LN = np.log
 
@@ -22,10 +27,10 @@ class Known(Runs):
     windows: how many each domain, by name, has to train on. asked: the mixtures, in their order.
     """
 
-    def __init__(self, folder: Path, law, sequences: int, **windows: int):
+    def __init__(self, folder: Path, law, sequences: int, train_on=None, **windows: int):
         data = bins(folder / "bins", {d: n + 1 for d, n in windows.items()})
         hyper = Hyperparameters(seq_len=1, batch_size=8, learning_rate=1e-2)
-        measured = {"sequences": sequences, "eval_sequences": 1}
+        measured = {"sequences": sequences, "eval_sequences": 1, "train_on": train_on}
         super().__init__(None, folder, "", data, hyper, folder / "runs", **measured)
         self.law = law
         self.asked = []
@@ -34,20 +39,21 @@ class Known(Runs):
         self.asked.append(list(counts.values()))
         return self.law(self.shares(counts))
 
-    def search(self, find, start, untouched, **args) -> tuple[dict[str, int], History]:
+    def search(self, find, start, untouched, objective="mean", **args):
         """What a method finds, and its history."""
-        args = {"objective": "mean", "sequences": self.sequences} | args
-        place = (self.folder.parent / "history.jsonl", self.domains, self.windows)
-        history = History(*place, np.array(untouched), args["objective"])
+        args = {"sequences": self.sequences} | args
+        objective = parse_objective(objective, self.domains)
+        path = self.folder.parent / "history.jsonl"
+        history = History(path, self, np.array(untouched), objective)
         history.begin()
-        start = dict(zip(self.domains, start, strict=True))
+        start = dict(zip(self.train_on, start, strict=True))
         return find(self, history, start, SimpleNamespace(**args)), history
 
 
 # ---- reweight ----
 
 
-REWEIGHT = {"signal": "loss", "rounds": 9, "grow": False, "rate": 1.0, "rule": "multiplicative"}
+REWEIGHT = {"rounds": 9, "grow": False, "rate": 1.0, "rule": "multiplicative"}
 
 
 @pytest.mark.parametrize(
@@ -74,10 +80,9 @@ def test_the_excess_is_what_the_whole_budget_would_buy(tmp_path):
     In units of their deviation, 1/2, these are 0 and 2, whose softmax is 0.1192, 0.8808.
     """
     runs = Known(tmp_path, lambda p: np.array([2, 4 - 2 * p[1]]), 200, x=999, y=999)
-    more = {"signal": "excess", "rule": "share", "rate": 0.5, "rounds": 2}
-    _, history = runs.search(mix.reweight, [100, 100], [9, 9], **REWEIGHT | more)
-    assert runs.asked == [[200, 0], [0, 200], [100, 100], [75, 125]]
-    assert history.lines[2]["quantities"] == pytest.approx([111.92, 188.08], abs=0.01)
+    runs.search(EXCESS.find, [100, 100], [9, 9])
+    assert runs.asked[:3] == [[200, 0], [0, 200], [100, 100]]
+    assert np.array(runs.asked[3]) == pytest.approx([74.6, 125.4], abs=1)  # 111.92 and 188.08
 
 
 # ---- DoReMi ----
@@ -135,8 +140,8 @@ def test_doremi_is_the_mean_of_the_proxys_weights(data, small, tmp_path):
     hyper = Hyperparameters(seq_len=32, batch_size=8, learning_rate=1e-2)
     measured = {"sequences": 6000, "eval_sequences": 20}
     runs = Shown(model, small, "small", data, hyper, tmp_path / "runs", **measured)
-    untouched = np.zeros(3)
-    history = History(tmp_path / "history.jsonl", data.domains, runs.windows, untouched, "mean")
+    mean = parse_objective("mean", data.domains)
+    history = History(tmp_path / "history.jsonl", runs, np.zeros(3), mean)
     counts = mix.doremi(runs, history, {}, None)
     uniform = dict.fromkeys(data.domains, 2000)
     further = [("reference", uniform, {"learning_rate": 0.0}), ("proxy", uniform, {})]
@@ -174,73 +179,126 @@ def test_weights_of_sequences_scale_the_loss_they_are_trained_on(data, small, tm
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-# ---- returns ----
+# ---- soft experts ----
 
 
-def test_the_gradients_of_the_objectives():
-    changes = np.array([-0.3, 0.02, 0.01])
-    assert emphasis(changes, "mean") == pytest.approx([1 / 3] * 3)
-    # Of e^-32, e^0 and e^-1 the last two are left.
-    assert emphasis(changes, "worst") == pytest.approx([0, 0.731059, 0.268941], abs=1e-6)
+def test_what_mixed_experts_lose_by_hand():
+    """Probabilities 1/2, 1/4 of a token and 1/8, 1/2 of another, mixed half and half."""
+    law = Law([{"x": LN([[2, 8]])}, {"x": LN([[4, 2]])}])
+    w = np.array([0.5, 0.5])
+    assert law.losses(w) == pytest.approx([-np.mean(LN([3 / 8, 5 / 16]))])
+    # Of the first token the experts account for 2/3 and 1/3, of the second for 1/5 and 4/5.
+    assert law.accounts(w) == pytest.approx(np.array([[13 / 30, 17 / 30]]))
 
 
-BETA = np.array([0.4, 0.3, 0.2, 0.1])
+def soft_experts(K: int, tokens: int = 400) -> Law:
+    """Experts that are each better at a domain of their own, and somewhat so at the next one."""
+    rng = np.random.default_rng(0)
+    losses = []
+    plain = rng.gamma(2, 1.5, (K, tokens))
+    for k in range(K):
+        gain = 0.4 * np.eye(K)[k] + 0.2 * np.eye(K)[(k + 1) % K] / (1 + k)
+        noise = 0.5 * rng.normal(size=(K, tokens))
+        of_domains = plain - gain[:, None] * rng.gamma(1, 1, (K, tokens)) + noise
+        losses.append({str(i): values[None] for i, values in enumerate(of_domains)})
+    return Law(losses)
 
 
-@pytest.mark.parametrize(
-    "slopes, low, high, least",
-    [
-        (lambda w: -BETA / w, 0, 1, BETA),  # of -Σ β ln w
-        # Within bounds: what 0.3 and 0.15 leave is shared as 3 : 2.
-        (lambda w: -BETA / w, 0.15, [0.3, 1, 1, 1], [0.3, 0.33, 0.22, 0.15]),
-        # Of 0.1 w_1 + 0.1 KL(w ‖ uniform): the first one's odds are 1 : e to every other's.
-        (lambda w: [0.1, 0, 0, 0] + 0.1 * LN(4 * w), 0, 1, [0.109232, *[0.296923] * 3]),
-    ],
-)
-def test_descent_finds_minima_that_are_known(slopes, low, high, least):
-    start = np.full(4, 0.25)
-    path = descend(slopes, start, np.full(4, low), np.array(high) * np.ones(4), 2000)
-    assert path[0] is start
-    assert path[-1] == pytest.approx(least, abs=1e-3)
-    assert [w.sum() for w in path] == pytest.approx([1] * len(path))
+OBJECTIVES = ["mean", "0=3,2=1", "worst"]
+LOW = np.array([0.0, 0.1, 0.05])  # what the untouched model's losses are above the experts'
 
 
-def law(a: list[float], B: list[list[float]]):
-    """L = a - ln p · B, of which `returns` is the fit."""
-    return lambda p: np.array(a) - LN(p) @ np.array(B)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("cap, bound", [(1, np.inf), (0.3, np.inf), (1, -0.22), (0.5, -0.2)])
+def test_the_best_weights_are_those_that_a_search_of_all_finds(objective, cap, bound):
+    """Beside a grid of steps of 1/100 over the simplex; none of three weights is above the cap."""
+    law = soft_experts(3)
+    objective = parse_objective(objective, ["0", "1", "2"])
+    high = np.array([cap, 1, 1])
+    untouched = law.losses(np.full(3, 1 / 3)) + 0.2 + LOW
+
+    def changes(w):
+        return law.losses(w) - untouched
+
+    if objective is WORST:
+        bound = np.inf
+    w = best_weights(law, objective, changes, high, bound)
+    assert w.sum() == pytest.approx(1)
+    assert (w <= high + 1e-9).all()
+    assert changes(w).max() <= bound + 1e-4
+    grid = [np.array([a, b, 100 - a - b]) / 100 for a in range(101) for b in range(101 - a)]
+    allowed = [g for g in grid if (g <= high).all() and changes(g).max() <= bound]
+    least = min(objective.of(changes(g)) for g in allowed)
+    assert objective.of(changes(w)) <= least + 1e-4
 
 
-def test_returns_is_exact_where_its_law_holds(tmp_path):
-    """The least mean is at the sums of B's rows, 0.23, 0.14 and 0.32, over 0.69: at 1/3, 0.2029,
-    0.4638. It is known after four runs: the start, and each with a quarter more; three are more."""
-    a = [3.0, 2.0, 4.0]
-    B = [[0.20, 0.01, 0.02], [0.03, 0.10, 0.01], [0.00, 0.02, 0.30]]
-    runs = Known(tmp_path, law(a, B), 1200, x=999, y=999, z=999)
-    counts, history = runs.search(mix.returns, [400, 400, 400], a)
-    assert runs.asked[:4] == [[400, 400, 400], [600, 300, 300], [300, 600, 300], [300, 300, 600]]
-    around = np.array([[600, 182.6, 417.4], [300, 482.6, 417.4], [300, 182.6, 717.4]])
-    assert np.array(runs.asked[4:]) == pytest.approx(around, abs=2)
-    assert list(counts.values()) == pytest.approx([400, 243.5, 556.5], abs=2)
-    assert np.array(history.lines[-1]["B"]) == pytest.approx(np.array(B))
-    assert history.lines[-1]["a"] == pytest.approx(a)
+class Mixed(Known):
+    """Runs of which an expert's tokens are worth their shares: the loss of domain d's i-th token
+    is -ln(share of the i-th source) in every domain, whatever d is."""
+
+    def token_losses(self, counts, limit, title, **changes):
+        self.asked.append((list(counts.values()), limit, changes))
+        return {d: -LN(self.shares(counts))[None].repeat(4, 0) for d in self.domains}
 
 
-@pytest.mark.parametrize(
-    "z, windows, domain, count",
-    [
-        (0.003, 999, "z", 100),  # a quarter of its start, though it gives nothing
-        (0.3, 90, "x", 360),  # four times through 90 windows, though as good as the others
-    ],
-)
-def test_returns_keeps_to_what_was_tried_and_to_the_repeats(z, windows, domain, count, tmp_path):
-    runs = Known(tmp_path, law([1, 1, 1], np.diag([0.3, 0.3, z])), 1200, x=windows, y=999, z=999)
-    counts, _ = runs.search(mix.returns, [400, 400, 400], [1, 1, 1])
-    assert counts[domain] == pytest.approx(count, abs=2)
+def test_experts_are_short_and_half_their_own_domain(tmp_path):
+    runs = Mixed(tmp_path, lambda p: -LN(p + 1), 1600, x=9999, y=9999)
+    args = {"expert_sequences": None, "spare": None}
+    counts, history = runs.search(mix.experts, [800, 800], [1, 1], **args)
+    short = {"batch_size": 8}
+    assert runs.asked == [[800, 800], ([300, 100], 400, short), ([100, 300], 400, short)]
+    assert list(counts.values()) == [800, 800]  # as they are alike
+    assert history.lines[-1]["predicted"] == pytest.approx([-LN(1.5) - 1] * 2)
 
 
-def test_returns_for_the_worst_domain_levels_the_changes(tmp_path):
-    """Without influence on one another, the largest change is least where all are equal."""
-    runs = Known(tmp_path, law([3, 2, 4], np.diag([0.2, 0.1, 0.3])), 1200, x=999, y=999, z=999)
-    untouched = [3.3, 2.15, 4.4]
-    _, history = runs.search(mix.returns, [400, 400, 400], untouched, objective="worst")
-    assert np.ptp(np.array(history.lines[-1]["predicted"]) - untouched) < 0.015
+def test_no_expert_counts_for_more_than_four_repeats(tmp_path):
+    """x has 50 windows, and so at most 200 sequences, though it is the only one that counts."""
+    runs = Mixed(tmp_path, lambda p: -LN(p + 1), 400, x=50, y=9999, z=9999)
+    runs.token_losses = lambda counts, limit, title, **changes: {
+        d: np.full((1, 1), 1 - (k == 0) * runs.shares(counts)[0]) for k, d in enumerate("xyz")
+    }
+    args = {"expert_sequences": 10, "spare": None, "objective": "x=1"}
+    counts, _ = runs.search(mix.experts, [134, 133, 133], [1, 1, 1], **args)
+    assert counts["x"] == 200
+
+
+def test_a_domain_that_is_not_trained_on_is_a_goal_all_the_same(tmp_path):
+    """z is measured alone: what serves it is x, though y has the experts' better mean."""
+    runs = Mixed(tmp_path, lambda p: np.ones(3), 400, ["x", "y"], x=999, y=999, z=999)
+    seen = []
+
+    def token_losses(counts, limit, title, **changes):
+        seen.append(counts)
+        more = {d: counts[d] / sum(counts.values()) for d in ("x", "y")}
+        losses = {"x": 2 - more["y"], "y": 2 - more["y"], "z": 2 - more["x"]}
+        return {d: np.full((1, 1), loss) for d, loss in losses.items()}
+
+    runs.token_losses = token_losses
+    args = {"expert_sequences": 40, "spare": None}
+    counts, _ = runs.search(mix.experts, [200, 200], [1, 1, 1], objective="z=1", **args)
+    assert seen == [{"x": 30, "y": 10}, {"x": 10, "y": 30}]
+    assert counts == {"x": 300, "y": 100}
+    counts, _ = runs.search(mix.experts, [200, 200], [1, 1, 1], objective="mean", **args)
+    assert counts == {"x": 100, "y": 300}
+
+
+def test_sparing_holds_the_domain_that_pays(tmp_path, capsys):
+    """The better mixture in the mean costs y 0.1 nats; within 0.02 a little of it is left."""
+    runs = Mixed(tmp_path, lambda p: np.ones(2), 400, x=999, y=999)
+    gain = {"x": -3.0, "y": 1.0}
+
+    def token_losses(counts, limit, title, **changes):
+        x = counts["x"] / sum(counts.values()) - 0.5
+        return {d: np.full((1, 1), 2 + gain[d] * x * 0.4) for d in "xy"}
+
+    runs.token_losses = token_losses
+    found = {}
+    for spare in (None, 0.02, -1):
+        args = {"expert_sequences": 40, "spare": spare}
+        found[spare], history = runs.search(mix.experts, [200, 200], [1, 1], **args)
+    assert found[None] == {"x": 300, "y": 100}
+    assert 200 < found[0.02]["x"] < 300
+    assert "no mixture is predicted to hold --spare -1" in capsys.readouterr().out
+    bounds = [max(line["predicted"]) for line in history.lines if "predicted" in line]
+    assert len(bounds) == 6  # five points of the trade-off, and what was taken
+    assert bounds[:5] == pytest.approx(np.linspace(bounds[0], bounds[4], 5), abs=2e-3)

@@ -149,6 +149,7 @@ def test_a_search_writes_what_it_promises(name, searches, data, small):
     assert history[0]["counts"] is None
     assert history[found["round"]]["counts"] == found["counts"]
     assert {sum(line["counts"].values()) for line in history[1:]} == {48}
+    assert ("predicted" in found) == (method == "experts")
     if method == "reweight":
         means = [losses_of(line).mean() for line in history[1:]]
         assert found["round"] == 1 + np.argmin(means)
@@ -163,14 +164,19 @@ def test_a_search_writes_what_it_promises(name, searches, data, small):
     assert all(words in card for words in ("Losses on the test split", "untouched", title))
     picture = (out / "mix.png").read_bytes()
     assert picture[:8] == b"\x89PNG\r\n\x1a\n"
-    assert int.from_bytes(picture[16:20], "big") == 1200  # pixels across
+    width = 1800 if method == "experts" else 1200
+    assert int.from_bytes(picture[16:20], "big") == width
 
     # What it cost: passes of 48 sequences, and evaluations of at most 20 of a domain.
     windows = sum(map(len, evaluate(load(small), data, "val", 32, limit=20).values()))
     rounds = len(history) - 1
-    trained = {"reweight": rounds, "doremi": 3, "returns": 7}.get(method, 0)
-    evaluated = {"reweight": rounds + 1, "returns": 8}.get(method, 1)
-    assert found["tokens"] == {"trained": 32 * 48 * trained, "evaluated": 32 * windows * evaluated}
+    passes = {"reweight": rounds, "doremi": 3, "experts": 1}.get(method, 0)
+    evaluated = {"reweight": rounds + 1, "experts": 2}.get(method, 1) * windows
+    trained = 48 * passes
+    if method == "experts":  # three of a quarter, each measured on 16 windows a domain
+        trained += 3 * 12
+        evaluated += 3 * 3 * 16
+    assert found["tokens"] == {"trained": 32 * trained, "evaluated": 32 * evaluated}
     # Weights are there of what the table compares; others were measured, and no more.
     compared = {json.dumps(found["counts"]), json.dumps(dict.fromkeys(data.domains, 16))}
     assert set(with_weights(out)) == compared
@@ -219,9 +225,13 @@ def test_the_objective_chooses_the_round(search):
 @pytest.mark.parametrize(
     "words, message",
     [
-        ({"method": "returns", "start": "code=3,sums=3"}, "--method returns needs every domain"),
+        ({"train_on": "code", "start": "code=3,sums=3"}, "other domains than --train-on"),
+        ({"train_on": "code,web"}, "no domain 'web'; there are code, prose, sums"),
         ({"method": "magic"}, "invalid choice"),
-        ({"objective": "best"}, "invalid choice"),
+        ({"objective": "best"}, "expected mean, worst, or weights of code, prose, sums, like code"),
+        ({"objective": "code=1,web=1"}, "expected mean, worst, or weights"),
+        ({"objective": "code=0"}, "every weight is zero"),
+        ({"expert_sequences": 0}, "--expert-sequences 0: expected more than 0"),
         ({"rate": -1}, "--rate -1.0: expected more than 0"),
     ],
 )
@@ -256,7 +266,7 @@ MOMENTS = {
     "uniform": "rename .*result.json",
     "reweight": "remove .*model.safetensors",  # of the second round
     "doremi": "rename .*history.jsonl",
-    "returns": "remove .*model.safetensors",  # of the first probe
+    "experts": "remove .*model.safetensors",  # of the first expert
 }
 
 
@@ -282,7 +292,7 @@ def test_a_finished_search_prints_its_result_again(searches, search):
 
 
 @pytest.mark.parametrize(
-    "method, fsdp", [("reweight", True), ("doremi", False), ("returns", False)]
+    "method, fsdp", [("reweight", True), ("doremi", False), ("experts", False)]
 )
 def test_two_processes_search_like_one(method, fsdp, searches, data, small, tmp_path):
     """The same mixtures and the same table, with every rank at work in every run."""

@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, train_options
 
 import mix
-from eval import domain_means, evaluate
+from eval import domain_means, evaluate, parse_objective
 from mix import Method, Runs, begin_history
 from model import load
 from train import Hyperparameters, parse_mixture, train
@@ -31,7 +31,8 @@ def stand(data, small, tmp_path_factory):
     folder = tmp_path_factory.mktemp("merge")
     measured = {"sequences": 48, "eval_sequences": 20}
     runs = Runs(load(small), small, "small", data, HYPER, folder / "runs", **measured)
-    history = begin_history(runs, folder / "history.jsonl", "mean")
+    mean = parse_objective("mean", data.domains)
+    history = begin_history(runs, folder / "history.jsonl", mean)
     stand = merge.stand_in(runs, history, dict.fromkeys(data.domains, 16))
     return stand, history.lines[-1]
 
@@ -158,7 +159,14 @@ def test_a_small_scoreboard(data, small, tmp_path, monkeypatch, capsys):
         assert row["captured"] == pytest.approx(row["mean"] / best)
         assert sum(row["share"]) == pytest.approx(1)
         assert f"\n{name} " in text
-    passes = {"log-linear fit": 9, "returns": 7, "doremi": 3, "halves": 1, "uniform": 0}
+    passes = {
+        "log-linear fit": 9,
+        "returns": 7,
+        "doremi": 3,
+        "halves": 1,
+        "uniform": 0,
+        "experts": 1.375,
+    }
     for name, number in passes.items():
         assert rows[name]["tokens"]["trained"] == 32 * 24 * number
     assert rows["log-linear fit"]["cost"] == 1

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from returns import descend, emphasis
 from torch.nn.utils import parameters_to_vector
 
 from eval import domain_means, evaluate, evaluated_windows
-from mix import History, Method, Runs, descend, emphasis
+from mix import History, Method, Runs
 from model import autocast, enough_memory, sequences_at_once
 from train import fill
 
@@ -135,4 +136,4 @@ def merge(runs: Runs, history: History, start: dict[str, int], args) -> dict[str
     return runs.counts(path[-1])
 
 
-MERGE = Method(merge, needs_every_domain=True)
+MERGE = Method(merge)

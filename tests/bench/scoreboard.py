@@ -2,7 +2,7 @@
 
     python tests/bench/scoreboard.py                     # the sample; 45 minutes on 2 CPU cores
     python tests/bench/scoreboard.py --data data/mine --out out/scoreboard-mine
-    python tests/bench/scoreboard.py --transfer returns  # what it found, on a larger model
+    python tests/bench/scoreboard.py --transfer experts  # what it found, on a larger model
 
 A method searches once for every seed. What it found is then trained with a seed that no search had,
 beside uniform, and compared on the test split. The reference, which the others are measured by, is
@@ -24,9 +24,25 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from eval import Losses, compare, domain_means, evaluate, signed
+from excess import EXCESS
+from returns import RETURNS
+
+from eval import Losses, compare, domain_means, evaluate, parse_objective, signed
 from merge import MERGE, stand_in
-from mix import METHODS, RULES, History, Method, Runs, begin_history, name_of_base, pretrain
+from mix import (
+    METHODS,
+    RULES,
+    SHORT,
+    SOFT,
+    History,
+    Law,
+    Method,
+    Runs,
+    begin_history,
+    losses_of_experts,
+    name_of_base,
+    pretrain,
+)
 from model import SHAPES, GPTNeoX, say, shape, start
 from prepare import SAMPLE, ArgumentParser, Data, cli, load_json, prepare, replacing, write_json
 from train import (
@@ -49,18 +65,20 @@ ROWS = {
     "reweight multiplicative": {"method": "reweight", "rule": "multiplicative"},
     "reweight additive": {"method": "reweight", "rule": "additive"},
     "reweight share": {"method": "reweight", "rule": "share"},
-    "reweight excess": {"method": "reweight", "signal": "excess"},
+    "reweight, excess": {"method": "excess"},
     "doremi": {"method": "doremi"},
     "merge": {"method": "merge"},
     "returns": {"method": "returns"},
-    "returns worst": {"method": "returns", "objective": "worst"},
+    "experts": {"method": "experts"},
+    "experts, half as long": {"method": "experts", "length": 1 / 2},
+    "experts worst": {"method": "experts", "objective": "worst"},
 }
 REFERENCE = {"log-linear fit": 0.0, "log-linear fit, pull": 0.05}  # to uniform; 0.05 is Olmix's
 
 
 def methods() -> dict[str, Method]:
-    """Those of mix.py, and that which stands beside this file."""
-    return METHODS | {"merge": MERGE}
+    """Those of mix.py, and those that stand beside this file."""
+    return METHODS | {"excess": EXCESS, "merge": MERGE, "returns": RETURNS}
 
 
 def all_rows() -> dict[str, dict]:
@@ -119,13 +137,17 @@ class Bench:
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / "log.txt", "a") as log, contextlib.redirect_stdout(log):
             say("", title)
-            yield begin_history(runs, self.folder / "history.jsonl", objective)
+            judged_by = parse_objective(objective, self.domains)
+            yield begin_history(runs, self.folder / "history.jsonl", judged_by)
 
     def found(self, row: str, seed: int) -> dict:
         """What a method finds: {"counts", "history", "tokens"}."""
         choice = {"rounds": self.args.rounds, "objective": "mean"} | all_rows()[row]
+        choice["sequences"] = self.args.sequences
+        if "length" in choice:
+            choice["expert_sequences"] = int(choice["length"] * self.args.sequences / SHORT)
         method = methods()[choice["method"]]
-        args = options_of(method, choice | {"sequences": self.args.sequences})
+        args = options_of(method, choice)
         key = name_of(self.settings(seed) | vars(args))
         path = self.folder / f"found-{row.replace(' ', '-')}-{seed}-{key}.json"
         if not path.is_file():
@@ -284,6 +306,14 @@ def proxies(bench: Bench, shares: np.ndarray, losses: np.ndarray) -> dict[str, d
             stand.place(p)
             merged.append(domain_means(runs.evaluate()))
 
+    with bench.history(runs, "law of experts") as history:
+        experts = losses_of_experts(runs, uniform, bench.args.sequences // SHORT)
+    law = Law(experts)
+    by_experts = []
+    for p in shares:  # of those that are farther than an expert, the nearest
+        w = (p - (1 - SOFT) * runs.shares(uniform)).clip(0)
+        by_experts.append(law.losses(w / w.sum()))
+
     history = bench.found("returns", 0)["history"]
     measured = sum(line["losses"] is not None for line in history[1:])
     logs = np.log(shares.clip(0.5 / bench.args.sequences))
@@ -297,6 +327,7 @@ def proxies(bench: Bench, shares: np.ndarray, losses: np.ndarray) -> dict[str, d
         fitted[~others] = fit(shares[~others])
 
     predicted = {"merged experts": np.array(merged)}
+    predicted["soft experts' predictions, mixed"] = np.array(by_experts)
     predicted[f"the law of returns, {measured} runs"] = by_returns
     predicted["log-linear fit, 3/4 of the runs"] = fitted
     distance = np.abs(shares - 1 / shares.shape[1]).sum(1)
