@@ -346,7 +346,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
 
 @pytest.mark.parametrize("number", [1, 3])
 def test_a_signal_in_an_evaluation(argv, out, script, monkeypatch, number):
-    """In the first, before there is a step, it ends the run; else the next step is done, too."""
+    """In the first, before there is a step, it ends the run; in a later one all steps are kept."""
     losses = []
     plain = train.evaluate
 
@@ -364,8 +364,10 @@ def test_a_signal_in_an_evaluation(argv, out, script, monkeypatch, number):
         assert "stopped; go on with: python train.py" in err
         assert set(content_of(out)) == {".lock", "run.json"}
     else:
-        assert "stopped and saved after step 3 of 6; go on with: python train.py" in err
-        assert sound(out) == [len(log_of(out))] == [3]
+        done = len(log_of(out))
+        assert done >= 2
+        assert f"stopped and saved after step {done} of 6; go on with: python train.py" in err
+        assert sound(out) == [done]
 
 
 @pytest.mark.parametrize("step", [0, 4, 9])

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from conftest import fails, made_documents, options, train_options, write_jsonl
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 import prepare
+from eval import parse_objective
 from mix import History
 from model import Config, GPTNeoX, compile_for
 from prepare import Bar, Data, cli, notice, tell
@@ -77,7 +79,9 @@ def test_lines_of_a_search_keep_to_100_columns(K, tmp_path, capsys):
     """Whatever the number of domains; a mixture that was measured before says so."""
     domains = [f"a_domain_with_a_name_{k}" for k in range(K)]
     losses = np.linspace(1.5, 12.5, K)
-    history = History(tmp_path / "history.jsonl", domains, np.full(K, 30), losses, "mean")
+    runs = SimpleNamespace(domains=domains, train_on=domains, windows=np.full(K, 30))
+    path = tmp_path / "history.jsonl"
+    history = History(path, runs, losses, parse_objective("mean", domains))
     history.begin()
     even = dict.fromkeys(domains, 10)
     history.add(even, losses - 0.25)
@@ -88,7 +92,7 @@ def test_lines_of_a_search_keep_to_100_columns(K, tmp_path, capsys):
     assert max(map(len, text.splitlines())) <= 100
     assert "a probe, a_domain_with_a_name_0 3.0 times" in text
     assert text.count("as round 1") == 1
-    lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["round"] for line in lines] == [0, 1, 2, 3, 4]
     assert lines[2]["note"] == "a probe"
 
