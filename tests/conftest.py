@@ -1,6 +1,5 @@
 """What the tests share: text made on the spot, a small model, and ways of running a script."""
 
-import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -15,7 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -41,7 +40,6 @@ def pytest_configure(config):
 
 
 # ---- data and models ----
-
 
 WORDS = "the a small large red old river stone house bird walks sees finds under over near and then"
 
@@ -105,17 +103,16 @@ def copy_of_small(tmp_path, small) -> Path:
 
 
 def bins(folder: Path, lengths: dict[str, int]) -> Data:
-    """Counted-up tokens, written without prepare.py: train splits of these lengths, val and test
-    of 100."""
+    """Counted-up tokens, without prepare.py: train splits of these lengths, val and test of 100."""
     folder.mkdir()
     files = {}
     for domain, length in lengths.items():
         for split in ("train", "val", "test"):
             tokens = (np.arange(length if split == "train" else 100) % 50_000).astype("<u2")
             tokens.tofile(folder / f"{domain}.{split}.bin")
-            sha256 = hashlib.sha256(tokens.tobytes()).hexdigest()
-            size = {"documents": 1, "tokens": len(tokens), "bytes": len(tokens)}
-            files[f"{domain}.{split}"] = size | {"sha256": sha256}
+            file = {"documents": 1, "tokens": len(tokens), "bytes": len(tokens)}
+            file["sha256"] = hashlib.sha256(tokens.tobytes()).hexdigest()
+            files[f"{domain}.{split}"] = file
     tokenizer = {"sha256": "", "vocab_size": 50_000, "end_of_text": 0}
     meta = {"format": 1, "tokenizer": tokenizer, "files": files}
     (folder / "meta.json").write_text(json.dumps(meta))
@@ -147,39 +144,55 @@ def train_options(data: Data, model: Path, out: Path, **changes) -> list[str]:
     return options(**words | changes)
 
 
+def job(name: str, data: Data, model: str | Path, out: Path) -> list[str]:
+    """Words for a small job of train, mix or prepare, which goes on where another run ended."""
+    if name == "prepare":
+        source = data.folder.parent / "code.jsonl"
+        return [f"a={source}", *options(out=out, tokenizer="train:400", workers=1)]
+    if name == "train":  # 50 steps of a few milliseconds
+        return train_options(data, model, out, sequences=400, save_every=2, resume=True)
+    sizes = {"seq_len": 32, "base_sequences": 64, "batch_size": 8, "sequences": 48, "rounds": 3}
+    words = options(data=data.folder, out=out, **sizes, eval_sequences=20)
+    return [*words, "--save-every", "2", "--resume", *SMALL]
+
+
+def run_script(name: str, argv: list) -> None:
+    """As a user does, in this process."""
+    sys.argv = [f"{name}.py", *map(str, argv)]
+    cli(__import__(name).main, RESUME_HINT)
+
+
 @pytest.fixture
 def script(monkeypatch, capsys):
     """Runs a script in this process: script("train", …) -> (exit status, stdout, stderr)."""
 
     def run(name: str, *argv) -> tuple[int, str, str]:
-        module = __import__(name)
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, argv)])
+        monkeypatch.setattr(sys, "argv", [])  # which is put back
         capsys.readouterr()
+        status = 0
         try:
-            cli(module.main, RESUME_HINT)
-            status = 0
+            run_script(name, argv)
         except SystemExit as e:
             status = e.code
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
+        return status, *capsys.readouterr()
 
     return run
 
 
-def command(
-    *argv, ranks: int = 0, memory: float | None = None, **kwargs
-) -> subprocess.CompletedProcess:
-    """Run a script as a user does: command("train.py", …), under torchrun with `ranks` processes if
-    given; each of its processes may have so many bytes of memory of its own."""
+def command(script, *argv, ranks: int = 0, memory: float = 0) -> subprocess.CompletedProcess:
+    """Run a script as a user does: command("train.py", …).
+
+    ranks: as many processes, under torchrun. memory: how many bytes a process may have.
+    """
     words = [sys.executable]
     if ranks:
         words += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        kwargs["env"] = {**os.environ, "OMP_NUM_THREADS": "1"}
+    words += [ROOT / script, *map(str, argv)]
+    how = {"text": True, "timeout": 600, "capture_output": True}
     if memory:
         limits = (int(memory), int(memory))
-        kwargs["preexec_fn"] = lambda: resource.setrlimit(resource.RLIMIT_DATA, limits)
-    words += [str(ROOT / argv[0]), *map(str, argv[1:])]
-    return subprocess.run(words, text=True, timeout=600, capture_output=True, **kwargs)
+        how["preexec_fn"] = lambda: resource.setrlimit(resource.RLIMIT_DATA, limits)
+    return subprocess.run(words, **how)
 
 
 # A server that has imported everything once: its children start at once.
@@ -192,8 +205,10 @@ DISK = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
 
 
 def kill_before(moment: str | int, number: int) -> None:
-    """Send this process a signal just before a change of the disk: the n-th, or each in whose
-    description, the audit's word and the path, a pattern is found."""
+    """Send this process a signal just before changes of the disk.
+
+    Before the n-th, or before each whose word and path, "rename /…/x", a pattern is found in.
+    """
     changes = 0
 
     def watch(event, args):
@@ -209,13 +224,10 @@ def kill_before(moment: str | int, number: int) -> None:
     sys.addaudithook(watch)
 
 
-def child(
-    what, args, output, kill_at=0, number=signal.SIGKILL, largest=0, threads=1, env=None
-) -> None:
+def child(what, args, output, kill_at=0, number=signal.SIGKILL, largest=0, env=None) -> None:
     for stream in (1, 2):
         os.dup2(os.open(f"{output}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     os.environ.update(env or {})
-    torch.set_num_threads(threads)
     if largest:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
     if kill_at:
@@ -226,17 +238,11 @@ def child(
         what(*args)
 
 
-def run_script(name: str, argv: list) -> None:
-    """As a user does, in this process."""
-    sys.argv = [f"{name}.py", *map(str, argv)]
-    cli(__import__(name).main, RESUME_HINT)
-
-
 class Run:
     """A script, or a function of a test's file, in a process that has started when this returns.
 
     settings: kill_at, a moment, and number, for kill_before; largest, which no file may exceed, in
-    bytes; threads; env, what is added to the environment.
+    bytes; env, what is added to the environment.
     """
 
     def __init__(self, tmp_path: Path, what, *args, **settings):
@@ -287,14 +293,9 @@ def ranks(tmp_path: Path, number: int, what, *args, **settings) -> list[Run]:
     return [Run(tmp_path, what, *args, env=env, **settings) for env in rank_environments(number)]
 
 
-@contextlib.contextmanager
 def as_rank(rank: int, world_size: int):
-    """In this block the process passes for one of several ranks, though there are no others."""
-    group = {"is_initialized": True, "get_rank": rank, "get_world_size": world_size}
-    answers = {name: lambda value=value: value for name, value in group.items()}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("model.dist", SimpleNamespace(**answers))
-        yield
+    """A block in which train.py passes for one of several ranks, though there are no others."""
+    return mock.patch.multiple("train", rank=lambda: rank, world_size=lambda: world_size)
 
 
 # ---- what came of it ----
@@ -323,6 +324,19 @@ def log_of(folder: Path) -> list[dict]:
     path = folder / "log.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return [{**line, "tokens_per_second": 0} for line in lines]
+
+
+def content_of(folder: Path) -> dict[str, str]:
+    """What is in a folder, by path, as hashes; of a log, as log_of reads it."""
+    hashes = {}
+    for path in folder.rglob("*"):
+        content = b""
+        if path.name == "log.jsonl":
+            content = repr(log_of(path.parent)).encode()
+        elif path.is_file():
+            content = path.read_bytes()
+        hashes[str(path.relative_to(folder))] = hashlib.sha256(content).hexdigest()
+    return hashes
 
 
 def same_tensors(found: dict, expected: dict) -> bool:

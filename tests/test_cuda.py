@@ -58,13 +58,13 @@ WAYS += [{"fsdp": True, "no_compile": True}]
 @pytest.mark.parametrize("ranks, ways", [(0, {}), *((1, ways) for ways in WAYS)])
 def test_every_step_has_the_loss_that_it_has_on_the_cpu(data, small, tmp_path, on_cpu, ranks, ways):
     """So that it sees the same sequences, and learns the same from them; under torchrun, too."""
-    settings = {"device": "cuda", "no_compile": False} | ways
-    words = train_options(data, small, tmp_path / "run", **settings)
+    out = tmp_path / "run"
+    words = train_options(data, small, out, **{"device": "cuda", "no_compile": False} | ways)
     done = command("train.py", *words, ranks=ranks)
     assert done.returncode == 0, done.stderr
-    losses = [line["loss"] for line in log_of(tmp_path / "run")]
+    losses = [line["loss"] for line in log_of(out)]
     assert losses == pytest.approx([line["loss"] for line in log_of(on_cpu)], abs=5e-3)
-    assert after(tmp_path / "run") == pytest.approx(after(on_cpu), abs=5e-3)
+    assert after(out) == pytest.approx(after(on_cpu), abs=5e-3)
 
 
 def test_training_that_runs_out_of_memory_names_a_smaller_micro_batch(data, tmp_path):

@@ -1,5 +1,7 @@
 """Killed, stopped, poisoned, damaged, full, twice at once: nothing is lost or silently wrong."""
 
+import contextlib
+import itertools
 import json
 import math
 import os
@@ -8,28 +10,23 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
-import time
-from functools import partial, reduce
-from hashlib import sha256
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import (
-    ROOT,
     SMALL,
     Run,
+    content_of,
     ends_well,
     fails,
+    job,
     log_of,
     made_documents,
     options,
     ranks,
-    run_script,
     same_tensors,
-    same_weights,
     train_options,
     write_jsonl,
 )
@@ -38,37 +35,35 @@ from safetensors.torch import load_file
 import model
 import train
 from model import load, save
-from prepare import Data
+from prepare import Data, sha256_of
 from train import Hyperparameters, Mixture
 
+LONG = {"sequences": 400, "save_every": 2}  # 50 steps of a few milliseconds, 24 checkpoints
+ENDLESS = {"sequences": 40_000}  # 5000 steps, for what is ended early
+TEN_STEPS = {"mix": "code=27,prose=27,sums=26", "sequences": 80, "save_every": 1}
+COUNTS = {"code": 27, "prose": 27, "sums": 26}
 HYPER = Hyperparameters(seq_len=32, batch_size=8, learning_rate=1e-3)
-COUNTS = {"code": 27, "prose": 27, "sums": 26}  # ten steps of HYPER
+SEARCH = {"seq_len": 32, "base_sequences": 64, "batch_size": 8, "sequences": 48}
+DDP_AND_FSDP = pytest.mark.parametrize("fsdp", [False, True], ids=["DDP", "FSDP"])
 
 
-def long_run(data, model, out, **changes) -> list[str]:
-    """50 steps of a few milliseconds each, with 24 checkpoints."""
-    return train_options(data, model, out, **{"sequences": 400, "save_every": 2} | changes)
+@pytest.fixture
+def out(tmp_path) -> Path:
+    return tmp_path / "run"
 
 
-def endless_run(data, model, out, **changes) -> list[str]:
-    """5000 steps, for what is ended early."""
-    return train_options(data, model, out, **{"sequences": 40_000} | changes)
+@pytest.fixture
+def argv(data, small, out):
+    """Words for train.py, of a run in `out`: argv(**LONG, resume=True)."""
+    return lambda model=small, data=data, **changes: train_options(data, model, out, **changes)
 
 
 @pytest.fixture(scope="module")
-def whole(data, small, tmp_path_factory):
+def whole(data, small, tmp_path_factory) -> Path:
     """The folder of a long run that nobody disturbed."""
     folder = tmp_path_factory.mktemp("whole")
-    ends_well(Run(folder, "train", *long_run(data, small, folder / "run")))
+    ends_well(Run(folder, "train", *train_options(data, small, folder / "run", **LONG)))
     return folder / "run"
-
-
-def is_same(a: Path, b: Path) -> bool:
-    return same_weights(a, b) and log_of(a) == log_of(b)
-
-
-def names_in(folder: Path) -> set[Path]:
-    return {path.relative_to(folder) for path in folder.rglob("*")}
 
 
 def sound(folder: Path) -> list[int]:
@@ -78,7 +73,7 @@ def sound(folder: Path) -> list[int]:
         hashes = json.loads((checkpoint / "manifest.json").read_text())
         assert set(hashes) == {"model.safetensors", "optimizer.safetensors", "state.json"}
         for name, known in hashes.items():
-            assert sha256((checkpoint / name).read_bytes()).hexdigest() == known
+            assert sha256_of(checkpoint / name) == known
         assert all(p.isfinite().all() for p in load_file(checkpoint / "model.safetensors").values())
         steps.append(json.loads((checkpoint / "state.json").read_text())["step"])
     return steps
@@ -116,35 +111,41 @@ def killed_in_turn(tmp_path: Path, name: str, words: list, moments: list[str]) -
         assert ended[0] == -signal.SIGKILL, (moment, ended)
 
 
-def test_train_killed_at_every_kind_of_moment_ends_with_the_same_weights(
-    data, small, whole, tmp_path
-):
-    out = tmp_path / "run"
-    moments = ["mkdir .*/run", "open .*/.lock", "rename .*/run.json", "rename .*/log.jsonl"]
-    moments += ["open .*00002.partial/.optimizer", "open .*00004.partial/.manifest"]
-    moments += ["rename .*/checkpoint-00000006", "rmdir .*/checkpoint-00000002"]
-    moments += ["remove state.json", "rename .*/result.json", "rename .*/README.md"]
-    moments += ["rename .*/run/model.safetensors", "rmdir .*/checkpoint-00000046", "remove manif"]
-    words = long_run(data, small, out, resume=True)
-    killed_in_turn(tmp_path, "train", words, moments)
-    ends_well(Run(tmp_path, "train", *words))
-    assert is_same(out, whole)
-    assert names_in(out) == names_in(whole)
+MOMENTS = {
+    "train": "mkdir .*/run, open .*/.lock, rename .*/run.json, rename .*/log.jsonl, "
+    "open .*00002.partial/.optimizer, open .*00004.partial/.manifest, "
+    "rename .*/checkpoint-00000006, rmdir .*/checkpoint-00000002, remove state.json, "
+    "rename .*/result.json, rename .*/README.md, rename .*/run/model.safetensors, "
+    "rmdir .*/checkpoint-00000046, remove manif",
+    "mix": "rename .*/base-[^/]*/run.json, rename .*/base-[^/]*/checkpoint-00000004, "
+    "rename .*/base-[^/]*/model.safetensors, rename .*/base-[^/]*/run.json, "
+    "rename .*/history.jsonl, open .*/runs/.*00004.partial/.manifest, "
+    "rename .*/runs/[^/]*/run.json, rename .*/val.json, "
+    "remove .*/runs/[^/]*/model.safetensors, rename .*/result.json, "
+    "rename .*/mix.png, rename .*/run/model.safetensors",
+    "prepare": "mkdir, open .*tokenizer.json, open .*a.val.bin, open .*meta, rename .*/run",
+}
 
 
-def test_resume_alone_goes_on_with_the_options_of_the_run(data, small, whole, tmp_path, script):
-    words = long_run(data, small, tmp_path / "run")
-    killed_in_turn(tmp_path, "train", words, ["rename .*/checkpoint-00000006"])
-    alone = options(out=tmp_path / "run", device="cpu", resume=True)
+@pytest.mark.parametrize("name", MOMENTS)
+def test_killed_at_every_kind_of_moment_it_ends_the_same(data, small, tmp_path, name):
+    whole = tmp_path / "whole"
+    broken = tmp_path / "broken"
+    for folder in (whole, broken):
+        folder.mkdir()
+    ends_well(Run(tmp_path, name, *job(name, data, small, whole / "run")))
+    words = job(name, data, small, broken / "run")
+    killed_in_turn(tmp_path, name, words, MOMENTS[name].split(", "))
+    ends_well(Run(tmp_path, name, *words))
+    assert content_of(broken) == content_of(whole)
+
+
+def test_resume_alone_goes_on_with_the_options_of_the_run(argv, out, whole, tmp_path, script):
+    killed_in_turn(tmp_path, "train", argv(**LONG), ["rename .*/checkpoint-00000006"])
+    alone = options(out=out, device="cpu", resume=True)
     fails(script("train", *alone, "--seed", 1), "seed was 0, is 1")
     assert script("train", *alone)[0] == 0
-    assert is_same(tmp_path / "run", whole)
-
-
-def train_with(optimizer, settings: dict, words: list) -> None:
-    """What an edit of make_optimizer does, and of nothing else."""
-    train.make_optimizer = lambda model, device: optimizer(model.parameters(), **settings)
-    run_script("train", words)
+    assert content_of(out) == content_of(whole)
 
 
 @pytest.mark.parametrize(
@@ -156,23 +157,23 @@ def train_with(optimizer, settings: dict, words: list) -> None:
         (torch.optim.Adagrad, {}, {"sum", "step"}),
     ],
 )
-def test_another_optimizer_is_killed_and_resumed_to_the_same_weights(
-    data, small, tmp_path, optimizer, settings, state
+def test_another_optimizer_is_resumed_to_the_same_weights(
+    data, small, tmp_path, monkeypatch, capsys, optimizer, settings, state
 ):
-    def run(name: str, **more) -> Run:
-        words = train_options(data, small, tmp_path / name, save_every=2, resume=True, lr=0.1)
-        return Run(tmp_path, train_with, optimizer, settings, words, **more)
+    def edited(model, device):
+        return optimizer(model.parameters(), **settings)
 
-    ends_well(run("whole"))
-    assert run("run", kill_at="rename .*/checkpoint-00000004").end()[0] == -signal.SIGKILL
-    saved = load_file(tmp_path / "run" / "checkpoint-00000002" / "optimizer.safetensors")
+    monkeypatch.setattr(train, "make_optimizer", edited)
+    interrupted(small, data, tmp_path, 7)
+    saved = load_file(tmp_path / "checkpoint-00000006" / "optimizer.safetensors")
     assert {name.rpartition(".")[2] for name in saved} == state
-    (printed,) = ends_well(run("run"))
-    assert "going on from" in printed
-    assert is_same(tmp_path / "run", tmp_path / "whole")
+    assert same_tensors(ten_steps(small, data, tmp_path), ten_steps(small, data))
+    assert "going on from" in capsys.readouterr().out
 
 
 def train_compiled(folder: Path, data: Path, out: Path) -> None:
+    """On two threads, which may not add gradients up in the order in which they arrive."""
+    torch.set_num_threads(2)
     model.start("cpu")
     network = load(folder)
     network.compile_parts()
@@ -182,57 +183,15 @@ def train_compiled(folder: Path, data: Path, out: Path) -> None:
 
 
 def test_a_compiled_run_is_killed_and_resumed_to_the_same_weights(data, small, tmp_path):
-    """On two threads, which may not add gradients up in the order in which they arrive."""
     compiles, why = model.can_compile(torch.device("cpu"))
     if not compiles:
         pytest.skip(why)
-    run = partial(Run, tmp_path, train_compiled, small, data.folder, threads=2)
+    run = partial(Run, tmp_path, train_compiled, small, data.folder)
     run(tmp_path / "whole").end()
     assert run(tmp_path / "run", kill_at="rename .*/checkpoint-00000002").end()[0] < 0
-    status, out, err = run(tmp_path / "run").end()
-    assert status == 0, err
-    assert "checkpoint-00000001" in out
-    assert is_same(tmp_path / "run", tmp_path / "whole")
-
-
-def test_mix_killed_at_every_kind_of_moment_ends_the_same(data, tmp_path):
-    def words(folder: str) -> list[str]:
-        size = {"seq_len": 32, "base_sequences": 64, "batch_size": 8, "sequences": 48}
-        rest = {"rounds": 3, "eval_sequences": 20, "save_every": 2, "resume": True}
-        return options(data=data.folder, out=tmp_path / folder / "run", **size, **rest) + SMALL
-
-    moments = ["rename .*/base-[^/]*/run.json", "rename .*/base-[^/]*/checkpoint-00000004"]
-    moments += ["rename .*/base-[^/]*/model.safetensors", "rename .*/base-[^/]*/run.json"]
-    moments += ["rename .*/history.jsonl", "open .*/runs/.*00004.partial/.manifest"]
-    moments += ["rename .*/runs/[^/]*/run.json", "rename .*/val.json"]
-    moments += ["remove .*/runs/[^/]*/model.safetensors", "rename .*/result.json"]
-    moments += ["rename .*/mix.png", "rename .*/run/model.safetensors"]
-    for folder in ("whole", "broken"):
-        (tmp_path / folder).mkdir()
-    ends_well(Run(tmp_path, "mix", *words("whole")))
-    killed_in_turn(tmp_path, "mix", words("broken"), moments)
-    ends_well(Run(tmp_path, "mix", *words("broken")))
-    assert names_in(tmp_path / "broken") == names_in(tmp_path / "whole")
-    for path in (tmp_path / "whole").rglob("*"):
-        other = tmp_path / "broken" / path.relative_to(tmp_path / "whole")
-        if path.name == "log.jsonl":  # which has speeds
-            assert log_of(path.parent) == log_of(other.parent)
-        elif path.is_file():
-            assert path.read_bytes() == other.read_bytes(), path
-
-
-def test_prepare_killed_at_every_kind_of_moment_makes_the_same_files(tmp_path):
-    source = write_jsonl(tmp_path / "a.jsonl", made_documents("code", 60))
-    words = [f"a={source}", *options(tokenizer="train:400", workers=1)]
-    ends_well(Run(tmp_path, "prepare", *words, "--out", tmp_path / "whole"))
-    moments = ["mkdir", "open .*tokenizer.json", "open .*a.val.bin", "open .*meta", "rename .*/d"]
-    killed_in_turn(tmp_path, "prepare", [*words, "--out", tmp_path / "d"], moments)
-    assert not (tmp_path / "d").exists()
-    ends_well(Run(tmp_path, "prepare", *words, "--out", tmp_path / "d"))
-    assert not list(tmp_path.glob(".*"))
-    assert names_in(tmp_path / "d") == names_in(tmp_path / "whole")
-    for path in (tmp_path / "whole").iterdir():
-        assert path.read_bytes() == (tmp_path / "d" / path.name).read_bytes()
+    [text] = ends_well(run(tmp_path / "run"))
+    assert "checkpoint-00000001" in text
+    assert content_of(tmp_path / "run") == content_of(tmp_path / "whole")
 
 
 # ---- damaged, or changed ----
@@ -269,7 +228,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(
 def test_with_every_checkpoint_damaged_the_run_is_done_anew_and_keeps_what_it_saves(
     data, small, undisturbed, tmp_path, capsys, manifest
 ):
-    interrupted(small, data, tmp_path, 9)
+    interrupted(small, data, tmp_path, 5)
     for checkpoint in tmp_path.glob("checkpoint-*"):
         (checkpoint / "manifest.json").write_text(manifest)
     interrupted(small, data, tmp_path, 3)
@@ -283,26 +242,13 @@ def test_with_every_checkpoint_damaged_the_run_is_done_anew_and_keeps_what_it_sa
 def test_files_have_the_mode_that_the_umask_says(data, small, tmp_path):
     old = os.umask(0o027)
     try:
-        hyper = Hyperparameters(seq_len=32, batch_size=4, learning_rate=1e-3)
-        train.train(load(small), data, {"sums": 16}, hyper, save_every=1, out=tmp_path)
+        interrupted(small, data, tmp_path, 3)
     finally:
         os.umask(old)
     modes = {path.name: oct(path.stat().st_mode & 0o777) for path in tmp_path.rglob("*")}
     files = ["log.jsonl", "state.json", "manifest.json"]
     files += ["model.safetensors", "optimizer.safetensors"]
-    folders = ["checkpoint-00000002", "checkpoint-00000003"]
-    assert modes == dict.fromkeys(files, "0o640") | dict.fromkeys(folders, "0o750")
-
-
-@pytest.fixture(scope="module")
-def begun(data, small, tmp_path_factory):
-    """Copies of the data and of the model, in a folder with a run of them."""
-    folder = tmp_path_factory.mktemp("begun")
-    shutil.copytree(data.folder, folder / "data")
-    shutil.copytree(small, folder / "model")
-    words = train_options(Data(folder / "data"), folder / "model", folder / "run")
-    ends_well(Run(folder, "train", *words))
-    return folder
+    assert modes == dict.fromkeys(files, "0o640") | {"checkpoint-00000002": "0o750"}
 
 
 @pytest.mark.parametrize(
@@ -311,48 +257,45 @@ def begun(data, small, tmp_path_factory):
         ({"seed": 1}, ["seed was 0, is 1"]),
         ({"lr": 0.5, "batch_size": 4}, ["learning_rate was 0.001, is 0.5", "batch_size was 8, is"]),
         ({"sequences": 300}, ["counts was"]),
-        ({"mix": "natural"}, ["counts was"]),
         ({"warmup": 0.3}, ["warmup was 0.2, is 0.3"]),
         ({"seq_len": 16}, ["seq_len was 32, is 16"]),
         ({"dtype": "bfloat16"}, ["dtype was float32, is bfloat16"]),
-        (("sums.train.bin", "files", "sums.train"), ["data was"]),
-        (("tokenizer.json", "tokenizer"), ["tokenizer was"]),
-        ("model", ["model's files was"]),
+        ("data/sums.train.bin", ["data was"]),
+        ("data/tokenizer.json", ["tokenizer was"]),
+        ("model/model.safetensors", ["model's files was"]),
     ],
 )
-def test_what_changed_before_a_resume_is_named(begun, tmp_path, script, change, words):
+def test_what_changed_before_a_resume_is_named(
+    data, small, whole, argv, out, tmp_path, script, change, words
+):
     """An option, a file of the data and its hash, or the model. That folders moved is no change."""
-    folder = shutil.copytree(begun, tmp_path / "moved")
-    options = {"resume": True}
+    shutil.copytree(small, tmp_path / "model")
+    shutil.copytree(data.folder, tmp_path / "data")
+    shutil.copytree(whole, out)
+    changes = LONG | {"resume": True}
 
     def resume():
-        places = (folder / "model", folder / "run")
-        return script("train", *train_options(Data(folder / "data"), *places, **options))
+        return script("train", *argv(tmp_path / "model", Data(tmp_path / "data"), **changes))
 
     assert resume()[0] == 0
-    before = {path: path.read_bytes() for path in (folder / "run").iterdir()}
+    before = content_of(out)
     if isinstance(change, dict):
-        options |= change
-    elif change == "model":
-        flip_a_bit(folder / "model" / "model.safetensors")
+        changes |= change
     else:
-        path, *keys = change
-        flip_a_bit(folder / "data" / path)
-        meta = json.loads((folder / "data" / "meta.json").read_text())
-        content = (folder / "data" / path).read_bytes()
-        reduce(dict.get, keys, meta)["sha256"] = sha256(content).hexdigest()
-        (folder / "data" / "meta.json").write_text(json.dumps(meta))
+        path = tmp_path / change
+        known = sha256_of(path)
+        flip_a_bit(path)
+        meta = tmp_path / "data" / "meta.json"
+        meta.write_text(meta.read_text().replace(known, sha256_of(path)))
     fails(resume(), "--resume with other settings", *words)
-    assert {path: path.read_bytes() for path in (folder / "run").iterdir()} == before
+    assert content_of(out) == before
 
 
 @pytest.mark.parametrize("damaged", ["run/runs/*", "base-*"])
-def test_a_damaged_model_of_an_earlier_run_is_made_anew(data, tmp_path, script, damaged):
-    out = tmp_path / "run"
-    size = {"seq_len": 32, "base_sequences": 64, "batch_size": 8, "sequences": 48}
-    words = options(data=data.folder, out=out, **size, rounds=2, eval_sequences=20) + SMALL
+def test_a_damaged_model_of_an_earlier_run_is_made_anew(data, out, tmp_path, script, damaged):
+    words = options(data=data.folder, out=out, **SEARCH, rounds=2, eval_sequences=20) + SMALL
     assert script("mix", *words)[0] == 0
-    shutil.copytree(out, tmp_path / "expected")
+    expected = content_of(out)
     for name in ("model.safetensors", "history.jsonl", "result.json"):  # as if it had been killed
         (out / name).unlink()
     weights = next(tmp_path.glob(f"{damaged}/model.safetensors"))
@@ -360,29 +303,24 @@ def test_a_damaged_model_of_an_earlier_run_is_made_anew(data, tmp_path, script, 
     status, text, err = script("mix", *words, "--resume")
     assert status == 0, err
     assert f"{weights} is damaged, and made anew" in text
-    assert same_weights(out, tmp_path / "expected")
-    for name in ("result.json", "history.jsonl"):
-        assert (out / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
+    assert content_of(out) == expected
 
 
-def test_data_that_is_missing_or_damaged_is_named(data, small, tmp_path, script):
+def test_data_that_is_damaged_is_named(data, small, argv, tmp_path, script):
     """What has the right size only where that is asked for, for it takes as long as to read it."""
     copy = Data(shutil.copytree(data.folder, tmp_path / "d"))
-    train_words = train_options(copy, small, tmp_path / "run", check_data=True)
-    eval_words = [small, *options(data=copy.folder, device="cpu", check_data=True)]
+    trains = argv(data=copy, check_data=True)
+    evaluates = [small, *options(data=copy.folder, device="cpu", check_data=True)]
     for name in ("sums.train.bin", "prose.test.bin", "tokenizer.json"):
         path = copy.folder / name
-        sound = path.read_bytes()
+        before = path.read_bytes()
         flip_a_bit(path)
-        fails(script("train", *train_words), path, "damaged")
-        fails(script("eval", *eval_words), path, "damaged")
-        path.write_bytes(sound)
-    for name in ("sums.val.bin", "tokenizer.json"):  # noticed in any case
-        path = copy.folder / name
-        path.rename(tmp_path / "away")
-        fails(script("train", *train_options(copy, small, tmp_path / "run")), path, "missing")
-        (tmp_path / "away").rename(path)
-    assert script("train", *train_words)[0] == 0
+        fails(script("train", *trains), path, "damaged")
+        fails(script("eval", *evaluates), path, "damaged")
+        path.write_bytes(before)
+    assert script("train", *trains)[0] == 0
+    (copy.folder / "tokenizer.json").unlink()  # that is noticed in any case
+    fails(script("train", *argv(data=copy, overwrite=True)), "tokenizer.json", "missing")
 
 
 # ---- stopped by a signal ----
@@ -390,13 +328,11 @@ def test_data_that_is_missing_or_damaged_is_named(data, small, tmp_path, script)
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
-    data, small, whole, tmp_path, script, number
+    argv, out, whole, tmp_path, script, number
 ):
     """It comes as a checkpoint is written, and again as the last one is."""
-    out = tmp_path / "run"
-    words = long_run(data, small, out, overwrite=True)
     at = {"kill_at": "rename .*/checkpoint-0000001", "number": number}
-    status, _, err = Run(tmp_path, "train", *words, **at).end()
+    status, _, err = Run(tmp_path, "train", *argv(**LONG, overwrite=True), **at).end()
     assert status == 128 + number, err
     assert len(log_of(out)) == 11
     assert sound(out) == [10, 11]
@@ -405,19 +341,33 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
     assert line[-1] == "--resume"
     assert "--overwrite" not in line
     assert script("train", *line[2:])[0] == 0
-    assert is_same(out, whole)
+    assert content_of(out) == content_of(whole)
 
 
-def test_a_signal_in_an_evaluation_stops_and_saves_after_the_next_step(data, small, tmp_path):
-    """Or in the step itself, which is much shorter."""
-    out = tmp_path / "run"
-    words = endless_run(data, small, out, eval_every=1, eval_sequences=1000)
-    run = Run(tmp_path, "train", *words)
-    run.wait_for(lambda: len(log_of(out)) > 3)
-    run.send(signal.SIGTERM)
-    status, _, err = run.end()
-    assert status == 143, err
-    assert sound(out) == [len(log_of(out))]
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_signal_in_an_evaluation(argv, out, script, monkeypatch, number):
+    """In the first, before there is a step, it ends the run; in a later one all steps are kept."""
+    losses = []
+    plain = train.evaluate
+
+    def evaluate(*arguments):
+        if len(losses) + 1 == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        losses.append(plain(*arguments))
+        return losses[-1]
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    status, _, err = script("train", *argv(eval_every=1))
+    assert status == 143
+    if number == 1:
+        assert not losses
+        assert "stopped; go on with: python train.py" in err
+        assert set(content_of(out)) == {".lock", "run.json"}
+    else:
+        done = len(log_of(out))
+        assert done >= 2
+        assert f"stopped and saved after step {done} of 6; go on with: python train.py" in err
+        assert sound(out) == [done]
 
 
 @pytest.mark.parametrize("step", [0, 4, 9])
@@ -435,27 +385,9 @@ def test_a_signal_in_any_step_saves_it(data, small, undisturbed, tmp_path, step)
     assert [line["step"] for line in log_of(tmp_path)] == list(range(10))
 
 
-def test_a_signal_before_the_first_step_ends_it_there(data, small, tmp_path, script, monkeypatch):
-    """As the first evaluation begins."""
-    plain = train.evaluate
-
-    def evaluate(*arguments):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return plain(*arguments)
-
-    monkeypatch.setattr(train, "evaluate", evaluate)
-    words = train_options(data, small, tmp_path / "run")
-    status, _, err = script("train", *words)
-    assert status == 143
-    assert "stopped; go on with: python train.py" in err
-    assert names_in(tmp_path / "run") == {Path(".lock"), Path("run.json")}
-
-
-@pytest.mark.parametrize("changes", [{}, {"fsdp": True}], ids=["DDP", "FSDP"])
-def test_a_signal_to_one_rank_stops_all_at_the_same_step(data, small, tmp_path, changes):
-    out = tmp_path / "run"
-    words = endless_run(data, small, out, **changes)
-    both = ranks(tmp_path, 2, "train", *words)
+@DDP_AND_FSDP
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(argv, out, tmp_path, fsdp):
+    both = ranks(tmp_path, 2, "train", *argv(**ENDLESS, fsdp=fsdp))
     both[0].wait_for(lambda: len(log_of(out)) > 3)
     both[1].send(signal.SIGTERM)
     ended = [run.end() for run in both]
@@ -466,39 +398,25 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(data, small, tmp_path, 
     assert f"saved after step {done} of 5000; {way_on}" in ended[0][2]
 
 
-def test_torchrun_passes_a_signal_on(data, small, tmp_path):
-    out = tmp_path / "run"
-    words = endless_run(data, small, out)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    torchrun += ["--nproc_per_node=2", ROOT / "train.py"]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    agent = subprocess.Popen([*torchrun, *words], env=env, **pipes)
-    while agent.poll() is None and len(log_of(out)) < 4:
-        time.sleep(0.01)
-    agent.terminate()
-    _, err = agent.communicate(timeout=60)
-    done = len(log_of(out))
-    assert f"stopped and saved after step {done} of 5000; go on with: torchrun" in err
-    assert sound(out) == [done]
-
-
 # ---- poisoned ----
 
 
-def poisoned(data: Data, folder: Path, steps: list[int]) -> Data:
-    """A copy of the data; the sequences of these steps hold a token that nothing else does."""
-    shutil.copytree(data.folder, folder)
-    mixture = Mixture(data, COUNTS, 32)
-    for step in steps:
-        for i in range(8 * step, 8 * step + 8):
-            tokens = np.memmap(folder / f"{mixture.domain(i)}.train.bin", "<u2", "r+")
-            windows = range(0, len(tokens), 32)
+@pytest.fixture
+def poisoned(data, tmp_path):
+    """Copies the data; the sequences of some steps then hold a token that nothing else does."""
+
+    def make(*steps: int) -> Data:
+        folder = shutil.copytree(data.folder, tmp_path / "poisoned")
+        mixture = Mixture(data, COUNTS, 32)
+        for i in (8 * step + row for step in steps for row in range(8)):
+            path = folder / f"{mixture.domain(i)}.train.bin"
             row = mixture.row(i)
-            start = next(k for k in windows if np.array_equal(tokens[k : k + 33], row))
-            tokens[start + 5] = 511
-            tokens.flush()
-    return Data(folder)
+            changed = row.copy()
+            changed[5] = 511
+            path.write_bytes(path.read_bytes().replace(row.tobytes(), changed.tobytes()))
+        return Data(folder)
+
+    return make
 
 
 @pytest.fixture
@@ -521,102 +439,80 @@ def fragile(with_embedding) -> Path:
     return with_embedding(1e30, 511)
 
 
-def ten_step_run(data, model, out, **changes) -> list[str]:
-    mix = ",".join(f"{domain}={count}" for domain, count in COUNTS.items())
-    return train_options(data, model, out, mix=mix, sequences=80, save_every=1, **changes)
-
-
-def test_a_poisoned_batch_is_skipped_and_named(data, fragile, tmp_path, script):
-    poison = poisoned(data, tmp_path / "d", [0, 4])
-    out = tmp_path / "run"
-    status, text, err = script("train", *ten_step_run(poison, fragile, out))
-    assert status == 0, err
-    assert "step 0: loss nan" in text
-    assert "no update from sequences 0 to 7" in text
-    assert "no update from sequences 32 to 39" in text
-    log = log_of(out)
-    assert [line["step"] for line in log] == list(range(10))
-    skipped = {line["step"]: line.get("skipped") for line in log if line["loss"] is None}
-    assert skipped == {0: list(range(8)), 4: list(range(32, 40))}
-
-    # The oracle: the other steps, by a loop of its own.
-    network = load(fragile)
-    mixture = Mixture(poison, COUNTS, 32)
-    matrices = [p for p in network.parameters() if p.dim() == 2]
-    vectors = [p for p in network.parameters() if p.dim() == 1]
-    optimizer = torch.optim.AdamW(matrices, betas=(0.9, 0.95), weight_decay=0.1)
-    optimizer.add_param_group({"params": vectors, "weight_decay": 0.0})
-    for line in log:
-        if line["step"] in skipped:
-            continue
-        batch = [mixture[8 * line["step"] + row] for row in range(8)]
-        inputs = torch.tensor(np.stack([inputs for _, inputs, _ in batch]).astype("int64"))
-        targets = torch.tensor(np.stack([targets for _, _, targets in batch]).astype("int64"))
-        network(inputs, targets).mean().backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = line["lr"]
-        optimizer.step()
-        optimizer.zero_grad()
-    for name, p in load_file(out / "model.safetensors").items():
-        assert p.isfinite().all()
-        torch.testing.assert_close(p, network.state_dict()[name], atol=2e-4, rtol=0)
-
-
-def test_a_run_with_skipped_steps_resumes_to_the_same_weights(data, fragile, tmp_path):
+def test_a_poisoned_batch_is_skipped_and_named_in_a_resumed_run_too(
+    data, poisoned, fragile, tmp_path, monkeypatch, capsys
+):
     """Interrupted before there was any update, and later."""
-    poison = poisoned(data, tmp_path / "d", [0, 1, 5])
+    steps = (0, 1, 5, 8)
+    poison = poisoned(*steps)
     out = tmp_path / "run"
     interrupted(fragile, poison, out, 3)
     saved = out / "checkpoint-00000002"
     assert not load_file(saved / "optimizer.safetensors")
     assert json.loads((saved / "state.json").read_text()) == {"step": 2, "skipped": 2}
     interrupted(fragile, poison, out, 7)
-    assert same_tensors(ten_steps(fragile, poison, out), ten_steps(fragile, poison))
+    found = ten_steps(fragile, poison, out)
+    text = capsys.readouterr().out
+    for step in steps:
+        first = 8 * step
+        assert f"step {step}: loss nan" in text
+        assert f"no update from sequences {first} to {first + 7}" in text
+    log = log_of(out)
+    assert [line["step"] for line in log] == list(range(10))
+    skipped = {line["step"]: line.get("skipped") for line in log if line["loss"] is None}
+    assert skipped == {step: list(range(8 * step, 8 * step + 8)) for step in steps}
+
+    # It ends as a run on sound data does in which AdamW leaves out these steps.
+    number = itertools.count()
+    plain = torch.optim.AdamW.step
+
+    def step_or_not(optimizer, closure=None):
+        if next(number) not in steps:
+            plain(optimizer)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step_or_not)
+    assert same_tensors(found, ten_steps(fragile, data))
+    assert next(number) == 10
 
 
 def test_three_poisoned_batches_in_a_row_end_it_with_the_last_good_checkpoint(
-    data, fragile, tmp_path, script
+    poisoned, fragile, argv, out, script
 ):
-    poison = poisoned(data, tmp_path / "d", [1, 4, 5, 6])
-    out = tmp_path / "run"
+    run = partial(argv, fragile, poisoned(1, 4, 5, 6), **TEN_STEPS)
     words = ["not finite in steps 4 to 6", "sequences 32 to 55", "lower --lr, now 0.001"]
-    fails(script("train", *ten_step_run(poison, fragile, out)), *words)
+    fails(script("train", *run()), *words)
     assert sound(out) == [5, 6]
     assert not (out / "model.safetensors").exists()
     # Resumed at the third, it ends there as well.
-    fails(script("train", *ten_step_run(poison, fragile, out, resume=True)), *words)
+    fails(script("train", *run(resume=True)), *words)
     older, newer = (load_file(out / f"checkpoint-0000000{n}/model.safetensors") for n in (5, 6))
-    assert all(torch.equal(older[name], newer[name]) for name in older)
+    assert same_tensors(older, newer)
     assert [line["step"] for line in log_of(out) if "skipped" in line] == [1, 4, 5, 6]
 
 
-@pytest.mark.parametrize("changes", [{}, {"fsdp": True}], ids=["DDP", "FSDP"])
-def test_ranks_skip_a_poisoned_batch_together_and_resume(data, fragile, tmp_path, script, changes):
+@DDP_AND_FSDP
+def test_ranks_skip_a_poisoned_batch_together_and_resume(
+    poisoned, fragile, argv, out, tmp_path, script, fsdp
+):
     """Also from before the first update, when gradients are there but no state of the optimizer."""
-    poison = poisoned(data, tmp_path / "d", [0, 4])
-    words = ten_step_run(poison, fragile, tmp_path / "run", resume=True, **changes)
+    run = partial(argv, fragile, poisoned(0, 4), **TEN_STEPS)
+    words = run(resume=True, fsdp=fsdp)
     both = ranks(tmp_path, 2, "train", *words, kill_at="rename .*/checkpoint-00000002")
     assert both[0].end()[0] == -signal.SIGKILL
-    for run in both:
-        run.kill()
-    assert sound(tmp_path / "run") == [1]
+    for rank in both:
+        rank.kill()
+    assert sound(out) == [1]
     ends_well(*ranks(tmp_path, 2, "train", *words))
-    assert script("train", *ten_step_run(poison, fragile, tmp_path / "one"))[0] == 0
-    found = [line["loss"] for line in log_of(tmp_path / "run")]
-    expected = [line["loss"] for line in log_of(tmp_path / "one")]
+    found = [line["loss"] for line in log_of(out)]
     assert [step for step, loss in enumerate(found) if loss is None] == [0, 4]
-    assert [loss or 0 for loss in found] == pytest.approx(
-        [loss or 0 for loss in expected], abs=1e-4
-    )
+    assert script("train", *run(overwrite=True))[0] == 0
+    expected = [line["loss"] for line in log_of(out)]
+    assert [x or 0 for x in found] == pytest.approx([x or 0 for x in expected], abs=1e-4)
 
 
-def test_a_model_that_is_not_finite_where_it_is_used_is_refused(
-    data, with_embedding, tmp_path, script
-):
+def test_a_model_that_is_not_finite_where_it_is_used_is_refused(data, with_embedding, argv, script):
     bad = with_embedding(math.nan, slice(None))
-    result = script("train", *train_options(data, bad, tmp_path / "run"))
-    fails(result, "code's val split", "is not finite")
+    fails(script("train", *argv(bad)), "code's val split", "is not finite")
     result = script("eval", bad, *options(data=data.folder, device="cpu", no_compile=True))
     fails(result, "test split", "is not finite")
 
@@ -625,11 +521,9 @@ def test_a_model_that_is_not_finite_where_it_is_used_is_refused(
     "number, dtype, saved", [(math.inf, "float32", []), (1e6, "float16", [2, 4])]
 )
 def test_weights_that_are_not_finite_in_the_type_they_are_saved_in_are_not_saved(
-    data, with_embedding, tmp_path, script, number, dtype, saved
+    with_embedding, argv, out, script, number, dtype, saved
 ):
-    bad = with_embedding(number)
-    out = tmp_path / "run"
-    words = train_options(data, bad, out, save_dtype=dtype, save_every=2)
+    words = argv(with_embedding(number), save_dtype=dtype, save_every=2)
     fails(script("train", *words), "gpt_neox.embed_in.weight is not finite")
     assert not (out / "model.safetensors").exists()
     assert sound(out) == saved
@@ -638,9 +532,8 @@ def test_weights_that_are_not_finite_in_the_type_they_are_saved_in_are_not_saved
 # ---- no room ----
 
 
-def test_a_file_that_cannot_grow_costs_nothing_that_was_there(data, small, whole, tmp_path, script):
-    out = tmp_path / "run"
-    words = long_run(data, small, out, resume=True)
+def test_a_file_that_cannot_grow_costs_nothing_that_was_there(argv, out, whole, tmp_path, script):
+    words = argv(**LONG, resume=True)
     killed_in_turn(tmp_path, "train", words, ["rename .*/checkpoint-00000006"])
     for largest in (1000, 300_000):  # less than the weights; less than the optimizer's state
         result = Run(tmp_path, "train", *words, largest=largest).end()
@@ -648,14 +541,13 @@ def test_a_file_that_cannot_grow_costs_nothing_that_was_there(data, small, whole
         assert sound(out) == [2, 4]
         assert not list(out.glob(".*.partial"))
     assert script("train", *words)[0] == 0
-    assert is_same(out, whole)
+    assert content_of(out) == content_of(whole)
 
 
-def test_a_log_that_cannot_grow(data, small, tmp_path):
+def test_a_log_that_cannot_grow(argv, out, tmp_path):
     """The only file that is written to in place."""
-    words = long_run(data, small, tmp_path / "run", save_every=0)
-    run = Run(tmp_path, "train", *words, largest=2000)
-    fails(run.end(), tmp_path / "run" / "log.jsonl", "File too large")
+    run = Run(tmp_path, "train", *argv(sequences=400, save_every=0), largest=2000)
+    fails(run.end(), out / "log.jsonl", "File too large")
 
 
 @pytest.fixture
@@ -670,9 +562,9 @@ def disk(tmp_path):
     subprocess.run(["umount", "--lazy", path], check=True)
 
 
-def test_a_full_disk_and_one_that_became_read_only(data, small, whole, tmp_path, disk, script):
+def test_a_full_disk_and_one_that_became_read_only(data, small, whole, disk, script):
     out = disk / "run"
-    words = long_run(data, small, out, resume=True)
+    words = train_options(data, small, out, **LONG, resume=True)
     fails(script("train", *words), out, "No space left on device")
     before = sound(out)
     assert before
@@ -681,7 +573,7 @@ def test_a_full_disk_and_one_that_became_read_only(data, small, whole, tmp_path,
     assert sound(out) == before
     subprocess.run(["mount", "-o", "remount,rw,size=3m", disk], check=True)
     assert script("train", *words)[0] == 0
-    assert is_same(out, whole)
+    assert content_of(out) == content_of(whole)
 
 
 def test_prepare_on_a_full_disk_leaves_nothing(tmp_path, disk, script):
@@ -694,18 +586,16 @@ def test_prepare_on_a_full_disk_leaves_nothing(tmp_path, disk, script):
 
 # ---- twice at once ----
 
+AT_WORK = "another process is at work there"
 
-@pytest.mark.parametrize("name", ["train", "mix"])
-def test_a_second_run_in_a_folder_stops_and_a_killed_one_lets_go(data, small, tmp_path, name):
-    words = endless_run(data, small, tmp_path / "run", save_every=2)
-    if name == "mix":
-        words.remove("--mix")
-        words.remove("uniform")
+
+@pytest.mark.parametrize("name, mix", [("train", "uniform"), ("mix", False)])
+def test_a_second_run_in_a_folder_stops_and_a_killed_one_lets_go(argv, out, tmp_path, name, mix):
+    words = argv(**ENDLESS, mix=mix, save_every=2)
     first = Run(tmp_path, name, *words)
-    first.wait_for(lambda: list((tmp_path / "run").rglob("log.jsonl")))
+    first.wait_for(lambda: list(out.rglob("log.jsonl")))
     for way in ("--resume", "--overwrite"):
-        result = Run(tmp_path, name, *words, way).end()
-        fails(result, tmp_path / "run", "another process is at work there")
+        fails(Run(tmp_path, name, *words, way).end(), out, AT_WORK)
     assert first.process.is_alive()
     first.kill()
     second = Run(tmp_path, name, *words, "--resume")
@@ -720,20 +610,27 @@ def test_two_searches_do_not_pretrain_one_base_at_the_same_time(data, tmp_path):
     words = options(data=data.folder, seq_len=32, base_sequences=40_000, batch_size=8) + SMALL
     first = Run(tmp_path, "mix", *words, "--out", tmp_path / "one")
     first.wait_for(lambda: list(tmp_path.glob("base-*/log.jsonl")))
-    result = Run(tmp_path, "mix", *words, "--out", tmp_path / "two").end()
-    fails(result, "base-tiny-", "another process is at work there")
+    fails(Run(tmp_path, "mix", *words, "--out", tmp_path / "two").end(), "base-tiny-", AT_WORK)
     assert first.process.is_alive()
     first.kill()
 
 
 def test_prepare_twice_at_once(tmp_path, script):
     """The first one waits for text that comes through a pipe."""
-    os.mkfifo(tmp_path / "a.jsonl")
-    source = f"a={tmp_path / 'a.jsonl'}"
-    words = [source, *options(out=tmp_path / "d", tokenizer="train:300", workers=1)]
+    pipe = tmp_path / "a.jsonl"
+    os.mkfifo(pipe)
+    words = [f"a={pipe}", *options(out=tmp_path / "d", tokenizer="train:300", workers=1)]
+    writers = []
+
+    def is_read() -> bool:
+        with contextlib.suppress(OSError):  # as long as nobody reads
+            writers.append(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+        return bool(writers)
+
     first = Run(tmp_path, "prepare", *words)
-    first.wait_for(lambda: list(tmp_path.glob(".d-*/tokenizer.json")))
-    fails(script("prepare", *words), tmp_path / "d", "another process is at work there")
+    first.wait_for(is_read)
+    fails(script("prepare", *words), tmp_path / "d", AT_WORK)
     assert first.process.is_alive()
     assert list(tmp_path.glob(".d-*/tokenizer.json"))
     first.kill()
+    os.close(writers[0])

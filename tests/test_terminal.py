@@ -1,17 +1,19 @@
 """What a person sees, wherever it goes: a terminal, a log, a closed pipe; and what costs no run."""
 
+import contextlib
 import json
 import os
 import re
-import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, made_documents, options, processes, write_jsonl
+from conftest import fails, made_documents, options, train_options, write_jsonl
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 import prepare
+from eval import parse_objective
 from mix import History
 from model import Config, GPTNeoX, compile_for
 from prepare import Bar, Data, cli, notice, tell
@@ -19,65 +21,46 @@ from prepare import Bar, Data, cli, notice, tell
 # ---- where it goes ----
 
 
-def printing(output: int, encoding: str, words: list[str]) -> None:
-    """In a process of its own: words printed to a file, by a script."""
-    with open(output, "w", encoding=encoding, closefd=False) as sys.stdout:
-        cli(lambda: [tell(word) for word in words])
-
-
-def test_what_cannot_be_encoded_is_escaped(tmp_path):
+@pytest.mark.parametrize(
+    "encoding, expected", [("ascii", r"\u2026 caf\udce9"), ("utf-8", r"… caf\udce9")]
+)
+def test_what_cannot_be_encoded_is_escaped(tmp_path, encoding, expected):
     """A name of a file that is no UTF-8 reaches Python as a lone surrogate."""
-    for encoding, expected in (("ascii", r"\u2026 caf\udce9"), ("utf-8", r"… caf\udce9")):
-        path = tmp_path / encoding
-        os.mkfifo(path)
-        reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        writer = processes.Process(target=to_path, args=(str(path), encoding))
-        writer.start()
-        writer.join(60)
-        assert writer.exitcode == 0
-        assert os.read(reader, 100).decode(encoding) == expected + "\n"
-
-
-def to_path(path: str, encoding: str) -> None:
-    printing(os.open(path, os.O_WRONLY), encoding, ["… caf\udce9"])
-
-
-def to_a_closed_pipe() -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    printing(writer, "utf-8", ["a line"] * 3)
+    path = tmp_path / "log"
+    with open(path, "w", encoding=encoding) as file, contextlib.redirect_stdout(file):
+        cli(lambda: tell("… caf\udce9"))
+    assert path.read_text(encoding) == expected + "\n"
 
 
 def test_a_pipe_that_closes_ends_no_work():
     """As `| head` closes it: the script goes on to its end, which is a good one."""
-    process = processes.Process(target=to_a_closed_pipe)
-    process.start()
-    process.join(60)
-    assert process.exitcode == 0
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as file, contextlib.redirect_stdout(file):
+        cli(lambda: [tell("a line") for _ in range(3)])
 
 
 def test_names_of_files_that_are_no_utf8(tmp_path, script):
     folder = tmp_path / "lat"
     folder.mkdir()
-    source = write_jsonl(tmp_path / "a.jsonl", made_documents("sums", 80))
-    name = os.fsdecode(b"caf\xe9.jsonl")
-    source.rename(folder / name)
-    fractions = {"val_fraction": 0.2, "test_fraction": 0.2}
-    words = options(out=tmp_path / "d", tokenizer="train:300", workers=1, **fractions)
-    status, _, err = script("prepare", f"a={folder}", *words)
-    assert status == 0, err
-    assert Data(tmp_path / "d").meta["sources"]["a"] == [str(folder / name)]
-    (folder / name).write_text("{\n")
-    words = options(out=tmp_path / "e", tokenizer="train:300", workers=1)
-    status, _, err = script("prepare", f"a={folder}", *words)
-    assert status == 2
-    assert err.count("\n") == 1
+    path = folder / os.fsdecode(b"caf\xe9.jsonl")
+    write_jsonl(path, made_documents("sums", 80))
+    sizes = {"tokenizer": "train:300", "workers": 1, "val_fraction": 0.2, "test_fraction": 0.2}
+    words = [f"a={folder}", *options(**sizes), "--out"]
+    assert script("prepare", *words, tmp_path / "d")[0] == 0
+    assert Data(tmp_path / "d").meta["sources"]["a"] == [str(path)]
+    path.write_text("{\n")
+    fails(script("prepare", *words, tmp_path / "e"))
 
 
 # ---- how far it has come ----
 
 
 def test_without_a_terminal_a_line_now_and_then_says_how_far_it_is(monkeypatch, capsys):
+    with Bar("train", 1000, "step") as bar:
+        for step in range(1000):
+            bar.to(step)
+    assert capsys.readouterr().out == ""  # it is too soon
     monkeypatch.setattr(prepare, "SECONDS_BETWEEN_LINES", -1)
     with notice("compiling (once)"), Bar("train", 10, "step", done=2) as bar:
         bar.to(4, "loss 3.141")
@@ -91,19 +74,14 @@ def test_without_a_terminal_a_line_now_and_then_says_how_far_it_is(monkeypatch, 
     assert re.fullmatch(r"read: 25%, web, \d+\.\d min left", lines[3])
 
 
-def test_a_log_is_not_flooded(capsys):
-    with Bar("train", 1000, "step") as bar:
-        for step in range(1000):
-            bar.to(step)
-    assert capsys.readouterr().out == ""
-
-
 @pytest.mark.parametrize("K", [3, 5, 7, 8, 40])
 def test_lines_of_a_search_keep_to_100_columns(K, tmp_path, capsys):
     """Whatever the number of domains; a mixture that was measured before says so."""
     domains = [f"a_domain_with_a_name_{k}" for k in range(K)]
     losses = np.linspace(1.5, 12.5, K)
-    history = History(tmp_path / "history.jsonl", domains, np.full(K, 30), losses, "mean")
+    runs = SimpleNamespace(domains=domains, train_on=domains, windows=np.full(K, 30))
+    path = tmp_path / "history.jsonl"
+    history = History(path, runs, losses, parse_objective("mean", domains))
     history.begin()
     even = dict.fromkeys(domains, 10)
     history.add(even, losses - 0.25)
@@ -114,7 +92,7 @@ def test_lines_of_a_search_keep_to_100_columns(K, tmp_path, capsys):
     assert max(map(len, text.splitlines())) <= 100
     assert "a probe, a_domain_with_a_name_0 3.0 times" in text
     assert text.count("as round 1") == 1
-    lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["round"] for line in lines] == [0, 1, 2, 3, 4]
     assert lines[2]["note"] == "a probe"
 
@@ -152,16 +130,15 @@ def test_what_a_kill_left_in_the_compilers_cache_is_made_anew(network, error, ca
     assert all(p.grad is None for p in network.parameters())
 
 
-@pytest.mark.parametrize("named", ["", " /lib/libstdc++.so: version GLIBCXX not found"])
-def test_a_compiler_that_fails_is_done_without(network, named, tmp_path, capsys):
+def test_a_compiler_that_fails_is_done_without(network, tmp_path, capsys):
     """One line says so; a library that is not of the compiler's cache stays where it is."""
     mine = tmp_path / "libmine.so"
     mine.write_text("")
 
-    def fails(x, targets):
-        raise RuntimeError(f"C++ compile error{named or f' {mine}: no such symbol'}\nmore of it")
+    def losses(x, targets):
+        raise RuntimeError(f"C++ compile error: {mine}: no such symbol\n/lib/libstdc++.so: too old")
 
-    network.token_losses = fails
+    network.token_losses = losses
     compile_for(network, 2, 8, torch.float32, training=False)
     assert not network.compiled
     assert mine.exists()
@@ -181,9 +158,8 @@ def test_a_broken_compiler_on_the_path_ends_no_run(data, small, tmp_path, script
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     torch._dynamo.reset()
-    eager = [word for word in SMALL if word != "--no-compile"]
-    words = options(data=data.folder, model=small, out=tmp_path / "run", mix="sums=8", batch_size=8)
-    status, out, err = script("train", *words, *eager)
+    words = train_options(data, small, tmp_path / "run", no_compile=False)
+    status, out, err = script("train", *words)
     assert status == 0, err
     assert out.count("torch.compile failed") == 1
     assert (tmp_path / "run" / "model.safetensors").exists()

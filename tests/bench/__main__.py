@@ -12,6 +12,7 @@ training are in autocast, generation (one sequence, greedy, from 32 tokens on) i
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -25,7 +26,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import SHAPES, autocast, autocast_dtype, can_compile, load, save, start
 from prepare import Data
@@ -38,12 +38,6 @@ TASKS = ("train", "evaluate", "generate")
 PROMPT, NEW = 32, 64  # tokens
 ROWS = {"tiny": 16, "pythia-14m": 2, "pythia-70m": 1}  # sequences in a step on a CPU
 GPU_ROWS = {"pythia-70m": 8, "pythia-160m": 8, "pythia-410m": 8, "pythia-1b": 4}
-BACKENDS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
-}
 
 
 # ---- a side's process ----
@@ -89,9 +83,13 @@ def transformers(folder: str, compiled: bool):
     return model, mean_loss, generate
 
 
-def synchronize(device: torch.device) -> None:
+def timed(device: torch.device, task) -> tuple[float, object]:
+    """The seconds that a call takes, until the device is done, and what it returns."""
+    began = time.perf_counter()
+    result = task()
     if device.type == "cuda":
         torch.cuda.synchronize()
+    return time.perf_counter() - began, result
 
 
 def work(side: str, folder: str, rows: int) -> None:
@@ -111,7 +109,7 @@ def work(side: str, folder: str, rows: int) -> None:
     inputs = tokens[:, :-1].contiguous()
     targets = tokens[:, 1:].contiguous()
 
-    def train():
+    def train() -> float:
         with autocast(device, dtype):
             loss = mean_loss(inputs, targets)
         loss.backward()
@@ -121,29 +119,23 @@ def work(side: str, folder: str, rows: int) -> None:
         return loss.item()
 
     @torch.inference_mode()
-    def evaluate():
+    def evaluate() -> float:
         with autocast(device, dtype):
             return mean_loss(inputs, targets).item()
 
     @torch.inference_mode()
-    def generate():
+    def generate() -> int:
         return len(continued(inputs[:1, :PROMPT]))
 
     tasks = {"train": train, "evaluate": evaluate, "generate": generate}
     for line in sys.stdin:
-        synchronize(device)
-        began = time.perf_counter()
-        try:
-            value = tasks[line.strip()]()
-            synchronize(device)
-            seconds = time.perf_counter() - began
-        except torch.OutOfMemoryError:
-            value = math.nan
-            seconds = math.nan
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        answer = {"value": math.nan, "seconds": math.nan}
+        with contextlib.suppress(torch.OutOfMemoryError):
+            seconds, value = timed(device, tasks[line.strip()])
+            answer = {"value": value, "seconds": seconds}
+        answer["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated()
-        answer = {"value": value, "seconds": seconds, "memory": memory}
+            answer["memory"] = torch.cuda.max_memory_allocated()
         print(json.dumps(answer), file=answers, flush=True)
 
 
@@ -186,14 +178,8 @@ class Side:
 def product_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of the best of three products of 4096 x 4096 matrices."""
     a, b = torch.randn(2, 4096, 4096, device=device).to(dtype)
-    seconds = []
-    for _ in range(3):
-        synchronize(device)
-        began = time.perf_counter()
-        a @ b
-        synchronize(device)
-        seconds.append(time.perf_counter() - began)
-    return 2 * 4096**3 / min(seconds)
+    timed(device, lambda: None)  # until the matrices are there
+    return 2 * 4096**3 / min(timed(device, lambda: a @ b)[0] for _ in range(3))
 
 
 def measure(size: str, rows: int, args, device: torch.device, dtype: torch.dtype) -> None:
@@ -229,38 +215,7 @@ def measure(size: str, rows: int, args, device: torch.device, dtype: torch.dtype
     print(f"{'':<23}matrix product: {peak / 1e12:.2f} TFLOP/s", flush=True)
 
 
-# ---- attention and data ----
-
-
-def attention_seconds(shape: tuple, backend: SDPBackend, device, dtype) -> float:
-    """Forward and backward; nan where the backend does not take the shape."""
-    made = {"device": device, "dtype": dtype, "requires_grad": True}
-    q, k, v = [torch.randn(shape, **made) for _ in range(3)]
-    seconds = []
-    for _ in range(8):
-        synchronize(device)
-        began = time.perf_counter()
-        try:
-            with sdpa_kernel(backend):
-                out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-            out.backward(out)
-        except RuntimeError:
-            return math.nan
-        synchronize(device)
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[3:])
-
-
-def attention(device: torch.device, dtype: torch.dtype) -> None:
-    """Milliseconds of SDPA by backend and head dimension, on one layer of a Pythia."""
-    print(f"\n{'SDPA, ms':<27}" + "".join(f"{name:>12}" for name in BACKENDS))
-    for size in ("pythia-70m", "pythia-1.4b", "pythia-1b"):
-        c = SHAPES[size]
-        shape = (8, c.num_attention_heads, 2048, c.head_dim)
-        line = f"{size:<12}{' x '.join(map(str, shape)):>15}"
-        for backend in BACKENDS.values():
-            line += f"{1e3 * attention_seconds(shape, backend, device, dtype):>12.2f}"
-        print(line, flush=True)
+# ---- the data ----
 
 
 def write_zeros(folder: Path, sequences: int, T: int) -> None:
@@ -281,36 +236,25 @@ def write_zeros(folder: Path, sequences: int, T: int) -> None:
 def data_path(sequences: int = 10**7, T: int = 256) -> None:
     """Opening a data set of so many sequences, and reading a part of a pass over it."""
 
-    def read(steps: range) -> float:
-        began = time.perf_counter()
+    def read(steps: range) -> None:
         for step in steps:
             for _ in micro_batches(mixture, sequences_of_step(step, 16, sequences), 16):
                 pass
-        return time.perf_counter() - began
 
+    cpu = torch.device("cpu")
     with tempfile.TemporaryDirectory() as folder:
         write_zeros(Path(folder), sequences, T)
-        began = time.perf_counter()
-        data = Data(folder)
-        mixture = Mixture(data, dict.fromkeys(data.domains, sequences // 5), T)
-        opened = time.perf_counter() - began
-        first = read(range(1))  # hashes and sorts the windows of every domain
+        counts = dict.fromkeys("abcde", sequences // 5)
+        opened, mixture = timed(cpu, lambda: Mixture(Data(folder), counts, T))
+        first, _ = timed(cpu, lambda: read(range(1)))  # hashes and sorts all windows
         print(f"\ndata of {sequences:,} sequences: open {opened:.2f} s, first batch {first:.2f} s")
         for words in ("first read", "read again"):
-            rate = 1000 * 16 * T / read(range(1, 1001))
+            seconds, _ = timed(cpu, lambda: read(range(1, 1001)))
+            rate = 1000 * 16 * T / seconds
             print(f"batches of 16 x {T}, {words}: {rate:,.0f} tokens/s")
 
 
 # ---- main ----
-
-
-def describe(device: torch.device) -> str:
-    """The GPU, or the CPU's threads and its instructions for bf16."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    found = torch.cpu.get_capabilities()
-    has = [name for name in ("avx512_bf16", "amx_bf16") if found.get(name)]
-    return f"{torch.get_num_threads()} CPU threads with {' and '.join(has) or 'no bf16'}"
 
 
 def main():
@@ -328,20 +272,18 @@ def main():
         return work(side, folder, int(rows))
     device = start()
     dtype = autocast_dtype(None, device)
-    precision = str(dtype).removeprefix("torch.")
-    where = describe(device)
-    print(f"torch {torch.__version__}, {where}, {precision}, {args.turns} turns of {args.steps}")
-    above = f"{'':<45}{'train':>10}{'':>12}{'evaluate':>10}{'':>12}{'generate':>10}"
-    print(f"{above}{'':>6}{'memory':>8}{'1st step':>10}")
-    head = (
-        f"{'model':<12}{'B x T':>9}  {'side':<22}" + f"{'tokens/s':>10}{'ratio':>6}{'peak':>6}" * 2
-    )
-    print(f"{head}{'tokens/s':>10}{'ratio':>6}{'GB':>8}{'s':>10}{'loss':>9}", flush=True)
+    where = f"{torch.get_num_threads()} CPU threads"
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name()
+    where += f", {str(dtype).removeprefix('torch.')}"
+    print(f"torch {torch.__version__}, {where}, {args.turns} turns of {args.steps}")
+    print(f"{'':<45}{'train':>10}{'evaluate':>22}{'generate':>22}{'memory':>14}{'1st step':>10}")
+    rates = f"{'tokens/s':>10}{'ratio':>6}{'peak':>6}"
+    rest = f"{'tokens/s':>10}{'ratio':>6}{'GB':>8}{'s':>10}{'loss':>9}"
+    print(f"{'model':<12}{'B x T':>9}  {'side':<22}{rates}{rates}{rest}", flush=True)
     usual = GPU_ROWS if device.type == "cuda" else ROWS
     for size in args.models or usual:
         measure(size, args.sequences or usual.get(size, 1), args, device, dtype)
-    if device.type == "cuda":
-        attention(device, dtype)
     data_path()
 
 

@@ -9,45 +9,44 @@ before, over the size of the fp32 weights.
 """
 
 import argparse
+import multiprocessing
+import re
 import statistics
-import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from model import load, save
 
-MEASURE = """
-import sys, time
-import torch
-{imports}
+SIDES = ("reweight", "transformers")
 
-def held():
-    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-    return 1024 * int(status["VmHWM"].split()[0])
 
-before = held()
-began = time.perf_counter()
-model = {call}
-seconds = time.perf_counter() - began
-assert all(p.dtype == torch.float32 for p in model.parameters())
-print(seconds, (held() - before) / sum(p.nbytes for p in model.parameters()))
-"""
-IMPORTS = """
-from transformers import AutoModelForCausalLM
-from transformers.utils.logging import disable_progress_bar
-disable_progress_bar()
-"""
-FROM_PRETRAINED = "AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)"
-SIDES = {
-    "reweight": MEASURE.format(imports="from model import load", call="load(sys.argv[1])"),
-    "transformers": MEASURE.format(imports=IMPORTS, call=FROM_PRETRAINED),
-}
+def most_held() -> int:
+    """By this process, so far, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
+
+
+def measure(side: str, folder: str) -> tuple[float, float]:
+    """Seconds, and memory over that of the weights."""
+    call = load
+    if side == "transformers":
+        from transformers import GPTNeoXForCausalLM
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+        call = GPTNeoXForCausalLM.from_pretrained
+    before = most_held()
+    began = time.perf_counter()
+    model = call(folder, dtype=torch.float32)
+    seconds = time.perf_counter() - began
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    return seconds, (most_held() - before) / sum(p.nbytes for p in model.parameters())
 
 
 def main():
@@ -57,14 +56,13 @@ def main():
     parser.add_argument("--turns", type=int, default=5)
     args = parser.parse_args()
     taken = {side: [] for side in SIDES}
-    with tempfile.TemporaryDirectory() as folder:
+    processes = multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1)
+    with tempfile.TemporaryDirectory() as folder, processes:
         save(load(f"scratch:{args.size}"), folder, dtype=torch.float16)
         size = Path(folder, "model.safetensors").stat().st_size
         for _ in range(args.turns):
-            for side, code in SIDES.items():
-                command = [sys.executable, "-c", code, folder]
-                words = subprocess.check_output(command, cwd=ROOT, text=True).split()
-                taken[side].append([float(word) for word in words])
+            for side in SIDES:
+                taken[side].append(processes.apply(measure, (side, folder)))
     print(f"{args.size}, {size / 1e6:,.0f} MB of fp16 on disk, medians of {args.turns} turns")
     print(f"{'side':<18}{'seconds':>8}{'memory / weights':>18}")
     for side, values in taken.items():

@@ -8,7 +8,6 @@ The sides take turns; the table shows the median of each. MB are 10^6 bytes of t
 """
 
 import argparse
-import itertools
 import json
 import os
 import statistics
@@ -36,17 +35,17 @@ print(time.perf_counter() - began)
 """
 
 
-def encode_batch(tokenizer: Path, files: list[Path], folder: Path, cores: int) -> float:
+def encode_batch(tokenizer: Path, files: list[Path], cores: int) -> float:
     env = {**os.environ, "RAYON_NUM_THREADS": str(cores)}
     command = [sys.executable, "-c", ENCODE, tokenizer, *files]
     return float(subprocess.check_output(command, env=env))
 
 
-def end_to_end(tokenizer: Path, files: list[Path], folder: Path, cores: int) -> float:
-    sources = [f"d{i}={path}" for i, path in enumerate(files)]
-    with tempfile.TemporaryDirectory(dir=folder) as out:
-        command = [sys.executable, ROOT / "prepare.py", *sources, "--out", f"{out}/data"]
+def end_to_end(tokenizer: Path, files: list[Path], cores: int) -> float:
+    with tempfile.TemporaryDirectory(dir=tokenizer.parent) as out:
+        command = [sys.executable, ROOT / "prepare.py", "--out", f"{out}/data"]
         command += ["--tokenizer", tokenizer, "--workers", str(cores)]
+        command += [f"d{i}={path}" for i, path in enumerate(files)]
         began = time.perf_counter()
         subprocess.run(command, check=True, capture_output=True)
         return time.perf_counter() - began
@@ -56,16 +55,6 @@ LIBRARY = "tokenizers encode_batch"
 SIDES = {LIBRARY: encode_batch, "prepare.py end to end": end_to_end}
 
 
-def measure(side, tokenizer: Path, files: list[Path], folder: Path, cores: set[int]) -> float:
-    """Seconds of a side on these cores, which its processes inherit."""
-    every = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)
-    try:
-        return side(tokenizer, files, folder, len(cores))
-    finally:
-        os.sched_setaffinity(0, every)
-
-
 def standard_library(path: Path) -> Path:
     """4000 files of Python's standard library and what is installed there, as records."""
     with open(path, "w", encoding="utf-8") as file:
@@ -73,11 +62,6 @@ def standard_library(path: Path) -> Path:
             text = source.read_text(encoding="utf-8", errors="ignore")
             file.write(json.dumps({"text": text}) + "\n")
     return path
-
-
-def megabytes(files: list[Path]) -> float:
-    lines = itertools.chain.from_iterable(path.read_bytes().splitlines() for path in files)
-    return sum(len(json.loads(line)["text"].encode()) for line in lines) / 1e6
 
 
 def main():
@@ -98,8 +82,10 @@ def main():
         tokenizer.write_text(loaded.json, encoding="utf-8")
         for _ in range(args.turns):
             for (n, name), taken in seconds.items():
-                taken.append(measure(SIDES[name], tokenizer, files, folder, cores[n]))
-        size = megabytes(files)
+                os.sched_setaffinity(0, cores[n])  # of the side's processes, too
+                taken.append(SIDES[name](tokenizer, files, n))
+        lines = [line for path in files for line in path.read_bytes().splitlines()]
+        size = sum(len(json.loads(line)["text"].encode()) for line in lines) / 1e6
     which = args.tokenizer or "the tokenizer of the sample"
     print(f"{size:.1f} MB of text in {len(files)} files, {which}, medians of {args.turns} turns")
     print(f"{'side':<26}{'cores':>6}{'seconds':>9}{'MB/s':>8}{'ratio':>7}")
