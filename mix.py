@@ -329,6 +329,7 @@ class Method(NamedTuple):
     """A way to find a mixture, and its own options: {option: what argparse is told of it}."""
 
     find: Callable[["Runs", "History", dict[str, int], object], dict[str, int]]
+    cost: str = "not known"  # of training
     options: dict[str, dict] = {}
     is_path: bool = True  # each of its mixtures is a step from the last one
 
@@ -346,11 +347,11 @@ EXPERTS_OPTIONS = {
 }
 
 METHODS = {
-    "uniform": Method(fixed),
-    "natural": Method(fixed),
-    "reweight": Method(reweight, REWEIGHT_OPTIONS),
-    "doremi": Method(doremi),
-    "experts": Method(experts, EXPERTS_OPTIONS, is_path=False),
+    "uniform": Method(fixed, "no pass"),
+    "natural": Method(fixed, "no pass"),
+    "reweight": Method(reweight, "a pass a round, of --rounds at most", REWEIGHT_OPTIONS),
+    "doremi": Method(doremi, "3 passes"),
+    "experts": Method(experts, "a quarter of a pass a domain, and one", EXPERTS_OPTIONS, False),
 }
 
 
@@ -927,7 +928,7 @@ def main():
     train_on = parse_train_on(args.train_on, data)
     first = train.parse_mixture(args.start, data, args.sequences, hyper.seq_len, train_on)
     if not any(first.get(d) for d in train_on) or any(first[d] for d in first.keys() - train_on):
-        raise InputError(f"--start {args.start}: has other domains than --train-on")
+        raise InputError(f"--start {args.start}: name no other domains there than --train-on")
 
     # What a resumed search must have in common with the one that was begun.
     settings = train.settings_of(args, data, hyper) | {"start": first, **own_options(args)}
@@ -936,6 +937,7 @@ def main():
         settings[name] = vars(args)[name]
     model = train.load_to_train(args, data, hyper.dtype, device)
     train.say_cost(model, hyper, args.sequences, device)
+    say(f"search  {args.method}: {METHODS[args.method].cost}; then up to 2 to compare")
     if args.dry_run:
         finish()
         return

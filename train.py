@@ -417,7 +417,8 @@ def check_skipped(progress: Progress, title: str, batch: range, hyper: Hyperpara
     if progress.skipped == 3:
         first = progress.step - 3
         where = f"steps {first} to {first + 2}, sequences {first * hyper.batch_size} to {batch[-1]}"
-        way_out = f"look at these, or lower --lr, now {hyper.learning_rate:g}"
+        lower = f"a lower --lr, now {hyper.learning_rate:g}"
+        way_out = f"look at these, or --overwrite with {lower}"
         raise InputError(f"{title}: loss or gradient not finite in {where}; {way_out}")
 
 
@@ -591,7 +592,10 @@ def check_finite(tensors: dict[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             kept = "what was saved before is as it was"
-            raise InputError(f"{name} is not finite and not saved; {kept}; lower --lr")
+            way_out = "try --overwrite with a lower --lr"
+            if tensor.dtype == torch.float16:
+                way_out = "try --resume with --save-dtype float32"
+            raise InputError(f"{name} is not finite and not saved; {kept}; {way_out}")
 
 
 def optimizer_tensors(model: GPTNeoX, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -858,8 +862,10 @@ def check_folder(out: Path, args) -> None:
         return
     if not {path.name for path in out.iterdir()} - {".lock", ".run.json.partial"}:
         return
-    if not (args.overwrite and is_run(out)):
-        ways = "--resume continues a run there, --overwrite starts it anew"
+    if not is_run(out):
+        raise InputError(f"{out} holds other files than a run's; choose another --out")
+    if not args.overwrite:
+        ways = "--resume continues the run there, --overwrite starts it anew"
         raise InputError(f"{out} is not empty; {ways}")
     if Path(args.model).resolve().is_relative_to(out.resolve()):
         raise InputError(f"{out}: --overwrite would remove {args.model}; choose another --out")

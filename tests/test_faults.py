@@ -479,7 +479,11 @@ def test_three_poisoned_batches_in_a_row_end_it_with_the_last_good_checkpoint(
     poisoned, fragile, argv, out, script
 ):
     run = partial(argv, fragile, poisoned(1, 4, 5, 6), **TEN_STEPS)
-    words = ["not finite in steps 4 to 6", "sequences 32 to 55", "lower --lr, now 0.001"]
+    words = [
+        "not finite in steps 4 to 6",
+        "sequences 32 to 55",
+        "--overwrite with a lower --lr, now 0.001",
+    ]
     fails(script("train", *run()), *words)
     assert sound(out) == [5, 6]
     assert not (out / "model.safetensors").exists()

@@ -160,6 +160,7 @@ def test_a_search_writes_what_it_promises(name, searches, data, small):
     assert result["models"][title]["difference"]["mean"]["change"] < 0
     assert all(words in text for words in (verdict(result), "wall time: ", "next    python"))
     assert "warning:" not in text
+    assert f"search  {method}: {METHODS[method].cost}; then" in text
     card = (out / "README.md").read_text()
     assert all(words in card for words in ("Losses on the test split", "untouched", title))
     picture = (out / "mix.png").read_bytes()
@@ -225,7 +226,7 @@ def test_the_objective_chooses_the_round(search):
 @pytest.mark.parametrize(
     "words, message",
     [
-        ({"train_on": "code", "start": "code=3,sums=3"}, "other domains than --train-on"),
+        ({"train_on": "code", "start": "code=3,sums=3"}, "no other domains there than --train-on"),
         ({"train_on": "code,web"}, "no domain 'web'; there are code, prose, sums"),
         ({"method": "magic"}, "invalid choice"),
         ({"objective": "best"}, "expected mean, worst, or weights of code, prose, sums, like code"),
@@ -422,7 +423,7 @@ def test_a_rule_and_a_method_are_added_by_one_entry_each(
     words, other, counts, search, data, small, script, monkeypatch
 ):
     towards = {"choices": data.domains, "default": "code", "help": "a domain"}
-    monkeypatch.setitem(METHODS, "lean", Method(lean, {"--towards": towards}))
+    monkeypatch.setitem(METHODS, "lean", Method(lean, options={"--towards": towards}))
     monkeypatch.setitem(RULES, "reversed", (lambda A, S, r: A[::-1] * r, 2.0))
     out, text = search("run", **words)
     history = (out / "history.jsonl").read_text()

@@ -135,7 +135,9 @@ def halves(runs, history, start, args):
 
 def test_a_small_scoreboard(data, small, tmp_path, monkeypatch, capsys):
     """Of every method, one added here among them; the second time it only prints."""
-    monkeypatch.setitem(mix.METHODS, "halves", Method(halves, {"--beside": {"default": "sums"}}))
+    monkeypatch.setitem(
+        mix.METHODS, "halves", Method(halves, options={"--beside": {"default": "sums"}})
+    )
     out = tmp_path / "run"
     words = {"sequences": 24, "rounds": 2, "runs": 9, "seeds": 2, "lr": 1e-2, "seq_len": 32}
     argv = train_options(data, small, out, mix=False, **words)

@@ -20,8 +20,10 @@ from conftest import (
     log_of,
     same_tensors,
     same_weights,
+    small_model,
     train_options,
 )
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval import domain_means, evaluate
@@ -259,7 +261,8 @@ def test_overwrite_touches_no_folder_that_holds_no_run(data, small, tmp_path, sc
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "model.safetensors").write_text("my own")
     for way in ("--resume", "--overwrite"):
-        fails(script("train", *train_options(data, small, tmp_path / "run"), way), "is not empty")
+        ended = script("train", *train_options(data, small, tmp_path / "run"), way)
+        fails(ended, "holds other files than a run's; choose another --out")
     assert [path.read_text() for path in (tmp_path / "run").iterdir()] == ["my own"]
 
 
@@ -306,3 +309,16 @@ def test_code_names_a_run_but_its_comments_and_its_layout_do_not(tmp_path, name,
         (tmp_path / script).write_text(text)
     edited = runpy.run_path(str(tmp_path / "train.py"))
     assert (edited["name_of"]({}) == name_of({})) is same
+
+
+def test_weights_too_large_for_float16_are_kept_in_a_way_that_holds(data, tmp_path, script):
+    """float16 ends at 65,504. What the error advises goes on from the checkpoint, and ends well."""
+    large = small_model(tmp_path / "large", data)
+    weights = load_file(large / "model.safetensors")
+    weights["gpt_neox.layers.0.attention.dense.bias"][0] = 1e5
+    save_file(weights, large / "model.safetensors")
+    argv = train_options(data, large, tmp_path / "run", lr=0.0, save_every=2)
+    way_out = "--resume with --save-dtype float32"
+    fails(script("train", *argv, "--save-dtype", "float16"), "not finite", way_out)
+    assert script("train", *argv, "--resume", "--save-dtype", "float32")[0] == 0
+    assert same_weights(tmp_path / "run", large)

@@ -33,4 +33,4 @@ def reweight_excess(runs: Runs, history: History, start: dict[str, int], args) -
     return history.best()["counts"]
 
 
-EXCESS = Method(reweight_excess)
+EXCESS = Method(reweight_excess, "a pass a domain, and 4")

@@ -138,4 +138,4 @@ def merge(runs: Runs, history: History, start: dict[str, int], args) -> dict[str
     return runs.counts(path[-1])
 
 
-MERGE = Method(merge)
+MERGE = Method(merge, "3 passes")

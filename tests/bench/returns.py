@@ -96,4 +96,4 @@ def returns_slopes(a: np.ndarray, B: np.ndarray, objective: Objective):
     return slopes
 
 
-RETURNS = Method(returns, is_path=False)
+RETURNS = Method(returns, "two passes a domain, and one", is_path=False)
