@@ -406,9 +406,10 @@ def cut_log(path: Path, steps: int, losses: dict[str, float] | None) -> None:
     lines = []
     if path.exists():
         lines = path.read_text(errors="replace").splitlines()[:steps]
-    # A signal may have cut that evaluation short.
+    # A signal may have cut that evaluation short. A line that is damaged stays as it is.
     if losses is not None and len(lines) == steps:
-        lines[-1] = json.dumps(json.loads(lines[-1]) | {"val": losses})
+        with contextlib.suppress(ValueError):
+            lines[-1] = json.dumps(json.loads(lines[-1]) | {"val": losses})
     prepare.write_text(path, "".join(f"{line}\n" for line in lines))
 
 
