@@ -22,7 +22,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch._dynamo
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F

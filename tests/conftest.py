@@ -198,7 +198,7 @@ def command(script, *argv, ranks: int = 0, memory: float = 0) -> subprocess.Comp
 # A server that has imported everything once: its children start at once.
 os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
 processes = multiprocessing.get_context("forkserver")
-imported = ["conftest", "mix", "matplotlib.figure", "torch.distributed.fsdp"]
+imported = ["conftest", "mix", "matplotlib.figure", "torch._dynamo", "torch.distributed.fsdp"]
 processes.set_forkserver_preload(imported)
 # What Python does to a disk, as its audit calls it.
 DISK = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
