@@ -11,7 +11,16 @@ import torch
 from conftest import SMALL, fails, options
 from transformers import AutoModelForCausalLM
 
-from eval import bootstrap, compare, evaluate, evaluated_windows, results, table
+from eval import (
+    bootstrap,
+    compare,
+    evaluate,
+    evaluated_windows,
+    judge,
+    parse_objective,
+    results,
+    table,
+)
 from model import load
 from prepare import Tokenizer
 
@@ -36,6 +45,18 @@ def test_every_window_is_scored_once_and_as_transformers_does(data, small, losse
             logits = oracle(tokens[None, c * 32 : c * 32 + 32]).logits[0]
             expected = torch.nn.functional.cross_entropy(logits, tokens[c * 32 + 1 : c * 32 + 33])
             assert losses[d][c] == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_the_loss_of_every_token_is_what_transformers_says(data, small):
+    found = evaluate(load(small), data, "test", 32, limit=5, per_token=True)
+    oracle = AutoModelForCausalLM.from_pretrained(small)
+    for d in data.domains:
+        assert found[d].shape == (5, 32)
+        number = evaluated_windows(data, d, "test", 32, 5)[3]
+        tokens = torch.from_numpy(data.window(d, "test", 32, number).astype("int64"))
+        logits = oracle(tokens[None, :-1]).logits[0]
+        expected = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
+        assert found[d][3] == pytest.approx(expected.detach().numpy(), abs=1e-5)
 
 
 def test_a_limit_takes_windows_evenly_and_no_random_state_is_touched(data, small, losses):
@@ -176,3 +197,29 @@ def test_a_typo_in_the_second_name_is_found_before_the_first_is_read(script, dat
     words = [*options(data=data.folder), *SMALL]
     fails(script("eval", copy_of_small, "out/tpyo", *words), "out/tpyo")
     fails(script("eval", copy_of_small, *words), "model.safetensors")
+
+
+# ---- objectives ----
+
+
+@pytest.mark.parametrize(
+    "text, change",
+    [
+        ("mean", -0.1),  # from -0.4 / 3 to -0.7 / 3
+        ("code=3,prose=1", -0.4),  # from -1.3 / 4 to -2.9 / 4
+        ("sums=0.5", 0.1),
+        ("worst", -0.1),  # prose, from +0.2 to +0.1
+    ],
+)
+def test_objectives_by_hand(text, change, data):
+    """Losses that are the same for every sequence have intervals without width."""
+    means = {"untouched": [2, 2, 2], "base": [1.5, 2.2, 1.9], "other": [1.0, 2.1, 2.0]}
+    losses = []
+    for values in means.values():
+        windows = [data.windows(d, "val", 32) for d in data.domains]
+        filled = [np.full(n, value) for n, value in zip(windows, values, strict=True)]
+        losses.append(dict(zip(data.domains, filled, strict=True)))
+    objective = parse_objective(text, data.domains)
+    found = judge(*losses, data, "val", 32, objective)
+    assert found["change"] == pytest.approx(change)
+    assert found["interval"] == pytest.approx([change, change])

@@ -120,7 +120,7 @@ MOMENTS = {
     "mix": "rename .*/base-[^/]*/run.json, rename .*/base-[^/]*/checkpoint-00000004, "
     "rename .*/base-[^/]*/model.safetensors, rename .*/base-[^/]*/run.json, "
     "rename .*/history.jsonl, open .*/runs/.*00004.partial/.manifest, "
-    "rename .*/runs/[^/]*/run.json, rename .*/val.json, "
+    "rename .*/runs/[^/]*/run.json, rename .*/sequences-[0-9]*.npz, "
     "remove .*/runs/[^/]*/model.safetensors, rename .*/result.json, "
     "rename .*/mix.png, rename .*/run/model.safetensors",
     "prepare": "mkdir, open .*tokenizer.json, open .*a.val.bin, open .*meta, rename .*/run",

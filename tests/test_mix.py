@@ -1,6 +1,7 @@
 """The search as a user runs it: its rules, its rounds, what it leaves, and how it goes on."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -221,6 +222,25 @@ def test_the_objective_chooses_the_round(search):
         rounds[objective] = read(out / "mix.json")["round"]
         assert rounds[objective] == 1 + np.argmin(means if objective == "mean" else worst)
     assert rounds["mean"] != rounds["worst"]
+
+
+def test_a_goal_that_is_not_trained_on(search):
+    """Only code and prose have shares; sums alone is what the rounds, the table and the verdict
+    are about, and what is to be spared."""
+    words = {"method": "experts", "objective": "sums=1", "train_on": "code,prose", "spare": -0.01}
+    out, text = search("goal", **words)
+    assert "round   goal" in text
+    history = history_of(out)
+    assert all(not line["counts"].get("sums") for line in history[1:])
+    assert history[1]["objective"] == history[1]["losses"]["sums"]
+    result = read(out / "result.json")
+    model = result["models"]["experts"]
+    of_sums = model["difference"]["sums"]["change"]
+    assert model["objective"]["change"] == pytest.approx(of_sums)
+    uniform = result["models"]["uniform"]["difference"]["sums"]["change"]
+    assert result["judged"]["change"] == pytest.approx(of_sums - uniform)
+    assert "\nobjective " in text
+    assert re.search(r"--spare -0.01 (held|did not hold) on the test split", text)
 
 
 @pytest.mark.parametrize(
