@@ -205,7 +205,7 @@ def test_a_typo_in_the_second_name_is_found_before_the_first_is_read(script, dat
 @pytest.mark.parametrize(
     "text, change",
     [
-        ("mean", -0.1),  # from -0.4 / 3 to -0.7 / 3
+        ("mean", -0.5 / 3),  # from -0.4 / 3 to -0.9 / 3
         ("code=3,prose=1", -0.4),  # from -1.3 / 4 to -2.9 / 4
         ("sums=0.5", 0.1),
         ("worst", -0.1),  # prose, from +0.2 to +0.1
