@@ -110,8 +110,7 @@ def evaluate(
     # of which the last ones can be empty.
     fits = sequences_at_once(model, seq_len, dtype, device, training=False)
     B = min(fits, math.ceil(len(windows) / world_size()))
-    first = rank() * B
-    batches = range(first, len(windows) + first, world_size() * B)
+    batches = range(rank() * B, len(windows) + rank() * B, world_size() * B)
     # Losses go to their places in one array; the ranks' arrays, zero elsewhere, are added up.
     what = f"evaluating {B} sequences of {seq_len} tokens"
     bar = Bar(f"evaluate {split}", len(batches), "batch", shown=rank() == 0)
@@ -137,13 +136,18 @@ def evaluate(
     # Back to domains.
     ends = np.cumsum([len(numbers[d]) for d in data.domains])
     by_domain = np.split(losses.cpu().numpy(), ends[:-1])
-    for domain, values in zip(data.domains, by_domain, strict=True):
-        finite = np.isfinite(values).reshape(len(values), -1).all(1)
-        if not finite.all():
-            where = f"{domain}'s {split} split: the loss of sequence {finite.argmin()}"
-            reason = "weights are damaged, or too large for --dtype"
-            raise InputError(f"{where} is not finite; {reason}")
-    return dict(zip(data.domains, by_domain, strict=True))
+    losses_of = dict(zip(data.domains, by_domain, strict=True))
+    for domain, values in losses_of.items():
+        check_losses(values, f"{domain}'s {split} split")
+    return losses_of
+
+
+def check_losses(values: np.ndarray, where: str) -> None:
+    """Raise InputError if a sequence's loss, or one of its tokens', is not finite."""
+    finite = np.isfinite(values).reshape(len(values), -1).all(1)
+    if not finite.all():
+        reason = "weights are damaged, or too large for --dtype"
+        raise InputError(f"{where}: the loss of sequence {finite.argmin()} is not finite; {reason}")
 
 
 def domain_means(losses: Losses) -> np.ndarray:
@@ -211,10 +215,14 @@ class Objective:
 
     def only(self, domains: list[str], some: list[str]) -> "Objective | None":
         """The same for some of the domains alone; None where these do not count."""
-        if self.weights is None or not some:
-            return self if some else None
+        if not some:
+            return None
+        if self.weights is None:
+            return self
         weights = np.array([w for d, w in zip(domains, self.weights, strict=True) if d in some])
-        return Objective(self.name, weights / weights.sum()) if weights.any() else None
+        if not weights.any():
+            return None
+        return Objective(self.name, weights / weights.sum())
 
 
 WORST = Objective("worst", None)
@@ -288,7 +296,7 @@ def results(
     """All that the table shows. losses: {model: its losses}; the first model is the baseline.
 
     Bits per byte are nats x tokens / (ln 2 x UTF-8 bytes of the text). objective: what the models
-    were made for, if it is not the mean.
+    were made for.
     """
     base = next(iter(losses.values()))
     domains = {}
@@ -309,7 +317,7 @@ def results(
         models[name] = {"nats": nats, "bits_per_byte": bits}
         if by_domain is not base:
             models[name]["difference"] = compare(base, by_domain, data, split, seq_len)
-            if objective:
+            if objective and objective.name != "mean":
                 row = judge(base, base, by_domain, data, split, seq_len, objective)
                 models[name]["objective"] = row
     return {

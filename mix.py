@@ -77,7 +77,10 @@ def reweight(runs: "Runs", history: "History", start: dict[str, int], args) -> d
     """
     A = np.array([start.get(d, 0) for d in runs.train_on], dtype=np.float64)
     for number in range(1, args.rounds + 1):
-        counts = runs.counts(A, round(A.sum()) if args.grow else args.sequences)
+        sequences = args.sequences
+        if args.grow:
+            sequences = round(A.sum())
+        counts = runs.counts(A, sequences)
         # Trained on A from the base: the validation loss of each domain.
         L = runs.measure(counts, f"round {number}")
         history.add(counts, L, quantities=A.tolist())
@@ -381,7 +384,9 @@ def train_once(
     record = {"settings": run.settings, "passes": passes}
     if rank() == 0:
         run.folder.mkdir(parents=True, exist_ok=True)
-        known = prepare.load_json(path) if path.is_file() else record
+        known = record
+        if path.is_file():
+            known = prepare.load_json(path)
         if known.get("settings") != run.settings:
             raise InputError(f"{run.folder}: its run.json is of another run; remove the folder")
         if weights.is_file() and known.get("sha256") != prepare.sha256_of(weights):
@@ -477,7 +482,9 @@ class Runs:
         windows = [min(limit, self.data.windows(d, "val", T)) for d in self.domains]
         self.tokens["trained"] += sum(run.counts.values()) * T
         self.tokens["evaluated"] += sum(windows) * T
-        kind = "tokens" if per_token else "sequences"
+        kind = "sequences"
+        if per_token:
+            kind = "tokens"
         path = run.folder / f"{kind}-{limit}.npz"
         losses = self.known(path)
         barrier()  # before the first rank may write
@@ -608,13 +615,17 @@ class History:
         """A domain's share and loss, as far as they are known; shorter for more than five."""
         share = ""
         loss = ""
-        short = len(self.domains) > 5
+        digits = 4
+        if len(self.domains) > 5:
+            digits = 3
         if line["counts"]:
             part = line["counts"].get(domain, 0) / sum(line["counts"].values())
-            share = f"{part:.0%}" if short else f"{part:.1%}"
+            share = f"{part:.{digits - 3}%}"
         if line["losses"]:
-            loss = f"{line['losses'][domain]:.3f}" if short else f"{line['losses'][domain]:.4f}"
-        return f"{share:>5}{loss:>6}" if short else f"{share:>9}{loss:>8}"
+            loss = f"{line['losses'][domain]:.{digits}f}"
+        if digits == 3:
+            return f"{share:>5}{loss:>6}"
+        return f"{share:>9}{loss:>8}"
 
     def moves(self, counts: dict[str, int]) -> str:
         """The four domains whose shares are the farthest from the first mixture's."""
@@ -689,7 +700,10 @@ def pretrain(model: GPTNeoX, data: Data, hyper: Hyperparameters, args) -> Path:
 
 
 def title_of(method: str) -> str:
-    return "reweighted" if method == "reweight" else method
+    """What the result of a method is called."""
+    if method == "reweight":
+        return "reweighted"
+    return method
 
 
 def comparison(runs: Runs, counts: dict[str, int], method: str, objective: Objective) -> dict:
@@ -713,8 +727,7 @@ def comparison(runs: Runs, counts: dict[str, int], method: str, objective: Objec
             runs.train(mixture, name)
         dtype = runs.hyper.dtype
         losses[name] = evaluate(runs.model, data, "test", T, dtype, None, runs.stop_if_asked)
-    shown = None if objective.name == "mean" else objective
-    result = results(losses, data, "test", T, shown)
+    result = results(losses, data, "test", T, objective)
     three = [losses[name] for name in ("untouched", "uniform", title)]
     result["difference"] = compare(three[1], three[2], data, "test", T)
     result["judged"] = judge(*three, data, "test", T, objective)
@@ -731,8 +744,10 @@ def verdict(result: dict) -> str:
     difference = result["difference"]
     name = list(result["models"])[-1]
     low, high = result["judged"]["interval"]
+    if name == "uniform":
+        return "uniform is uniform"
     if low == high == 0:
-        return f"{name} is uniform" + ("" if name == "uniform" else ": no other mixture was better")
+        return f"{name} is uniform: no other mixture was better"
     words = "not distinguishable from"
     if high < 0:
         words = "better than"
@@ -762,9 +777,11 @@ def draw(history: History, found: int, is_path: bool, path: Path) -> None:
     left, right, *others = figure.subplots(1, panels)
     draw_rounds(history, is_path, left, right)
     for axes in (left, right):
-        axes.set_xlabel("round (hollow: predicted)" if predicted and axes is right else "round")
+        axes.set_xlabel("round")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.axvline(found, color="0.88", linewidth=10, zorder=0, label="mixture found")
+    if predicted:
+        right.set_xlabel("round (hollow: predicted)")
     for axes in others:  # what sparing the domain that pays most costs
         worst = [change.max() for change in predicted]
         scores = [history.objective.of(change) for change in predicted]
@@ -980,7 +997,9 @@ def whether_spared(result: dict, args) -> list[str]:
     if spare is None:
         return []
     worst = list(result["models"].values())[-1]["difference"]["worst"]
-    held = "held" if worst <= spare else "did not hold"
+    held = "did not hold"
+    if worst <= spare:
+        held = "held"
     return [f"--spare {spare} {held} on the test split: the domain that pays most, {worst:+.4f}"]
 
 
