@@ -601,11 +601,10 @@ class History:
         if line["losses"] and foretold:
             score = self.score(self.untouched + np.array(foretold[-1]["predicted"]))
             below.append(f"{score:.4f} was predicted")
-        below += [
-            f"{d} {n / self.windows[d]:.1f} times"
-            for d, n in counts.items()
-            if n > self.windows.get(d, n)
-        ]
+        times = {d: n / self.windows[d] for d, n in counts.items() if n > self.windows.get(d, n)}
+        ranked = sorted(times, key=times.get, reverse=True)
+        if times:
+            below.append(prepare.first_of([f"{d} {times[d]:.1f} times" for d in ranked]))
         text = text.rstrip()
         if below:
             text += f"\n{'':>12}  {', '.join(below)}"
@@ -873,10 +872,10 @@ def own_options(args) -> dict:
 
 def warn_of_few_documents(losses: Losses, data: Data, seq_len: int) -> None:
     measured = results({"untouched": losses}, data, "val", seq_len)["domains"]
-    for d, n in measured.items():
-        if n["documents"] < FEW_DOCUMENTS:
-            words = f"only {n['documents']} documents of {d} are measured"
-            say(f"warning: {words}; prepare more, or --eval-sequences")
+    few = [d for d, n in measured.items() if n["documents"] < FEW_DOCUMENTS]
+    if few:
+        words = f"fewer than {FEW_DOCUMENTS} documents are measured of {prepare.first_of(few)}"
+        say(f"warning: {words}; prepare more, or --eval-sequences")
 
 
 def begin_history(runs: Runs, path: Path, objective: Objective) -> History:

@@ -101,6 +101,14 @@ def tell(*lines: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def first_of(words: list[str], most: int = 4) -> str:
+    """Words in one line; of many the first ones, and how many there are more."""
+    more = len(words) - most
+    if more > 0:
+        words = [*words[:most], f"{more} more"]
+    return ", ".join(words)
+
+
 class Bar(contextlib.AbstractContextManager):
     """How far a stage has come: a bar on a terminal, elsewhere a line every 30 seconds.
 

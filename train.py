@@ -1157,13 +1157,15 @@ def say_cost(model: GPTNeoX, hyper: Hyperparameters, sequences: int, device: tor
 
 def say_repeats(repeats: dict[str, float]) -> None:
     """Say which domains a pass goes through more than once."""
-    often = ", ".join(f"{d} {n:.1f}" for d, n in repeats.items() if n > 1)
+    ranked = sorted(repeats, key=repeats.get, reverse=True)
+    often = [f"{d} {repeats[d]:.1f}" for d in ranked if repeats[d] > 1]
     if often:
-        say(f"        times through a domain: {often}")
+        say(f"        times through a domain: {prepare.first_of(often)}")
     # Up to four epochs are worth nearly as much as new text (2305.16264).
-    for d, n in repeats.items():
-        if n > 4:
-            say(f"warning: {n:.1f} times through {d}; more than 4 teach little: prepare more of it")
+    too_often = [d for d in ranked if repeats[d] > 4]
+    if too_often:
+        names = prepare.first_of(too_often)
+        say(f"warning: more than 4 times through {names}; more teach little: prepare more of it")
 
 
 def main():

@@ -204,7 +204,7 @@ def test_grow_trains_on_the_growing_quantities_and_compares_at_equal_length(sear
     assert [sum(line["counts"].values()) for line in history_of(out)[1:]] == [16, 96]
     assert read(out / "mix.json")["round"] == 2
     assert json.dumps(dict.fromkeys(data.domains, 32)) in with_weights(out)
-    assert all(f"documents of {d} are measured" in text for d in data.domains)
+    assert f"fewer than 10 documents are measured of {', '.join(data.domains)};" in text
 
 
 def test_the_objective_chooses_the_round(search):
@@ -276,7 +276,8 @@ def test_forty_domains_need_no_more_open_files_than_three(tmp_path):
     [text] = ends_well(Run(tmp_path, "mix", *argv))
     rounds = [line for line in text.splitlines() if line[:5].strip().isdigit()]
     assert len(rounds) == 3
-    assert max(map(len, rounds)) <= 100
+    lines = [line for line in text.splitlines() if str(tmp_path) not in line]
+    assert max(map(len, lines)) <= 100
     assert [len(line["losses"]) for line in history_of(tmp_path / "run")] == [40] * 3
 
 
