@@ -182,10 +182,10 @@ def experts(runs: "Runs", history: "History", start: dict[str, int], args) -> di
     begun = runs.measure(start, "the start")
     history.add(start, begun, note="the start")
     law = Law(losses_of_experts(runs, start, args.expert_sequences or args.sequences // SHORT))
-    begun_by_law = law.losses(u)
+    scale = np.ones(len(begun))
 
     def changes(w: np.ndarray) -> np.ndarray:
-        return begun - history.untouched + law.losses(w) - begun_by_law
+        return begun - history.untouched + scale * (law.losses(w) - law.losses(u))
 
     # No share may grow beyond 4 repeats.
     high = ((runs.cap - (1 - SOFT) * u) / SOFT).clip(0, 1)
@@ -194,19 +194,31 @@ def experts(runs: "Runs", history: "History", start: dict[str, int], args) -> di
         w = best_weights(law, objective, changes, high, bound)
         return runs.counts((1 - SOFT) * u + SOFT * w), changes(w)
 
+    found, predicted = best(history.objective)
+    history.foretell(found, predicted, "the best by the law")
+    measured = runs.measure(found, "the best by the law")
+    change = measured - history.untouched
+    history.add(found, measured, bound=change.max())
+    runs.keep_only(start, found)
+
+    # Short experts tell which way a loss goes, but not how far: that the run on the best one says.
+    by_law = predicted - (begun - history.untouched)
+    clear = np.abs(by_law) > 1e-3
+    scale[clear] = ((measured - begun)[clear] / by_law[clear]).clip(1, 5)
+
     # From the best mixture to the one by which the domain that pays most pays least.
-    counts, change = best(history.objective)
     sparing, least = best(WORST)
-    for bound in np.linspace(change.max(), least.max(), 5):
+    for bound in np.linspace(change.max(), least.max(), 5)[1:]:
         point, predicted = best(history.objective, bound)
-        history.foretell(point, predicted, f"no domain above {bound:+.4f}")
-    if args.spare is not None:
-        counts, change = best(history.objective, args.spare)
-        if change.max() > args.spare + 1e-3:
-            say(f"warning: no mixture is predicted to hold --spare {args.spare}; taking the last")
-            counts, change = sparing, least
-    history.foretell(counts, change, "taken")
-    return counts
+        history.foretell(point, predicted, f"no domain above {bound:+.4f}", bound=bound)
+    if history.objective is WORST:
+        found = sparing
+    if args.spare is not None and change.max() > args.spare:
+        found, predicted = best(history.objective, args.spare)
+        if predicted.max() > args.spare + 1e-3:
+            say(f"warning: no mixture is predicted to hold --spare {args.spare}; the last is taken")
+            found = sparing
+    return found
 
 
 def losses_of_experts(runs: "Runs", start: dict[str, int], sequences: int) -> list[Losses]:
@@ -354,7 +366,7 @@ METHODS = {
     "natural": Method(fixed, "no pass"),
     "reweight": Method(reweight, "a pass a round, of --rounds at most", REWEIGHT_OPTIONS),
     "doremi": Method(doremi, "3 passes"),
-    "experts": Method(experts, "a quarter of a pass a domain, and one", EXPERTS_OPTIONS, False),
+    "experts": Method(experts, "a quarter of a pass a domain, and 2", EXPERTS_OPTIONS, False),
 }
 
 
@@ -575,11 +587,11 @@ class History:
             prepare.write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
         say(self.words(line))
 
-    def foretell(self, counts: dict[str, int], changes: np.ndarray, note: str) -> None:
+    def foretell(self, counts: dict[str, int], changes: np.ndarray, note: str, **more) -> None:
         """Note a mixture whose changes (K,) from the untouched model's losses are predicted."""
         score = self.score(self.untouched + changes)
         note = f"{note}: {self.objective.name} {score:.4f} predicted"
-        self.add(counts, note=note, predicted=changes.tolist())
+        self.add(counts, note=note, predicted=changes.tolist(), **more)
 
     def words(self, line: dict) -> str:
         """A line of the table, within 100 columns, and below it what else there is to say."""
@@ -640,6 +652,12 @@ class History:
     def measured(self) -> list[dict]:
         """The lines of mixtures whose losses are known."""
         return [line for line in self.lines if line["counts"] and line["losses"]]
+
+    def changes(self, line: dict) -> np.ndarray:
+        """Of a mixture's losses from the untouched model's (K,), as measured, or as predicted."""
+        if line["losses"]:
+            return np.array(list(line["losses"].values())) - self.untouched
+        return np.array(line["predicted"])
 
     def best(self) -> dict:
         """The line with the lowest objective; the earlier one of equals."""
@@ -769,8 +787,8 @@ def draw(history: History, found: int, is_path: bool, path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    predicted = [np.array(line["predicted"]) for line in history.lines if "predicted" in line]
-    panels = 3 if predicted else 2
+    spared = [line for line in history.lines if "bound" in line]
+    panels = 3 if spared else 2
     # Not by pyplot, which keeps every figure that is not closed.
     figure = Figure(figsize=(5 * panels, 4.2), layout="constrained")
     left, right, *others = figure.subplots(1, panels)
@@ -779,18 +797,18 @@ def draw(history: History, found: int, is_path: bool, path: Path) -> None:
         axes.set_xlabel("round")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.axvline(found, color="0.88", linewidth=10, zorder=0, label="mixture found")
-    if predicted:
+    if spared:
         right.set_xlabel("round (hollow: predicted)")
     for axes in others:  # what sparing the domain that pays most costs
-        worst = [change.max() for change in predicted]
-        scores = [history.objective.of(change) for change in predicted]
-        axes.plot(worst[:-1], scores[:-1], "k.-")
-        axes.plot(worst[-1], scores[-1], "o", color="0.8", markersize=12, zorder=0)
-        words = {
-            "xlabel": "largest change of a domain",
-            "ylabel": f"change of the {history.objective.name}",
-        }
-        axes.set(title="Predicted, from the untouched model", **words)
+        changes = [history.changes(line) for line in spared]
+        scores = [history.objective.of(change) for change in changes]
+        axes.plot([change.max() for change in changes], scores, "k.-")
+        taken = history.changes(history.lines[found])
+        score = history.objective.of(taken)
+        axes.plot(taken.max(), score, "o", color="0.8", markersize=12, zorder=0)
+        axes.set_title("From the untouched model")
+        axes.set_xlabel("largest change of a domain (measured; else predicted)")
+        axes.set_ylabel(f"change of the {history.objective.name}")
     for axes in (left, right, *others):
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = right.get_legend_handles_labels()

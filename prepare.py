@@ -4,6 +4,8 @@
     python prepare.py --out data/mine arxiv=papers/ web='crawl/*.jsonl.gz' --tokenizer train:4096
     python prepare.py --out data/pile val.jsonl.zst --domain-key meta.pile_set_name \
                       --tokenizer pythia-70m
+
+A document's split is chosen by the hash of its text alone, and never changes.
 """
 
 import argparse

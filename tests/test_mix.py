@@ -172,8 +172,8 @@ def test_a_search_writes_what_it_promises(name, searches, data, small):
     # What it cost: passes of 48 sequences, and evaluations of at most 20 of a domain.
     windows = sum(map(len, evaluate(load(small), data, "val", 32, limit=20).values()))
     rounds = len(history) - 1
-    passes = {"reweight": rounds, "doremi": 3, "experts": 1}.get(method, 0)
-    evaluated = {"reweight": rounds + 1, "experts": 2}.get(method, 1) * windows
+    passes = {"reweight": rounds, "doremi": 3, "experts": 2}.get(method, 0)
+    evaluated = {"reweight": rounds + 1, "experts": 3}.get(method, 1) * windows
     trained = 48 * passes
     if method == "experts":  # three of a quarter, each measured on 16 windows a domain
         trained += 3 * 12

@@ -9,6 +9,7 @@ before, over the size of the fp32 weights.
 """
 
 import argparse
+import importlib
 import multiprocessing
 import re
 import statistics
@@ -34,6 +35,7 @@ def most_held() -> int:
 
 def measure(side: str, folder: str) -> tuple[float, float]:
     """Seconds, and memory over that of the weights."""
+    importlib.import_module("torch._dynamo")  # as torch does, once, for the shape of a model
     call = load
     if side == "transformers":
         from transformers import GPTNeoXForCausalLM
