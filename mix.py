@@ -104,22 +104,32 @@ class Law:
     """The losses of mixed experts: L_i(w) = -mean over i's tokens of ln Σ_k w_k exp(-ℓ_k).
 
     losses: every expert's loss ℓ_k of every token, {domain: (n, T)}, nats. Expert k stands for a
-    domain of its own; w (K,), of sum 1, mixes what they predict (2502.15950, section 3).
+    domain of its own; w (K,), of sum 1, mixes what they predict (2502.15950, section 3). start:
+    weights whose losses are known, by a run: one for each domain that is measured.
     """
 
-    def __init__(self, losses: list[Losses]):
-        self.least = []  # by domain: the mean of the least loss that any expert has
+    def __init__(self, losses: list[Losses], start: np.ndarray, known: np.ndarray):
         self.odds = []  # by domain: (K, tokens), each expert's probability over the largest
         for domain in losses[0]:
             of_experts = np.stack([one[domain].ravel() for one in losses])
-            least = of_experts.min(0)
-            self.least.append(least.mean())
-            self.odds.append(np.exp(least - of_experts))
+            self.odds.append(np.exp(of_experts.min(0) - of_experts))
+        self.known = known
+        self.scale = np.ones(len(known))
+        self.start = self.gains(start)
+
+    def gains(self, w: np.ndarray) -> np.ndarray:
+        """The mean log of the probability that w gives a token, over the best expert's."""
+        return np.array([np.log(w.astype(np.float32) @ odds).mean() for odds in self.odds])
 
     def losses(self, w: np.ndarray) -> np.ndarray:
-        """(K,) or, if more domains are measured than have an expert, as many as these."""
-        mixed = [np.log(w.astype(np.float32) @ odds).mean() for odds in self.odds]
-        return np.array(self.least) - np.array(mixed)
+        """Of every domain that is measured."""
+        return self.known - self.scale * (self.gains(w) - self.start)
+
+    def correct(self, w: np.ndarray, measured: np.ndarray) -> None:
+        """Learn from a run how far losses go: short experts know which way, but not how far."""
+        by_law = self.losses(w) - self.known
+        clear = np.abs(by_law) > 1e-3
+        self.scale[clear] = ((measured - self.known)[clear] / by_law[clear]).clip(1, 5)
 
     def accounts(self, w: np.ndarray) -> np.ndarray:
         """The share of each domain's tokens (rows) that each expert accounts for: (…, K)."""
@@ -127,7 +137,7 @@ class Law:
         for odds in self.odds:
             mixed = w.astype(np.float32) @ odds
             rows.append(w * (odds @ (1 / mixed)) / len(mixed))
-        return np.array(rows)
+        return self.scale[:, None] * np.array(rows)
 
 
 def capped(w: np.ndarray, high: np.ndarray) -> np.ndarray:
@@ -142,17 +152,13 @@ def capped(w: np.ndarray, high: np.ndarray) -> np.ndarray:
 
 
 def best_weights(
-    law: Law,
-    objective: Objective,
-    changes: Callable[[np.ndarray], np.ndarray],
-    high: np.ndarray,
-    bound: float = np.inf,
+    law: Law, objective: Objective, untouched: np.ndarray, high: np.ndarray, bound: float = np.inf
 ) -> np.ndarray:
-    """The experts' weights (K,) of the least objective, none above high, no change above bound.
+    """The experts' weights (K,) of the least objective, none above high.
 
     w_k ← Σ_i v_i · the share of i's tokens that expert k accounts for: expectation-maximisation
     (Dempster, Laird & Rubin 1977, section 4.3) for domains that count v. They count more, step by
-    step, where changes(w) exceeds the bound or, for `worst`, is the largest.
+    step, where a loss exceeds the untouched model's by more than bound or, for `worst`, the most.
     """
     w = capped(np.ones(len(high)), high)
     v = objective.weights
@@ -162,11 +168,11 @@ def best_weights(
     for _ in range(500):
         w = capped((v + more) @ law.accounts(w), high)
         if objective.weights is None:
-            change = changes(w)
+            change = law.losses(w) - untouched
             v = v * np.exp(10 * (change - change.max()))
             v = v / v.sum()
         elif bound < np.inf:
-            more = np.maximum(more + 10 * (changes(w) - bound), 0)
+            more = np.maximum(more + 10 * (law.losses(w) - untouched - bound), 0)
     return w
 
 
@@ -176,48 +182,45 @@ def experts(runs: "Runs", history: "History", start: dict[str, int], args) -> di
     Expert k is the base trained on a fraction of a pass, with a schedule of its own, in the
     proportions (1 - λ) u + λ e_k, u the start's. Weights w of what they predict stand for the
     mixture (1 - λ) u + λ w. That says how the losses of two mixtures differ; what they are, a run
-    on the start.
+    on the start, and how far they differ, one on the best.
     """
     u = runs.shares(start)
     begun = runs.measure(start, "the start")
     history.add(start, begun, note="the start")
-    law = Law(losses_of_experts(runs, start, args.expert_sequences or args.sequences // SHORT))
-    scale = np.ones(len(begun))
-
-    def changes(w: np.ndarray) -> np.ndarray:
-        return begun - history.untouched + scale * (law.losses(w) - law.losses(u))
-
+    sequences = args.expert_sequences or args.sequences // SHORT
+    law = Law(losses_of_experts(runs, start, sequences), u, begun)
     # No share may grow beyond 4 repeats.
     high = ((runs.cap - (1 - SOFT) * u) / SOFT).clip(0, 1)
 
-    def best(objective: Objective, bound: float = np.inf) -> tuple[dict[str, int], np.ndarray]:
-        w = best_weights(law, objective, changes, high, bound)
-        return runs.counts((1 - SOFT) * u + SOFT * w), changes(w)
+    def best(objective: Objective, bound: float = np.inf) -> np.ndarray:
+        return best_weights(law, objective, history.untouched, high, bound)
 
-    found, predicted = best(history.objective)
-    history.foretell(found, predicted, "the best by the law")
+    def counts(w: np.ndarray) -> dict[str, int]:
+        return runs.counts((1 - SOFT) * u + SOFT * w)
+
+    w = best(history.objective)
+    found = counts(w)
+    history.foretell(found, law.losses(w), "the best by the law")
     measured = runs.measure(found, "the best by the law")
-    change = measured - history.untouched
-    history.add(found, measured, bound=change.max())
+    history.add(found, measured, bound=(measured - history.untouched).max())
     runs.keep_only(start, found)
-
-    # Short experts tell which way a loss goes, but not how far: that the run on the best one says.
-    by_law = predicted - (begun - history.untouched)
-    clear = np.abs(by_law) > 1e-3
-    scale[clear] = ((measured - begun)[clear] / by_law[clear]).clip(1, 5)
+    law.correct(w, measured)
 
     # From the best mixture to the one by which the domain that pays most pays least.
-    sparing, least = best(WORST)
-    for bound in np.linspace(change.max(), least.max(), 5)[1:]:
-        point, predicted = best(history.objective, bound)
-        history.foretell(point, predicted, f"no domain above {bound:+.4f}", bound=bound)
+    most = (measured - history.untouched).max()
+    sparing = best(WORST)
+    least = (law.losses(sparing) - history.untouched).max()
+    for bound in np.linspace(most, least, 5)[1:]:
+        w = best(history.objective, bound)
+        note = f"no domain above {bound:+.4f}"
+        history.foretell(counts(w), law.losses(w), note, bound=bound)
     if history.objective is WORST:
-        found = sparing
-    if args.spare is not None and change.max() > args.spare:
-        found, predicted = best(history.objective, args.spare)
-        if predicted.max() > args.spare + 1e-3:
+        found = counts(sparing)
+    if args.spare is not None and most > args.spare:
+        found = counts(best(history.objective, args.spare))
+        if least > args.spare + 1e-3:
             say(f"warning: no mixture is predicted to hold --spare {args.spare}; the last is taken")
-            found = sparing
+            found = counts(sparing)
     return found
 
 
@@ -587,11 +590,10 @@ class History:
             prepare.write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
         say(self.words(line))
 
-    def foretell(self, counts: dict[str, int], changes: np.ndarray, note: str, **more) -> None:
-        """Note a mixture whose changes (K,) from the untouched model's losses are predicted."""
-        score = self.score(self.untouched + changes)
-        note = f"{note}: {self.objective.name} {score:.4f} predicted"
-        self.add(counts, note=note, predicted=changes.tolist(), **more)
+    def foretell(self, counts: dict[str, int], losses: np.ndarray, note: str, **more) -> None:
+        """Note a mixture whose losses (K,) are predicted."""
+        note = f"{note}: {self.objective.name} {self.score(losses):.4f} predicted"
+        self.add(counts, note=note, predicted=losses.tolist(), **more)
 
     def words(self, line: dict) -> str:
         """A line of the table, within 100 columns, and below it what else there is to say."""
@@ -611,7 +613,7 @@ class History:
             below.append(f"as round {again}")
         foretold = [one for one in self.lines if "predicted" in one and one["counts"] == counts]
         if line["losses"] and foretold:
-            score = self.score(self.untouched + np.array(foretold[-1]["predicted"]))
+            score = self.score(np.array(foretold[-1]["predicted"]))
             below.append(f"{score:.4f} was predicted")
         times = {d: n / self.windows[d] for d, n in counts.items() if n > self.windows.get(d, n)}
         ranked = sorted(times, key=times.get, reverse=True)
@@ -655,9 +657,10 @@ class History:
 
     def changes(self, line: dict) -> np.ndarray:
         """Of a mixture's losses from the untouched model's (K,), as measured, or as predicted."""
+        losses = line.get("predicted")
         if line["losses"]:
-            return np.array(list(line["losses"].values())) - self.untouched
-        return np.array(line["predicted"])
+            losses = list(line["losses"].values())
+        return np.array(losses) - self.untouched
 
     def best(self) -> dict:
         """The line with the lowest objective; the earlier one of equals."""
@@ -834,7 +837,7 @@ def draw_rounds(history: History, is_path: bool, left, right) -> None:
         shares = [100 * m["counts"].get(d, 0) / sum(m["counts"].values()) for m in mixtures]
         left.plot([line["round"] for line in mixtures], shares, **style)
         right.plot(rounds, changes[:, k], label=d, **style)
-        guesses = [line["predicted"][k] + history.untouched[k] - first[k] for line in foretold]
+        guesses = [line["predicted"][k] - first[k] for line in foretold]
         right.plot([line["round"] for line in foretold], guesses, mfc="none", **style)
     right.plot(rounds, changes.mean(1), "k--" if is_path else "k_", lw=2, label="mean")
     right.axhline(0, color="0.7", linewidth=1, zorder=0)

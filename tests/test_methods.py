@@ -184,15 +184,22 @@ def test_weights_of_sequences_scale_the_loss_they_are_trained_on(data, small, tm
 
 def test_what_mixed_experts_lose_by_hand():
     """Probabilities 1/2, 1/4 of a token and 1/8, 1/2 of another, mixed half and half."""
-    law = Law([{"x": LN([[2, 8]])}, {"x": LN([[4, 2]])}])
+    only = np.array([1.0, 0])
+    law = Law([{"x": LN([[2, 8]])}, {"x": LN([[4, 2]])}], only, np.array([3.0]))
+    assert law.losses(only) == [3]
     w = np.array([0.5, 0.5])
-    assert law.losses(w) == pytest.approx([-np.mean(LN([3 / 8, 5 / 16]))])
+    less = np.mean(LN([1 / 2, 1 / 8]) - LN([3 / 8, 5 / 16]))
+    assert law.losses(w) == pytest.approx([3 + less])
     # Of the first token the experts account for 2/3 and 1/3, of the second for 1/5 and 4/5.
     assert law.accounts(w) == pytest.approx(np.array([[13 / 30, 17 / 30]]))
+    law.correct(w, np.array([3 + 3 * less]))
+    assert law.losses(w) == pytest.approx([3 + 3 * less])
+    assert law.losses(only) == [3]
 
 
 def soft_experts(K: int, tokens: int = 400) -> Law:
-    """Experts that are each better at a domain of their own, and somewhat so at the next one."""
+    """Experts that are each better at a domain of their own, and somewhat so at the next one; what
+    the last domain loses is twice what they say."""
     rng = np.random.default_rng(0)
     losses = []
     plain = rng.gamma(2, 1.5, (K, tokens))
@@ -201,7 +208,9 @@ def soft_experts(K: int, tokens: int = 400) -> Law:
         noise = 0.5 * rng.normal(size=(K, tokens))
         of_domains = plain - gain[:, None] * rng.gamma(1, 1, (K, tokens)) + noise
         losses.append({str(i): values[None] for i, values in enumerate(of_domains)})
-    return Law(losses)
+    law = Law(losses, np.full(K, 1 / K), np.full(K, 3.0))
+    law.scale[-1] = 2
+    return law
 
 
 OBJECTIVES = ["mean", "0=3,2=1", "worst"]
@@ -215,14 +224,14 @@ def test_the_best_weights_are_those_that_a_search_of_all_finds(objective, cap, b
     law = soft_experts(3)
     objective = parse_objective(objective, ["0", "1", "2"])
     high = np.array([cap, 1, 1])
-    untouched = law.losses(np.full(3, 1 / 3)) + 0.2 + LOW
+    untouched = law.known + 0.2 + LOW
 
     def changes(w):
         return law.losses(w) - untouched
 
     if objective is WORST:
         bound = np.inf
-    w = best_weights(law, objective, changes, high, bound)
+    w = best_weights(law, objective, untouched, high, bound)
     assert w.sum() == pytest.approx(1)
     assert (w <= high + 1e-9).all()
     assert changes(w).max() <= bound + 1e-4
@@ -249,7 +258,7 @@ def test_experts_are_short_and_half_their_own_domain(tmp_path):
     asked = [[800, 800], ([300, 100], 400, short), ([100, 300], 400, short)]
     assert runs.asked == [*asked, [800, 800]]  # what was found, as the two are alike
     assert list(counts.values()) == [800, 800]
-    assert history.lines[2]["predicted"] == pytest.approx([-LN(1.5) - 1] * 2)
+    assert history.lines[2]["predicted"] == pytest.approx([-LN(1.5)] * 2)
 
 
 def test_no_expert_counts_for_more_than_four_repeats(tmp_path):

@@ -308,10 +308,11 @@ def proxies(bench: Bench, shares: np.ndarray, losses: np.ndarray) -> dict[str, d
 
     with bench.history(runs, "law of experts") as history:
         experts = losses_of_experts(runs, uniform, bench.args.sequences // SHORT)
-    law = Law(experts)
+    start = runs.shares(uniform)
+    law = Law(experts, start, np.zeros(len(start)))
     by_experts = []
     for p in shares:  # of those that are farther than an expert, the nearest
-        w = (p - (1 - SOFT) * runs.shares(uniform)).clip(0)
+        w = (p - (1 - SOFT) * start).clip(0)
         by_experts.append(law.losses(w / w.sum()))
 
     history = bench.found("returns", 0)["history"]
