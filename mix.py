@@ -98,6 +98,7 @@ def reweight(runs: "Runs", history: "History", start: dict[str, int], args) -> d
 SOFT = 0.5  # λ: the share of an expert's sequences that are its own domain's
 SHORT = 4  # an expert has so many times fewer sequences than a pass
 STEPS = 25  # and at least so many steps, of a smaller batch if need be
+MEASURED = 2**20  # tokens of all domains, at most, on which it is measured; each takes 4 bytes
 
 
 class Law:
@@ -230,8 +231,9 @@ def losses_of_experts(runs: "Runs", start: dict[str, int], sequences: int) -> li
     sequences = max(1, sequences)
     # A few steps of a large batch would leave the experts too much alike.
     batch_size = min(runs.hyper.batch_size, math.ceil(sequences / STEPS))
-    # Of so many windows an expert takes less time to be measured than to be trained.
-    windows = max(16, 2 * sequences // len(runs.domains))
+    # On so many windows an expert is measured in less time than it is trained.
+    K = len(runs.domains)
+    windows = max(16, min(2 * sequences // K, MEASURED // (K * runs.hyper.seq_len)))
     size = f"{sequences} sequences, {batch_size} a step"
     say(f"{len(u)} experts, each of {size}, measured on {windows} windows a domain")
     losses = []
