@@ -11,6 +11,7 @@ split, trained on as many sequences.
 import contextlib
 import json
 import math
+import shlex
 import time
 import zipfile
 from collections.abc import Callable
@@ -37,7 +38,7 @@ from eval import (
     signed,
     table,
 )
-from model import GPTNeoX, add_up, barrier, finish, rank, say, start, world_size
+from model import GPTNeoX, add_up, barrier, finish, on_all_ranks, rank, say, start, world_size
 from prepare import Data, InputError
 from train import Hyperparameters, Mixture, rescale
 
@@ -84,7 +85,6 @@ def reweight(runs: "Runs", history: "History", start: dict[str, int], args) -> d
         # Trained on A from the base: the validation loss of each domain.
         L = runs.measure(counts, f"round {number}")
         history.add(counts, L, quantities=A.tolist())
-        runs.keep_only(history.counts(1), history.best()["counts"])  # the comparison needs these
         if number - history.best()["round"] == 2:
             say(f"stopped: the {history.objective.name} has not improved for two rounds")
             break
@@ -105,12 +105,14 @@ class Law:
     """The losses of mixed experts: L_i(w) = -mean over i's tokens of ln Σ_k w_k exp(-ℓ_k).
 
     losses: every expert's loss ℓ_k of every token, {domain: (n, T)}, nats. Expert k stands for a
-    domain of its own; w (K,), of sum 1, mixes what they predict (2502.15950, section 3). start:
-    weights whose losses are known, by a run: one for each domain that is measured.
+    domain of its own; w (K,), of sum 1, mixes what they predict (2502.15950, section 3). known:
+    the losses that a run has measured, of every domain, where the weights are `start`.
     """
 
     def __init__(self, losses: list[Losses], start: np.ndarray, known: np.ndarray):
-        self.odds = []  # by domain: (K, tokens), each expert's probability over the largest
+        # By domain, (K, tokens): each expert's probability of a token over the best one's, which
+        # no weights change.
+        self.odds = []
         for domain in losses[0]:
             of_experts = np.stack([one[domain].ravel() for one in losses])
             self.odds.append(np.exp(of_experts.min(0) - of_experts))
@@ -127,7 +129,10 @@ class Law:
         return self.known - self.scale * (self.gains(w) - self.start)
 
     def correct(self, w: np.ndarray, measured: np.ndarray) -> None:
-        """Learn from a run how far losses go: short experts know which way, but not how far."""
+        """Learn from a run how far losses go: short experts know which way, but not how far.
+
+        It is never less than they say, and five times as far at most.
+        """
         by_law = self.losses(w) - self.known
         clear = np.abs(by_law) > 1e-3
         self.scale[clear] = ((measured - self.known)[clear] / by_law[clear]).clip(1, 5)
@@ -166,14 +171,15 @@ def best_weights(
     if v is None:
         v = np.full(len(law.odds), 1 / len(law.odds))
     more = np.zeros(len(v))
-    for _ in range(500):
+    for step in range(500):
         w = capped((v + more) @ law.accounts(w), high)
+        rate = 10 / law.scale.max() / (1 + step / 50)  # falls, so that v comes to rest
         if objective.weights is None:
             change = law.losses(w) - untouched
-            v = v * np.exp(10 * (change - change.max()))
+            v = v * np.exp(rate * (change - change.max()))
             v = v / v.sum()
         elif bound < np.inf:
-            more = np.maximum(more + 10 * (law.losses(w) - untouched - bound), 0)
+            more = np.maximum(more + rate * (law.losses(w) - untouched - bound), 0)
     return w
 
 
@@ -204,25 +210,27 @@ def experts(runs: "Runs", history: "History", start: dict[str, int], args) -> di
     history.foretell(found, law.losses(w), "the best by the law")
     measured = runs.measure(found, "the best by the law")
     history.add(found, measured, bound=(measured - history.untouched).max())
-    runs.keep_only(start, found)
     law.correct(w, measured)
 
-    # From the best mixture to the one by which the domain that pays most pays least.
+    # From there to the mixture by which the domain that pays most pays least.
     most = (measured - history.untouched).max()
-    sparing = best(WORST)
-    least = (law.losses(sparing) - history.untouched).max()
+    w = best(WORST)
+    sparing = counts(w)
+    least = (law.losses(w) - history.untouched).max()
+    if history.objective is WORST:
+        history.foretell(sparing, law.losses(w), "the best by the law, corrected")
+        history.add(sparing, runs.measure(sparing, "the best by the law, corrected"))
+        return history.best()["counts"]
     for bound in np.linspace(most, least, 5)[1:]:
         w = best(history.objective, bound)
         note = f"no domain above {bound:+.4f}"
         history.foretell(counts(w), law.losses(w), note, bound=bound)
-    if history.objective is WORST:
-        found = counts(sparing)
-    if args.spare is not None and most > args.spare:
-        found = counts(best(history.objective, args.spare))
-        if least > args.spare + 1e-3:
-            say(f"warning: no mixture is predicted to hold --spare {args.spare}; the last is taken")
-            found = counts(sparing)
-    return found
+    if args.spare is None or most <= args.spare:
+        return found
+    if least > args.spare:
+        say(f"warning: no mixture is predicted to hold --spare {args.spare}; the last is taken")
+        return sparing
+    return counts(best(history.objective, args.spare))
 
 
 def losses_of_experts(runs: "Runs", start: dict[str, int], sequences: int) -> list[Losses]:
@@ -231,6 +239,9 @@ def losses_of_experts(runs: "Runs", start: dict[str, int], sequences: int) -> li
     sequences = max(1, sequences)
     # A few steps of a large batch would leave the experts too much alike.
     batch_size = min(runs.hyper.batch_size, math.ceil(sequences / STEPS))
+    smaller = {"batch_size": batch_size}
+    if runs.hyper.micro_batch_size:
+        smaller["micro_batch_size"] = min(runs.hyper.micro_batch_size, batch_size)
     # On so many windows an expert is measured in less time than it is trained.
     K = len(runs.domains)
     windows = max(16, min(2 * sequences // K, MEASURED // (K * runs.hyper.seq_len)))
@@ -240,7 +251,7 @@ def losses_of_experts(runs: "Runs", start: dict[str, int], sequences: int) -> li
     for domain, only in zip(runs.train_on, np.eye(len(u)), strict=True):
         counts = runs.counts((1 - SOFT) * u + SOFT * only, sequences)
         title = f"expert {domain}"
-        losses.append(runs.token_losses(counts, windows, title, batch_size=batch_size))
+        losses.append(runs.token_losses(counts, windows, title, **smaller))
     return losses
 
 
@@ -371,7 +382,7 @@ METHODS = {
     "natural": Method(fixed, "no pass"),
     "reweight": Method(reweight, "a pass a round, of --rounds at most", REWEIGHT_OPTIONS),
     "doremi": Method(doremi, "3 passes"),
-    "experts": Method(experts, "a quarter of a pass a domain, and 2", EXPERTS_OPTIONS, False),
+    "experts": Method(experts, "a quarter of a pass a domain, and 2 or 3", EXPERTS_OPTIONS, False),
 }
 
 
@@ -410,7 +421,7 @@ def train_once(
             say(f"{weights} is damaged, and made anew")
             weights.unlink()
     barrier()
-    if weights.is_file():
+    if on_all_ranks(weights.is_file(), next(model.parameters()).device):
         train.fill(model, run.folder)
         return
     if base is not None:
@@ -504,8 +515,8 @@ class Runs:
             kind = "tokens"
         path = run.folder / f"{kind}-{limit}.npz"
         losses = self.known(path)
-        barrier()  # before the first rank may write
-        if losses is None:
+        # All do the same; and none writes before all have looked.
+        if not on_all_ranks(losses is not None, next(self.model.parameters()).device):
             train_once(self.model, self.base, self.data, run, self.save_every, title)
             losses = self.evaluate(limit, per_token)
             if rank() == 0:
@@ -923,12 +934,18 @@ def parse_train_on(text: str | None, data: Data) -> list[str]:
     return domains
 
 
-def parse_args():
+# Options that another method takes over, where they are not the defaults.
+SHARED = ("data", "model", "sequences", "seq_len", "batch_size", "lr", "seed")
+SHARED += ("objective", "train_on", "start")
+
+
+def make_parser() -> prepare.ArgumentParser:
     parser = prepare.ArgumentParser(__doc__)
     train.add_options(parser, "out/mix")
     add = parser.add_argument
     add("--method", choices=METHODS, default="reweight", help="how to find the mixture")
-    lowers = "what the search lowers: mean, worst (the largest change) or weights: arxiv=2,web=1"
+    lowers = "what counts: mean, worst (the largest change) or weights, arxiv=2,web=1; experts "
+    lowers += "minimise it, reweight takes its best round by it, the verdict is of it"
     add("--objective", default="mean", help=lowers)
     add("--train-on", metavar="A,B", help="domains that may have a share; all are measured")
     add("--start", default="uniform", help="the first mixture, like train.py's --mix")
@@ -941,7 +958,19 @@ def parse_args():
             for option, settings in method.options.items():
                 group.add_argument(option, **settings)
     parser.set_defaults(sequences=1600)
+    return parser
+
+
+def parse_args():
+    parser = make_parser()
     args = train.parse_args(parser)
+    for name, method in METHODS.items():
+        for option in method.options:
+            key = option[2:].replace("-", "_")
+            if name != args.method and vars(args)[key] != parser.get_default(key):
+                raise InputError(f"{option} is of --method {name}, not of {args.method}")
+    if args.spare is not None and not abs(args.spare) < 1e9:
+        raise InputError(f"--spare {args.spare}: expected a number of nats")
     if args.rate is None:
         args.rate = RULES[args.rule][1]
     for name in ("rounds", "rate", "base_sequences", "base_lr", "expert_sequences"):
@@ -997,6 +1026,8 @@ def main():
             cost = dict(runs.tokens)
             if history.round_of(counts) is None:
                 history.add(counts, runs.measure(counts, "the mixture found"))
+            # The comparison needs no others.
+            runs.keep_only(runs.counts(np.ones(len(train_on))), counts)
             clock["search"] = time.perf_counter()
             result = comparison(runs, counts, args.method, objective)
             if rank() == 0:
@@ -1032,9 +1063,14 @@ def next_steps(args, result: dict) -> list[str]:
         larger = f"--data {args.data} --model pythia-1b --mix {args.out}/mix.json"
         steps = [f"next    python train.py {larger} --sequences {args.sequences} --out out/larger"]
     if args.method == "reweight" and "better than" not in verdict(result):
-        # In docs/scoreboard.md it is better than uniform on three data sets, the rule on none.
-        same = f"--data {args.data} --model {args.model} --sequences {args.sequences}"
-        steps.append(f"better  python mix.py {same} --method experts --out out/experts")
+        parser = make_parser()
+        words = ["python", "mix.py", "--method", "experts", "--out", "out/experts"]
+        for name in SHARED:
+            value = vars(args)[name]
+            if value != parser.get_default(name):
+                words += ["--" + name.replace("_", "-"), str(value)]
+        # docs/scoreboard.md: better than uniform on three data sets.
+        steps.append(f"better  {shlex.join(words)}")
     return steps
 
 

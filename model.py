@@ -664,6 +664,11 @@ def add_up(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def on_all_ranks(true: bool, device: torch.device) -> bool:
+    """Whether it is true on every rank: of a file, say, which one may see later than another."""
+    return add_up(torch.tensor(float(not true), device=device)).item() == 0
+
+
 def say(*lines: str) -> None:
     """Print on the first rank."""
     if rank() == 0:

@@ -22,7 +22,7 @@ from conftest import (
 )
 
 from eval import evaluate
-from mix import METHODS, RULES, Method, Runs, lopsided, update, verdict
+from mix import METHODS, RULES, Method, Runs, lopsided, make_parser, next_steps, update, verdict
 from model import can_compile, load
 from prepare import InputError, prepare
 from train import Hyperparameters
@@ -76,7 +76,9 @@ def test_the_lopsided_mixture_prefers_larger_domains(data):
 
 def mix_options(data, model, out, **changes) -> list[str]:
     """Of mix.py: at most three rounds of six steps of eight sequences, and what is changed."""
-    words = {"sequences": 48, "rounds": 3, "seq_len": 32, "eval_sequences": 20, "lr": 1e-2}
+    words = {"sequences": 48, "seq_len": 32, "eval_sequences": 20, "lr": 1e-2}
+    if changes.get("method", "reweight") == "reweight":
+        words["rounds"] = 3
     return train_options(data, model, out, mix=False, **words | changes)
 
 
@@ -224,6 +226,16 @@ def test_the_objective_chooses_the_round(search):
     assert rounds["mean"] != rounds["worst"]
 
 
+def test_where_the_rule_found_nothing_the_better_search_is_of_the_same():
+    words = ["--data", "my data", "--seq-len", "32", "--objective", "code=1", "--rate", "2"]
+    unsure = {"change": 0.0, "interval": [-1.0, 1.0]}
+    result = {"models": {"uniform": {}, "reweighted": {}}, "domains": {}, "judged": unsure}
+    result |= {"difference": {"improved": 0}, "sure": unsure}
+    *_, last = next_steps(make_parser().parse_args(words), result)
+    same = "--data 'my data' --seq-len 32 --objective code=1"
+    assert last == f"better  python mix.py --method experts --out out/experts {same}"
+
+
 def test_a_goal_that_is_not_trained_on(search):
     """Only code and prose have shares; sums alone is what the rounds, the table and the verdict
     are about, and what is to be spared."""
@@ -252,7 +264,13 @@ def test_a_goal_that_is_not_trained_on(search):
         ({"objective": "best"}, "expected mean, worst, or weights of code, prose, sums, like code"),
         ({"objective": "code=1,web=1"}, "expected mean, worst, or weights"),
         ({"objective": "code=0"}, "every weight is zero"),
-        ({"expert_sequences": 0}, "--expert-sequences 0: expected more than 0"),
+        (
+            {"method": "experts", "expert_sequences": 0},
+            "--expert-sequences 0: expected more than 0",
+        ),
+        ({"method": "experts", "spare": "nan"}, "--spare nan: expected a number"),
+        ({"spare": 0.1}, "--spare is of --method experts, not of reweight"),
+        ({"method": "doremi", "rounds": 2}, "--rounds is of --method reweight, not of doremi"),
         ({"rate": -1}, "--rate -1.0: expected more than 0"),
     ],
 )
