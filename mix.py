@@ -729,6 +729,16 @@ def pretrain(model: GPTNeoX, data: Data, hyper: Hyperparameters, args) -> Path:
     return folder
 
 
+def base_of(model: GPTNeoX, data: Data, hyper: Hyperparameters, args) -> tuple[str | Path, str]:
+    """What every run starts from, pretrained where it is scratch; and what says which that is."""
+    if args.model.startswith("scratch:"):
+        folder = pretrain(model, data, hyper, args)
+        return folder, folder.name
+    # The first rank has hashed the files, for all.
+    settings = prepare.load_json(Path(args.out) / "run.json")["settings"]
+    return args.model, name_of_base(args.model, settings["model's files"])
+
+
 # ---- the comparison ----
 
 
@@ -1012,12 +1022,7 @@ def main():
     own_files = (*train.OWN_FILES, "history.jsonl", "mix.json", "mix.png", "runs")
     with train.claim(out, args, settings, [], own_files), train.stoppable():
         if not (out / "model.safetensors").is_file():
-            base = args.model
-            files = prepare.load_json(out / "run.json")["settings"]["model's files"]
-            base_name = name_of_base(base, files)
-            if base.startswith("scratch:"):
-                base = pretrain(model, data, hyper, args)
-                base_name = base.name
+            base, base_name = base_of(model, data, hyper, args)
             clock["base"] = time.perf_counter()
             sizes = (args.sequences, args.eval_sequences, args.save_every)
             runs = Runs(model, base, base_name, data, hyper, out / "runs", *sizes, train_on)
