@@ -773,7 +773,7 @@ def comparison(runs: Runs, counts: dict[str, int], method: str, objective: Objec
     result = results(losses, data, "test", T, objective)
     three = [losses[name] for name in ("untouched", "uniform", title)]
     result["difference"] = compare(three[1], three[2], data, "test", T)
-    result["judged"] = judge(*three, data, "test", T, objective)
+    result["judged"] = judge(*three, data, "test", T, objective) | {"objective": objective.name}
     sure = [d for d, n in result["domains"].items() if n["documents"] >= FEW_DOCUMENTS]
     result["sure"] = None
     if objective.only(runs.domains, sure):
@@ -802,8 +802,11 @@ def verdict(result: dict) -> str:
         words = "not distinguishable from"
         few = f" (what differs are domains of fewer than {FEW_DOCUMENTS} documents)"
     better = f"better in {difference['improved']} of {len(result['domains'])} domains"
+    what = ""
+    if result["judged"]["objective"] != "mean":
+        what = f" ({result['judged']['objective']})"
     change = signed(result["judged"])
-    return f"{name} - uniform: {change} nats, {better}:\n{words} uniform, by this seed{few}"
+    return f"{name} - uniform{what}: {change} nats, {better}:\n{words} uniform, by this seed{few}"
 
 
 def draw(history: History, found: int, is_path: bool, path: Path) -> None:

@@ -228,7 +228,7 @@ def test_the_objective_chooses_the_round(search):
 
 def test_where_the_rule_found_nothing_the_better_search_is_of_the_same():
     words = ["--data", "my data", "--seq-len", "32", "--objective", "code=1", "--rate", "2"]
-    unsure = {"change": 0.0, "interval": [-1.0, 1.0]}
+    unsure = {"change": 0.0, "interval": [-1.0, 1.0], "objective": "mean"}
     result = {"models": {"uniform": {}, "reweighted": {}}, "domains": {}, "judged": unsure}
     result |= {"difference": {"improved": 0}, "sure": unsure}
     *_, last = next_steps(make_parser().parse_args(words), result)
@@ -252,6 +252,7 @@ def test_a_goal_that_is_not_trained_on(search):
     uniform = result["models"]["uniform"]["difference"]["sums"]["change"]
     assert result["judged"]["change"] == pytest.approx(of_sums - uniform)
     assert "\nobjective " in text
+    assert "\nexperts - uniform (goal): " in text
     assert re.search(r"--spare -0.01 (held|did not hold) on the test split", text)
 
 
