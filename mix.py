@@ -559,16 +559,27 @@ class Runs:
 class History:
     """The mixtures that were tried, in their order, as lines of history.jsonl and of the log.
 
-    untouched: the base's losses (K,), of all domains. objective: what a mixture is judged by.
+    windows: how many a domain has to train on. untouched: the base's losses (K,), of all domains.
+    objective: what a mixture is judged by.
     """
 
-    def __init__(self, path: Path, runs: Runs, untouched: np.ndarray, objective: Objective):
+    def __init__(
+        self, path: Path, windows: dict[str, int], untouched: dict[str, float], objective: Objective
+    ):
         self.path = path
-        self.domains = runs.domains
-        self.windows = dict(zip(runs.train_on, runs.windows.tolist(), strict=True))
-        self.untouched = untouched
+        self.windows = windows
+        self.domains = list(untouched)
+        self.untouched = np.array(list(untouched.values()))
         self.objective = objective
         self.lines: list[dict] = []
+
+    @classmethod
+    def read(cls, path: Path, objective: Objective) -> "History":
+        """What a finished search has left."""
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        history = cls(path, {}, lines[0]["losses"], objective)
+        history.lines = lines
+        return history
 
     def begin(self) -> None:
         """The head of the table, and the untouched model's line."""
@@ -879,14 +890,13 @@ def draw_rounds(history: History, is_path: bool, left, right) -> None:
 def write_results(
     runs: Runs, history: History, counts: dict[str, int], cost: dict, result: dict, args
 ) -> None:
-    """The mixture, the table's numbers, the picture and the model's card."""
+    """The mixture, the table's numbers and the model's card."""
     out = Path(args.out)
-    found = history.round_of(counts)
     mixture = {
         "counts": counts,
         "unit": "sequences",
         "seq_len": runs.hyper.seq_len,
-        "round": found,
+        "round": history.round_of(counts),
         "tokens": cost,
         "method": args.method,
         "objective": args.objective,
@@ -899,8 +909,6 @@ def write_results(
         mixture["predicted"] = [{key: line[key] for key in ("counts", "predicted")} for line in law]
     prepare.write_json(out / "mix.json", mixture | own_options(args))
     prepare.write_json(out / "result.json", result)
-    with train.decorating(out / "mix.png"):
-        draw(history, found, METHODS[args.method].is_path, out / "mix.png")
     passes = [*runs.passes, train.this_pass(runs.data, runs.hyper, counts)]
     prepare.write_json(out / "run.json", prepare.load_json(out / "run.json") | {"passes": passes})
     with train.decorating(out / "README.md"):
@@ -931,7 +939,9 @@ def begin_history(runs: Runs, path: Path, objective: Objective) -> History:
     untouched = runs.evaluate()
     runs.tokens["evaluated"] += sum(map(len, untouched.values())) * runs.hyper.seq_len
     warn_of_few_documents(untouched, runs.data, runs.hyper.seq_len)
-    history = History(path, runs, domain_means(untouched), objective)
+    windows = dict(zip(runs.train_on, runs.windows.tolist(), strict=True))
+    means = dict(zip(runs.domains, domain_means(untouched).tolist(), strict=True))
+    history = History(path, windows, means, objective)
     history.begin()
     return history
 
@@ -1043,7 +1053,12 @@ def main():
             clock["comparison"] = time.perf_counter()
         # Last, for it makes the run a finished one.
         train.keep(model, data, out, getattr(torch, args.save_dtype))
+    # Of a search that was finished before, too.
     if rank() == 0:
+        with train.decorating(out / "mix.png"):
+            history = History.read(out / "history.jsonl", objective)
+            found = prepare.load_json(out / "mix.json")["round"]
+            draw(history, found, METHODS[args.method].is_path, out / "mix.png")
         result = prepare.load_json(out / "result.json")
         say("", f"test split, {result['seq_len']} tokens a sequence", table(result))
         say(verdict(result), *whether_spared(result, args), "")

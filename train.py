@@ -1215,13 +1215,14 @@ def main():
             if rank() == 0:
                 result = results(losses, data, "val", T)
                 prepare.write_json(out / "result.json", result)
-                with decorating(out / "train.png"):
-                    draw(out / "log.jsonl", out / "train.png")
                 with decorating(out / "README.md"):
                     card = model_card(out.name, args.model, data, counts, hyper, result)
                     prepare.write_text(out / "README.md", card)
         keep(model, data, out, getattr(torch, args.save_dtype))
+    # Of a run that was finished before, too.
     if rank() == 0:
+        with decorating(out / "train.png"):
+            draw(out / "log.jsonl", out / "train.png")
         result = prepare.load_json(out / "result.json")
         say(f"validation losses, {T} tokens a sequence", table(result))
         say(f"model, log and train.png in {out}")

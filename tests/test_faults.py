@@ -122,7 +122,7 @@ MOMENTS = {
     "rename .*/history.jsonl, open .*/runs/.*00004.partial/.manifest, "
     "rename .*/runs/[^/]*/run.json, rename .*/sequences-[0-9]*.npz, "
     "remove .*/runs/[^/]*/model.safetensors, rename .*/result.json, "
-    "rename .*/mix.png, rename .*/run/model.safetensors",
+    "rename .*/run/model.safetensors, rename .*/mix.png",
     "prepare": "mkdir, open .*tokenizer.json, open .*a.val.bin, open .*meta, rename .*/run",
 }
 

@@ -43,8 +43,9 @@ class Known(Runs):
         """What a method finds, and its history."""
         args = {"sequences": self.sequences} | args
         objective = parse_objective(objective, self.domains)
-        path = self.folder.parent / "history.jsonl"
-        history = History(path, self, np.array(untouched), objective)
+        windows = dict(zip(self.train_on, self.windows.tolist(), strict=True))
+        untouched = dict(zip(self.domains, untouched, strict=True))
+        history = History(self.folder.parent / "history.jsonl", windows, untouched, objective)
         history.begin()
         start = dict(zip(self.train_on, start, strict=True))
         return find(self, history, start, SimpleNamespace(**args)), history
@@ -141,7 +142,8 @@ def test_doremi_is_the_mean_of_the_proxys_weights(data, small, tmp_path):
     measured = {"sequences": 6000, "eval_sequences": 20}
     runs = Shown(model, small, "small", data, hyper, tmp_path / "runs", **measured)
     mean = parse_objective("mean", data.domains)
-    history = History(tmp_path / "history.jsonl", runs, np.zeros(3), mean)
+    untouched = dict.fromkeys(data.domains, 0.0)
+    history = History(tmp_path / "history.jsonl", {}, untouched, mean)
     counts = mix.doremi(runs, history, {}, None)
     uniform = dict.fromkeys(data.domains, 2000)
     further = [("reference", uniform, {"learning_rate": 0.0}), ("proxy", uniform, {})]

@@ -326,11 +326,14 @@ def test_killed_and_resumed_it_ends_the_same(method, searches, data, small, tmp_
     assert with_weights(out) == with_weights(whole)
 
 
-def test_a_finished_search_prints_its_result_again(searches, search):
+def test_a_finished_search_prints_and_draws_its_result_again(searches, search):
     out, text = searches("reweight")
+    picture = (out / "mix.png").read_bytes()
+    (out / "mix.png").unlink()
     _, again = search("reweight", folder=out.parent, resume=True)
     result = text[text.index("\ntest split") : text.index("wall time")]
     assert result in again
+    assert (out / "mix.png").read_bytes() == picture
 
 
 @pytest.mark.parametrize(

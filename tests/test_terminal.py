@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -79,9 +78,10 @@ def test_lines_of_a_search_keep_to_100_columns(K, tmp_path, capsys):
     """Whatever the number of domains; a mixture that was measured before says so."""
     domains = [f"a_domain_with_a_name_{k}" for k in range(K)]
     losses = np.linspace(1.5, 12.5, K)
-    runs = SimpleNamespace(domains=domains, train_on=domains, windows=np.full(K, 30))
+    untouched = dict(zip(domains, losses.tolist(), strict=True))
     path = tmp_path / "history.jsonl"
-    history = History(path, runs, losses, parse_objective("mean", domains))
+    mean = parse_objective("mean", domains)
+    history = History(path, dict.fromkeys(domains, 30), untouched, mean)
     history.begin()
     even = dict.fromkeys(domains, 10)
     history.add(even, losses - 0.25)

@@ -322,3 +322,12 @@ def test_weights_too_large_for_float16_are_kept_in_a_way_that_holds(data, tmp_pa
     fails(script("train", *argv, "--save-dtype", "float16"), "not finite", way_out)
     assert script("train", *argv, "--resume", "--save-dtype", "float32")[0] == 0
     assert same_weights(tmp_path / "run", large)
+
+
+def test_a_finished_run_is_drawn_again(data, small, tmp_path, script):
+    argv = train_options(data, small, tmp_path / "run", eval_every=2)
+    assert script("train", *argv)[0] == 0
+    picture = (tmp_path / "run" / "train.png").read_bytes()
+    (tmp_path / "run" / "train.png").unlink()
+    assert script("train", *argv, "--resume")[0] == 0
+    assert (tmp_path / "run" / "train.png").read_bytes() == picture
