@@ -857,6 +857,13 @@ def draw(history: History, found: int, is_path: bool, path: Path) -> None:
         figure.savefig(partial, dpi=120, format="png")
 
 
+def draw_again(out: Path, objective: Objective, is_path: bool) -> None:
+    """The picture of a search that has ended, from what it left in its folder."""
+    history = History.read(out / "history.jsonl", objective)
+    found = prepare.load_json(out / "mix.json")["round"]
+    draw(history, found, is_path, out / "mix.png")
+
+
 def draw_rounds(history: History, is_path: bool, left, right) -> None:
     """On the left the shares of every mixture, on the right changes of loss from the first one's.
 
@@ -1022,8 +1029,8 @@ def main():
         raise InputError(f"--start {args.start}: name no other domains there than --train-on")
 
     # What a resumed search must have in common with the one that was begun.
-    settings = train.settings_of(args, data, hyper) | {"start": first, **own_options(args)}
-    settings["train_on"] = train_on
+    own = {"start": first, "train_on": train_on, **own_options(args)}
+    settings = train.settings_of(args, data, hyper) | own
     for name in ("method", "objective", "sequences", "eval_sequences", "base_sequences", "base_lr"):
         settings[name] = vars(args)[name]
     model = train.load_to_train(args, data, hyper.dtype, device)
@@ -1056,9 +1063,7 @@ def main():
     # Of a search that was finished before, too.
     if rank() == 0:
         with train.decorating(out / "mix.png"):
-            history = History.read(out / "history.jsonl", objective)
-            found = prepare.load_json(out / "mix.json")["round"]
-            draw(history, found, METHODS[args.method].is_path, out / "mix.png")
+            draw_again(out, objective, METHODS[args.method].is_path)
         result = prepare.load_json(out / "result.json")
         say("", f"test split, {result['seq_len']} tokens a sequence", table(result))
         say(verdict(result), *whether_spared(result, args), "")
