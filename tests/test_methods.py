@@ -17,6 +17,7 @@ from train import Hyperparameters, Mixture, train
 
 sys.path.append(str(ROOT / "tests" / "bench"))  # the last: it has a prepare.py, too
 from excess import EXCESS  # noqa: E402
+from returns import RETURNS, descend, emphasis  # noqa: E402
 
 LN = np.log
 
@@ -83,7 +84,7 @@ def test_the_excess_is_what_the_whole_budget_would_buy(tmp_path):
     runs = Known(tmp_path, lambda p: np.array([2, 4 - 2 * p[1]]), 200, x=999, y=999)
     runs.search(EXCESS.find, [100, 100], [9, 9])
     assert runs.asked[:3] == [[200, 0], [0, 200], [100, 100]]
-    assert np.array(runs.asked[3]) == pytest.approx([74.6, 125.4], abs=1)  # 111.92 and 188.08
+    assert runs.asked[3] == [75, 125]  # 111.92 and 188.08 of 300 quantities
 
 
 # ---- DoReMi ----
@@ -332,3 +333,76 @@ def test_sparing_holds_the_domain_that_pays(tmp_path, capsys):
     worst = [history.changes(line).max() for line in points]
     assert worst[0] == pytest.approx(0.2)  # measured; the others are predicted
     assert worst == pytest.approx(np.linspace(0.2, worst[4], 5), abs=2e-3)
+
+
+# ---- returns ----
+
+
+def test_the_gradients_of_the_objectives():
+    changes = np.array([-0.3, 0.02, 0.01])
+    mean = parse_objective("mean", ["x", "y", "z"])
+    assert emphasis(changes, mean) == pytest.approx([1 / 3] * 3)
+    # Of e^-32, e^0 and e^-1 the last two are left.
+    assert emphasis(changes, WORST) == pytest.approx([0, 0.731059, 0.268941], abs=1e-6)
+
+
+BETA = np.array([0.4, 0.3, 0.2, 0.1])
+
+
+@pytest.mark.parametrize(
+    "slopes, low, high, least",
+    [
+        (lambda w: -BETA / w, 0, 1, BETA),  # of -Σ β ln w
+        # Within bounds: what 0.3 and 0.15 leave is shared as 3 : 2.
+        (lambda w: -BETA / w, 0.15, [0.3, 1, 1, 1], [0.3, 0.33, 0.22, 0.15]),
+        # Of 0.1 w_1 + 0.1 KL(w ‖ uniform): the first one's odds are 1 : e to every other's.
+        (lambda w: [0.1, 0, 0, 0] + 0.1 * LN(4 * w), 0, 1, [0.109232, *[0.296923] * 3]),
+    ],
+)
+def test_descent_finds_minima_that_are_known(slopes, low, high, least):
+    start = np.full(4, 0.25)
+    path = descend(slopes, start, np.full(4, low), np.array(high) * np.ones(4), 2000)
+    assert path[0] is start
+    assert path[-1] == pytest.approx(least, abs=1e-3)
+    assert [w.sum() for w in path] == pytest.approx([1] * len(path))
+
+
+def law(a: list[float], B: list[list[float]]):
+    """L = a - ln p · B, of which `returns` is the fit."""
+    return lambda p: np.array(a) - LN(p) @ np.array(B)
+
+
+def test_returns_is_exact_where_its_law_holds(tmp_path):
+    """The least mean is at the sums of B's rows, 0.23, 0.14 and 0.32, over 0.69: at 1/3, 0.2029,
+    0.4638. It is known after four runs: the start, and each with a quarter more; three are more."""
+    a = [3.0, 2.0, 4.0]
+    B = [[0.20, 0.01, 0.02], [0.03, 0.10, 0.01], [0.00, 0.02, 0.30]]
+    runs = Known(tmp_path, law(a, B), 1200, x=999, y=999, z=999)
+    counts, history = runs.search(RETURNS.find, [400, 400, 400], a)
+    assert runs.asked[:4] == [[400, 400, 400], [600, 300, 300], [300, 600, 300], [300, 300, 600]]
+    around = np.array([[600, 182.6, 417.4], [300, 482.6, 417.4], [300, 182.6, 717.4]])
+    assert np.array(runs.asked[4:]) == pytest.approx(around, abs=2)
+    assert list(counts.values()) == pytest.approx([400, 243.5, 556.5], abs=2)
+    assert np.array(history.lines[-1]["B"]) == pytest.approx(np.array(B))
+    assert history.lines[-1]["a"] == pytest.approx(a)
+
+
+@pytest.mark.parametrize(
+    "z, windows, domain, count",
+    [
+        (0.003, 999, "z", 100),  # a quarter of its start, though it gives nothing
+        (0.3, 90, "x", 360),  # four times through 90 windows, though as good as the others
+    ],
+)
+def test_returns_keeps_to_what_was_tried_and_to_the_repeats(z, windows, domain, count, tmp_path):
+    runs = Known(tmp_path, law([1, 1, 1], np.diag([0.3, 0.3, z])), 1200, x=windows, y=999, z=999)
+    counts, _ = runs.search(RETURNS.find, [400, 400, 400], [1, 1, 1])
+    assert counts[domain] == pytest.approx(count, abs=2)
+
+
+def test_returns_for_the_worst_domain_levels_the_changes(tmp_path):
+    """Without influence on one another, the largest change is least where all are equal."""
+    runs = Known(tmp_path, law([3, 2, 4], np.diag([0.2, 0.1, 0.3])), 1200, x=999, y=999, z=999)
+    untouched = [3.3, 2.15, 4.4]
+    _, history = runs.search(RETURNS.find, [400, 400, 400], untouched, objective="worst")
+    assert np.ptp(np.array(history.lines[-1]["predicted"]) - untouched) < 0.015
