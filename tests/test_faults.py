@@ -10,12 +10,15 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
+import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import (
+    ROOT,
     SMALL,
     Run,
     content_of,
@@ -396,6 +399,22 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(argv, out, tmp_path, fs
     assert sound(out) == [done]
     way_on = "go on with: torchrun --nproc_per_node=2 train.py"
     assert f"saved after step {done} of 5000; {way_on}" in ended[0][2]
+
+
+def test_torchrun_passes_a_signal_on(argv, out):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += ["--nproc_per_node=2", ROOT / "train.py"]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    agent = subprocess.Popen([*torchrun, *argv(**ENDLESS)], env=env, **pipes)
+    while agent.poll() is None and len(log_of(out)) < 4:
+        time.sleep(0.01)
+    agent.terminate()
+    _, err = agent.communicate(timeout=60)
+    done = len(log_of(out))
+    way_on = "go on with: torchrun --standalone --nproc_per_node=2"
+    assert f"stopped and saved after step {done} of 5000; {way_on}" in err
+    assert sound(out) == [done]
 
 
 # ---- poisoned ----
