@@ -98,7 +98,8 @@ def reweight(runs: "Runs", history: "History", start: dict[str, int], args) -> d
 SOFT = 0.5  # λ: the share of an expert's sequences that are its own domain's
 SHORT = 4  # an expert has so many times fewer sequences than a pass
 STEPS = 25  # and at least so many steps, of a smaller batch if need be
-MEASURED = 2**20  # tokens of all domains, at most, on which it is measured; each takes 4 bytes
+WINDOWS = 25  # of each domain, at least, on which it is measured
+MEASURED = 2**20  # tokens of all domains, about, of which more are not kept; each takes 4 bytes
 
 
 class Law:
@@ -242,9 +243,10 @@ def losses_of_experts(runs: "Runs", start: dict[str, int], sequences: int) -> li
     smaller = {"batch_size": batch_size}
     if runs.hyper.micro_batch_size:
         smaller["micro_batch_size"] = min(runs.hyper.micro_batch_size, batch_size)
-    # On so many windows an expert is measured in less time than it is trained.
+    # On half as many sequences as it is trained on, which takes a sixth of the time.
     K = len(runs.domains)
-    windows = max(16, min(2 * sequences // K, MEASURED // (K * runs.hyper.seq_len)))
+    most = MEASURED // (K * runs.hyper.seq_len)
+    windows = max(WINDOWS, min(sequences // (2 * K), most))
     size = f"{sequences} sequences, {batch_size} a step"
     say(f"{len(u)} experts, each of {size}, measured on {windows} windows a domain")
     losses = []
@@ -495,6 +497,12 @@ class Runs:
         train.train(self.model, self.data, counts, hyper, seen=seen, title=title, weigh=weigh)
         self.tokens["trained"] += sum(counts.values()) * hyper.seq_len
 
+    def train_probe(self, run: Run, title: str) -> None:
+        """Make the model what a run gives, of which nobody needs the weights: none are written."""
+        train.fill(self.model, self.base)
+        seen = train.times_seen(self.data, run.hyper.seq_len, run.passes)
+        train.train(self.model, self.data, run.counts, run.hyper, seen=seen, title=title)
+
     def stop_if_asked(self) -> None:
         train.stop_if_asked(next(self.model.parameters()).device)
 
@@ -517,9 +525,13 @@ class Runs:
         losses = self.known(path)
         # All do the same; and none writes before all have looked.
         if not on_all_ranks(losses is not None, next(self.model.parameters()).device):
-            train_once(self.model, self.base, self.data, run, self.save_every, title)
+            if per_token:
+                self.train_probe(run, title)
+            else:
+                train_once(self.model, self.base, self.data, run, self.save_every, title)
             losses = self.evaluate(limit, per_token)
             if rank() == 0:
+                run.folder.mkdir(parents=True, exist_ok=True)
                 named = {f"{d}.val": values for d, values in losses.items()}
                 with prepare.replacing(path) as partial, open(partial, "wb") as file:
                     np.savez(file, run=run.folder.name, **named)
@@ -539,13 +551,8 @@ class Runs:
         return domain_means(self.measured(self.run(counts), self.eval_sequences, title))
 
     def token_losses(self, counts: dict[str, int], limit: int, title: str, **changes) -> Losses:
-        """The mixture's loss of every token; its weights are not kept. changes: of
-        hyperparameters."""
-        run = self.run(counts, **changes)
-        losses = self.measured(run, limit, title, per_token=True)
-        if rank() == 0:
-            (run.folder / "model.safetensors").unlink(missing_ok=True)
-        return losses
+        """The mixture's loss of every token, of a probe. changes: of hyperparameters."""
+        return self.measured(self.run(counts, **changes), limit, title, per_token=True)
 
     def keep_only(self, *mixtures: dict[str, int]) -> None:
         """Remove the weights of all other mixtures; their losses stay."""

@@ -268,7 +268,7 @@ def test_experts_are_short_and_half_their_own_domain(tmp_path):
     args = {"expert_sequences": None, "spare": None}
     counts, history = runs.search(mix.experts, [800, 800], [1, 1], **args)
     short = {"batch_size": 8}
-    asked = [[800, 800], ([300, 100], 400, short), ([100, 300], 400, short)]
+    asked = [[800, 800], ([300, 100], 100, short), ([100, 300], 100, short)]
     assert runs.asked == [*asked, [800, 800]]  # what was found, as the two are alike
     assert list(counts.values()) == [800, 800]
     assert history.lines[2]["predicted"] == pytest.approx([-LN(1.5)] * 2)
