@@ -127,6 +127,14 @@ class Linear(nn.Linear):
         return y + self.bias.to(y.dtype)
 
 
+class Embedding(nn.Embedding):
+    def reset_parameters(self):
+        # On device "meta" there is nothing to draw, and to find that out torch would import its
+        # compiler, which takes a second.
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Attention(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
@@ -189,7 +197,7 @@ class GPTNeoX(nn.Module):
         self.activation_checkpointing = False
         self.gpt_neox = nn.ModuleDict(
             {
-                "embed_in": nn.Embedding(config.vocab_size, config.hidden_size),
+                "embed_in": Embedding(config.vocab_size, config.hidden_size),
                 "layers": nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers)),
                 "final_layer_norm": nn.LayerNorm(config.hidden_size, config.layer_norm_eps),
             }
@@ -197,10 +205,16 @@ class GPTNeoX(nn.Module):
         self.embed_out = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.embed_out.weight = self.gpt_neox.embed_in.weight
-        # Weights as Pythia's were: small (1910.05895), and smaller for what a branch adds to x
-        # (2204.06745), so that the sum over the layers does not grow with their number.
-        small = math.sqrt(2 / (5 * config.hidden_size))
-        added = 2 / (config.num_hidden_layers * math.sqrt(config.hidden_size))
+        if not self.embed_out.weight.is_meta:
+            self.draw_weights()
+        self.make_rotary()
+
+    def draw_weights(self) -> None:
+        """As Pythia's were: small (1910.05895), and smaller for what a branch adds to x
+        (2204.06745), so that the sum over the layers does not grow with their number."""
+        c = self.config
+        small = math.sqrt(2 / (5 * c.hidden_size))
+        added = 2 / (c.num_hidden_layers * math.sqrt(c.hidden_size))
         for name, p in self.named_parameters():
             if name.endswith(("attention.dense.weight", "dense_4h_to_h.weight")):
                 nn.init.normal_(p, std=added)
@@ -208,7 +222,6 @@ class GPTNeoX(nn.Module):
                 nn.init.normal_(p, std=small)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-        self.make_rotary()
 
     def make_rotary(self) -> None:
         """Fill the (T, R) tables of cosines and sines, fp32."""
@@ -271,6 +284,12 @@ class GPTNeoX(nn.Module):
         del self.token_losses
         self.compiled = False
 
+    def without_compiler(self):
+        """For what makes another shape in every call. It is not imported to leave it out."""
+        if self.compiled:
+            return torch.compiler.set_stance("force_eager")
+        return contextlib.nullcontext()
+
     def generate(
         self,
         tokens: Tensor,
@@ -292,8 +311,7 @@ class GPTNeoX(nn.Module):
         known = 0  # tokens whose keys and values are in the cache
         for _ in range(new_tokens):
             n = tokens.size(1)
-            # Eagerly, for every token makes another shape.
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            with torch.no_grad(), self.without_compiler():
                 if n <= limit:
                     logits = self(tokens[:, known:], cache=cache[..., :n, :])
                     known = n

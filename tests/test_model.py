@@ -3,12 +3,15 @@
 import json
 import re
 import struct
+import subprocess
+import sys
 from itertools import product
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -254,6 +257,15 @@ def test_greedy_generation_equals_that_of_transformers_and_sampling_its_seed(tmp
     sampled = [list(model.generate(prompt, 20, 1.0, generator=seed)) for seed in seeds]
     assert sampled[0] == sampled[1]
     assert sampled[0][: len(ours)] != ours
+
+
+def test_what_needs_no_compiler_does_not_import_it(tmp_path):
+    """Which takes a second."""
+    save(load("scratch:tiny", vocab_size=128), tmp_path)
+    lines = "import sys, torch, model; tiny = model.load(sys.argv[1])\n"
+    lines += "list(tiny.generate(torch.ones(1, 2, dtype=torch.int64), 2))\n"
+    lines += "assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", lines, tmp_path], cwd=ROOT, check=True)
 
 
 def test_generation_goes_on_when_the_window_is_full():
