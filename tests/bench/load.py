@@ -9,7 +9,6 @@ before, over the size of the fp32 weights.
 """
 
 import argparse
-import importlib
 import multiprocessing
 import re
 import statistics
@@ -35,7 +34,6 @@ def most_held() -> int:
 
 def measure(side: str, folder: str) -> tuple[float, float]:
     """Seconds, and memory over that of the weights."""
-    importlib.import_module("torch._dynamo")  # as torch does, once, for the shape of a model
     call = load
     if side == "transformers":
         from transformers import GPTNeoXForCausalLM

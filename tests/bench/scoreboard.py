@@ -16,6 +16,7 @@ import contextlib
 import copy
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -141,7 +142,10 @@ class Bench:
             yield begin_history(runs, self.folder / "history.jsonl", judged_by)
 
     def found(self, row: str, seed: int) -> dict:
-        """What a method finds: {"counts", "history", "tokens"}."""
+        """What a method finds: {"counts", "history", "tokens", "seconds"}.
+
+        Runs that another row has measured before take it no seconds; its tokens have them all.
+        """
         choice = {"rounds": self.args.rounds, "objective": "mean"} | all_rows()[row]
         choice["sequences"] = self.args.sequences
         if "length" in choice:
@@ -154,8 +158,10 @@ class Bench:
             runs = self.runs(seed)
             uniform = runs.counts(np.ones(len(self.domains)))
             with self.history(runs, f"seed {seed}: {row}", args.objective) as history:
+                began = time.perf_counter()
                 counts = method.find(runs, history, uniform, args)
             found = {"counts": counts, "history": history.lines, "tokens": runs.tokens}
+            found["seconds"] = time.perf_counter() - began
             write_json(path, found)
         return load_json(path)
 
@@ -364,12 +370,15 @@ def row_of(bench: Bench, of_seeds: list[dict]) -> dict:
     changes = [one["uniform"]["change"] for one in seeds]
     counts = np.array([[one["counts"].get(d, 0) for d in bench.domains] for one in of_seeds])
     uses = ("trained", "evaluated")
+    tokens = {use: int(np.mean([one["tokens"][use] for one in of_seeds])) for use in uses}
     return {
         "loss": float(np.mean([one["loss"] for one in seeds])),
         "mean": float(np.mean(changes)),
         "spread": max(changes) - min(changes),
         "seeds": seeds,
-        "tokens": {use: int(np.mean([one["tokens"][use] for one in of_seeds])) for use in uses},
+        "tokens": tokens,
+        "passes": tokens["trained"] / (bench.args.sequences * bench.hyper.seq_len),
+        "seconds": float(np.mean([one.get("seconds", np.nan) for one in of_seeds])),
         "share": (counts / counts.sum(1, keepdims=True)).mean(0).tolist(),
     }
 
@@ -408,13 +417,17 @@ def table(bench: Bench, rows: dict[str, dict]) -> str:
         lines.append(f"{line}{improved:>7}  {worst['worst domain']} {worst['worst']:+.4f}")
 
     head = f"{'':<{width}}" + "".join(f"{d[:12]:>13}" for d in bench.domains)
-    lines += ["", f"{head}{'trained':>10}{'evaluated':>11}{'of reference':>14}"]
+    cost = f"{'passes':>8}{'trained':>10}{'evaluated':>11}{'of reference':>14}{'seconds':>9}"
+    lines += ["", head + cost]
     for name, row in rows.items():
         line = f"{name:<{width}}" + "".join(f"{share:>13.1%}" for share in row["share"])
         trained, evaluated = (f"{row['tokens'][use] / 1e6:.1f} M" for use in row["tokens"])
         cost = f"{row['cost']:.0%}" if row["cost"] is not None else ""
         words = row["verdict"] if name != "uniform" else ""
-        lines.append(f"{line}{trained:>10}{evaluated:>11}{cost:>14}  {words}".rstrip())
+        line += f"{row['passes']:>8.2f}{trained:>10}{evaluated:>11}{cost:>14}"
+        if not math.isnan(row["seconds"]):
+            line += f"{row['seconds']:>9.0f}"
+        lines.append(f"{line}  {words}".rstrip())
     better = "* domains better than in the untouched model"
     lines.append(f"{better}; the one that is worst off beside it, of all seeds")
     return "\n".join(lines)
