@@ -38,8 +38,8 @@ from safetensors.torch import load_file
 import model
 import train
 from model import load, save
-from prepare import Data, sha256_of
-from train import Hyperparameters, Mixture
+from prepare import Data, InputError, sha256_of
+from train import Hyperparameters, Mixture, check_finite
 
 LONG = {"sequences": 400, "save_every": 2}  # 50 steps of a few milliseconds, 24 checkpoints
 ENDLESS = {"sequences": 40_000}  # 5000 steps, for what is ended early
@@ -550,6 +550,13 @@ def test_weights_that_are_not_finite_in_the_type_they_are_saved_in_are_not_saved
     fails(script("train", *words), "gpt_neox.embed_in.weight is not finite")
     assert not (out / "model.safetensors").exists()
     assert sound(out) == saved
+
+
+def test_numbers_whose_sum_is_infinite_are_saved_and_infinite_ones_are_not():
+    check_finite({"w": torch.full((9,), 3e38)})
+    for bad in ([1, math.nan], [math.inf, -math.inf]):
+        with pytest.raises(InputError, match="^w is not finite and not saved"):
+            check_finite({"w": torch.tensor(bad)})
 
 
 # ---- no room ----
