@@ -1017,7 +1017,7 @@ def make_sample(
             if len(text) < 200:
                 continue
             words = re.findall(r"\w+", text)
-            grams = set(map(hash, zip(*(words[i:] for i in range(13)), strict=False)))
+            grams = {hash(tuple(words[i : i + 13])) for i in range(len(words) - 12)}
             if len(grams & seen) > len(grams) / 2:
                 continue
             seen |= grams
