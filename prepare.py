@@ -950,6 +950,28 @@ def pieces_of(text: str) -> Iterator[str]:
     yield piece
 
 
+def docstrings_of(module: str) -> Iterator[str]:
+    """The docstrings of the classes and functions in a module's text, the outermost first.
+
+    Some of those that are not in triple double quotes, short ones as a rule, are missing.
+    """
+    # Syntax trees take most of the sample's time: a class or function without any gets none.
+    parts = re.split(r"\n(?=class |def |@)", module)
+    nodes = deque()
+    try:
+        nodes.extend([ast.parse(part) for part in parts if '"""' in part])
+    except SyntaxError:  # it was cut inside a string, or is for a newer Python
+        with contextlib.suppress(SyntaxError):
+            nodes.append(ast.parse(module))
+    while nodes:
+        node = nodes.popleft()
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            yield ast.get_docstring(node) or ""
+        # As ast.walk, but for expressions, which are most of a tree and hold no docstring.
+        for statements in ("body", "handlers", "orelse", "finalbody", "cases"):
+            nodes.extend(getattr(node, statements, ()))
+
+
 def sample_texts(domain: str) -> Iterator[str]:
     """The texts of a sample domain, from files that every installation of the requirements has."""
     if domain == "manual":
@@ -971,19 +993,10 @@ def sample_texts(domain: str) -> Iterator[str]:
     # By a hash, the order is mixed and the same everywhere.
     for _, _, path in sorted(found):
         text = path.read_text(encoding="utf-8", errors="ignore")
-        if domain != "docstrings":
+        if domain == "docstrings":
+            yield from docstrings_of(text)
+        else:
             yield from pieces_of(text)
-            continue
-        nodes = deque()
-        with contextlib.suppress(SyntaxError):  # of a newer Python
-            nodes.append(ast.parse(text))
-        while nodes:
-            node = nodes.popleft()
-            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
-                yield ast.get_docstring(node) or ""
-            # As ast.walk, but for expressions, which are most of a tree and hold no docstring.
-            below = ast.iter_child_nodes(node)
-            nodes.extend(child for child in below if not isinstance(child, ast.expr))
 
 
 def make_sample(
@@ -999,11 +1012,13 @@ def make_sample(
         in_split = {split: set() for split in SPLITS}
         size = 0
         for text in sample_texts(domain):
-            words = re.findall(r"\w+", text)
-            grams = {hash(tuple(words[i : i + 13])) for i in range(len(words) - 12)}
             # Boilerplate comes again and again: left out are short texts, and those of which more
             # than half of the 13-grams of words stood in earlier ones.
-            if len(text) < 200 or len(grams & seen) > len(grams) / 2:
+            if len(text) < 200:
+                continue
+            words = re.findall(r"\w+", text)
+            grams = {hash(tuple(words[i : i + 13])) for i in range(len(words) - 12)}
+            if len(grams & seen) > len(grams) / 2:
                 continue
             seen |= grams
             in_split[split_of(hash_of(text), fractions)] |= grams

@@ -1,7 +1,11 @@
 """From text to bins: against the sources themselves, and the tokenizers library."""
 
+import argparse
+import ast
+import dataclasses
 import functools
 import gzip
+import inspect
 import io
 import json
 import re
@@ -23,6 +27,7 @@ from prepare import (
     Document,
     InputError,
     LeftOut,
+    docstrings_of,
     domain_named,
     encode_all,
     make_sample,
@@ -614,3 +619,43 @@ def test_the_sample_is_real_text_in_five_domains_with_little_overlap(tmp_path, s
         share = len(grams["train"] & grams["test"]) / len(grams["test"])
         assert sample.meta["overlap"][domain] == pytest.approx(share, abs=1e-9)
         assert share < 0.2
+
+
+# Its string would be cut where a line begins as a function does.
+CODE_IN_A_STRING = '''
+class Outer:
+    """The outer one,
+    of two lines."""
+
+    try:
+        pass
+    except ValueError:
+        def deep():
+            """In a handler,
+            of two lines."""
+    else:
+        def other():
+            """Of one line."""
+
+TEMPLATE = """
+def looks_like_one():
+    'but
+    is text'
+"""
+
+def last():
+    """The last one,
+    of two lines."""
+'''
+
+
+@pytest.mark.parametrize("module", [argparse, dataclasses, np.ma.core, None])
+def test_docstrings_in_triple_quotes_are_those_of_a_whole_syntax_tree(module):
+    text = inspect.getsource(module) if module else CODE_IN_A_STRING
+    definitions = (ast.ClassDef, ast.FunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, definitions)]
+    expected = [ast.get_docstring(node) or "" for node in nodes]
+    found = list(docstrings_of(text))
+    assert len(found) >= 4
+    # What stands in other quotes has one line.
+    assert [doc for doc in found if "\n" in doc] == [doc for doc in expected if "\n" in doc]
