@@ -28,7 +28,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint.state_dict as whole_state
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
@@ -574,14 +573,23 @@ def shard(model: GPTNeoX, dtype: torch.dtype, device: torch.device) -> None:
     model.make_rotary()
 
 
-# How state is read: the first rank gets whole tensors on its CPU, the others nothing.
-GATHER = whole_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+def whole_state():
+    """torch's module that reads and sets state, sharded or not. Its import takes half a second,
+    which --help and a wrong option can do without."""
+    import torch.distributed.checkpoint.state_dict
+
+    return torch.distributed.checkpoint.state_dict
 
 
-def spread(model: GPTNeoX) -> whole_state.StateDictOptions:
+def gather():
+    """How state is read: the first rank gets whole tensors on its CPU, the others nothing."""
+    return whole_state().StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def spread(model: GPTNeoX):
     """How state is set: by the first rank for all where it is sharded, else by every rank."""
     by_first = is_sharded(model)
-    return whole_state.StateDictOptions(full_state_dict=by_first, broadcast_from_rank0=by_first)
+    return whole_state().StateDictOptions(full_state_dict=by_first, broadcast_from_rank0=by_first)
 
 
 def reads_state(model: GPTNeoX) -> bool:
@@ -606,10 +614,10 @@ def optimizer_tensors(model: GPTNeoX, optimizer: torch.optim.Optimizer) -> dict[
     # Before its first step it has none, and to ask for it would take a step.
     if not optimizer.state:
         return {}
-    state = whole_state.get_optimizer_state_dict(model, optimizer, options=GATHER).get("state", {})
+    state = whole_state().get_optimizer_state_dict(model, optimizer, options=gather())
     return {
         f"{name}.{key}": value
-        for name, values in state.items()
+        for name, values in state.get("state", {}).items()
         for key, value in values.items()
         if isinstance(value, torch.Tensor)
     }
@@ -620,12 +628,12 @@ def set_optimizer_tensors(
 ) -> None:
     """What optimizer_tensors gave becomes the state of an optimizer that is as yet without one."""
     # A state of the right form, made by a step of size 0, on every rank that sets one.
-    options = GATHER if is_sharded(model) else spread(model)
-    state = whole_state.get_optimizer_state_dict(model, optimizer, options=options)
+    options = gather() if is_sharded(model) else spread(model)
+    state = whole_state().get_optimizer_state_dict(model, optimizer, options=options)
     for name, values in state.get("state", {}).items():
         for key in values:
             values[key] = tensors.get(f"{name}.{key}", values[key])
-    whole_state.set_optimizer_state_dict(model, optimizer, state, options=spread(model))
+    whole_state().set_optimizer_state_dict(model, optimizer, state, options=spread(model))
 
 
 def fill(model: GPTNeoX, name: str | Path, **scratch) -> None:
@@ -633,13 +641,13 @@ def fill(model: GPTNeoX, name: str | Path, **scratch) -> None:
     weights = {}
     if reads_state(model):
         weights = load(name, **scratch).state_dict()
-    whole_state.set_model_state_dict(model, weights, options=spread(model))
+    whole_state().set_model_state_dict(model, weights, options=spread(model))
 
 
 def keep(model: GPTNeoX, data: Data, out: Path, dtype: torch.dtype = torch.float32) -> None:
     """Save the finished model, if that is not done, and remove its checkpoints; on every rank."""
     if not (out / "model.safetensors").is_file():
-        weights = whole_state.get_model_state_dict(model, options=GATHER)
+        weights = whole_state().get_model_state_dict(model, options=gather())
         weights = {name: weight.to(dtype) for name, weight in weights.items()}
         check_finite(weights)
         if rank() == 0:
@@ -670,7 +678,7 @@ def save_checkpoint(
 
     The folder appears whole. The newest two stay.
     """
-    weights = whole_state.get_model_state_dict(model, options=GATHER)
+    weights = whole_state().get_model_state_dict(model, options=gather())
     moments = optimizer_tensors(model, optimizer)
     check_finite(weights | moments)
     if rank() > 0:
@@ -730,7 +738,7 @@ def load_checkpoint(out: Path | None, model: GPTNeoX, optimizer: torch.optim.Opt
     if reads_state(model):
         weights = load_file(folder / "model.safetensors")
         moments = load_file(folder / "optimizer.safetensors")
-    whole_state.set_model_state_dict(model, weights, options=spread(model))
+    whole_state().set_model_state_dict(model, weights, options=spread(model))
     # If there are any, every rank takes part in setting them, also one that read nothing.
     if add_up(torch.full_like(found, len(moments))) > 0:
         set_optimizer_tensors(model, optimizer, moments)
