@@ -394,16 +394,25 @@ class Tokenizer:
         """tiktoken's encoder, where it gives the same ids; it takes a moment to make."""
         return rank_encoding(json.loads(self.json), self._tokenizer)
 
+    @functools.cached_property
+    def _fastest(self):
+        """The encoder of fastokens, where that is installed and gives the same ids as _fast."""
+        if self._fast is None:
+            return None
+        return fastokens_encoding(json.loads(self.json), self._fast)
+
     def encode(self, text: str) -> np.ndarray:
         """(n,) uint16, less an end-of-text id. Raises UnicodeEncodeError for a lone surrogate."""
         text.encode()
+        if self._fast and self._tokenizer.normalizer and not unicodedata.is_normalized("NFC", text):
+            text = self._tokenizer.normalizer.normalize_str(text)
+        if self._fastest is not None:
+            return fastokens_ids(self._fastest, text)
         # tiktoken panics on a run of about 10^6 white-space characters.
         endless_space = len(text) > 10**5 and re.search(r"\s{100000}", text)
         if self._fast is None or endless_space:
             encoding = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]
             return np.array(encoding.ids, dtype=np.uint16)
-        if self._tokenizer.normalizer and not unicodedata.is_normalized("NFC", text):
-            text = self._tokenizer.normalizer.normalize_str(text)
         if len(text) < 10**6:
             return np.array(self._fast.encode_ordinary(text), dtype=np.uint16)
         # Slower, but in less memory.
@@ -460,6 +469,38 @@ def rank_encoding(spec: dict, tokenizer):
     words = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++"
     pattern = rf"{first}{words}|{space}+(?!\S)|{space}+"
     return tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+
+
+def fastokens_encoding(spec: dict, known):
+    """The encoder of fastokens, if it is there and gives a hard text the ids of `known`; or None.
+
+    spec: the tokenizer.json; known: the tiktoken encoder of it. Text comes to both in NFC.
+    """
+    # Letters join the a before them, digits the 1 after them, white space the space between; of
+    # characters that another version of Unicode adds, there are many in a row.
+    code_points = map(chr, [*range(0, 0xD800, 3), *range(0xE000, 0x20000, 3)])
+    hard = "".join(f"a{c} {c}1" for c in code_points)
+    hard += "".join(" " * n + end for n in range(60) for end in ("x", ".", "\n", "\t ", "\u3000"))
+    hard += "don't we'll 'Some 'Then 'Mist 'Dear 'LLAMA 'Very 'Read 's's they\u2019re\r\n\r\n "
+    hard += " ".join(["<|endoftext|>", "<|padding|>", *(str(7**n) for n in range(40))])
+    try:
+        import fastokens
+
+        encoder = fastokens.Tokenizer.from_json_str(json.dumps(spec | {"normalizer": None}))
+        ids = fastokens_ids(encoder, hard)
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # it is not there, is of another version, or its Rust panics
+        return None
+    if ids.tolist() != known.encode_ordinary(hard):
+        return None
+    return encoder
+
+
+def fastokens_ids(encoder, text: str) -> np.ndarray:
+    """(n,) uint16; special tokens in the text are text."""
+    ids, _ = encoder.encode_batch_flat([text], split_special_tokens=True)
+    return np.frombuffer(ids, dtype="<u4").astype(np.uint16)
 
 
 def is_plain_byte_level_bpe(spec: dict, runs: list[str]) -> bool:

@@ -11,14 +11,18 @@ import os
 import random
 import sys
 import unicodedata
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import tiktoken
 import tokenizers
 from conftest import made_documents
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
-from prepare import InputError, Tokenizer
+from prepare import InputError, Tokenizer, fastokens_encoding
 
 PYTHIA = os.environ.get("PYTHIA_TOKENIZER")
 TEXTS = os.environ.get("PYTHIA_TEXTS")
@@ -28,6 +32,9 @@ needs_pythia = pytest.mark.skipif(
 )
 needs_texts = pytest.mark.skipif(
     not TEXTS, reason="PYTHIA_TEXTS is not set: a glob of .jsonl.gz files to compare ids on"
+)
+needs_fastokens = pytest.mark.skipif(
+    not find_spec("fastokens"), reason="fastokens is not installed: it is not required"
 )
 
 
@@ -93,13 +100,24 @@ class Pair:
 @pytest.fixture(
     scope="module", params=["neox_like", "plain", pytest.param("pythia", marks=needs_pythia)]
 )
-def pair(request, tmp_path_factory) -> Pair:
-    path = PYTHIA
-    if request.param != "pythia":
-        path = tmp_path_factory.mktemp(request.param) / "tokenizer.json"
-        path.write_text({"neox_like": neox_like, "plain": plain}[request.param]())
-    made = Pair(path)
+def tokenizer_json(request, tmp_path_factory) -> Path:
+    if request.param == "pythia":
+        return Path(PYTHIA)
+    path = tmp_path_factory.mktemp(request.param) / "tokenizer.json"
+    path.write_text({"neox_like": neox_like, "plain": plain}[request.param]())
+    return path
+
+
+@pytest.fixture(
+    scope="module", params=["tiktoken", pytest.param("fastokens", marks=needs_fastokens)]
+)
+def pair(request, tokenizer_json) -> Pair:
+    made = Pair(tokenizer_json)
     assert made.is_fast()
+    if request.param == "tiktoken":
+        made.ours._fastest = None  # as where fastokens is not installed
+    else:
+        assert made.ours._fastest is not None
     return made
 
 
@@ -185,6 +203,73 @@ def test_special_tokens_in_the_text_are_text(pair):
 def test_a_lone_surrogate_is_an_error(pair, text):
     with pytest.raises(UnicodeEncodeError, match="surrogates not allowed"):
         pair.ours.encode(text)
+
+
+def raising(error: type[BaseException]):
+    def function(*args, **kwargs):
+        raise error
+
+    return function
+
+
+def other_ids(texts: list[str], split_special_tokens: bool) -> tuple[bytes, bytes]:
+    return np.zeros(10, np.uint32).tobytes(), b""
+
+
+OTHER_FASTOKENS = {
+    "not installed": None,
+    "an older one": SimpleNamespace(),
+    "one that cannot load it": raising(ValueError),
+    "one that panics": raising(BaseException),
+    "one that cannot encode": lambda spec: SimpleNamespace(),
+    "one with other ids": lambda spec: SimpleNamespace(encode_batch_flat=other_ids),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_FASTOKENS)
+def test_another_fastokens_changes_nothing(tmp_path, monkeypatch, kind):
+    other = OTHER_FASTOKENS[kind]
+    if callable(other):
+        other = SimpleNamespace(Tokenizer=SimpleNamespace(from_json_str=other))
+    monkeypatch.setitem(sys.modules, "fastokens", other)
+    (tmp_path / "t.json").write_text(neox_like())
+    pair = Pair(tmp_path / "t.json")
+    pair.check(some_texts())
+    assert pair.is_fast() and pair.ours._fastest is None
+
+
+# What may be mistaken in GPT-2's pattern: what an apostrophe takes, digits, what lies ahead.
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [("[sdmt]", "[sdm]"), (r"\p{N}++", r"\p{N}{1,3}"), (r"(?!\S)", r"(?![^\s.])")],
+)
+def test_a_fastokens_that_cuts_other_words_is_not_taken(tmp_path, monkeypatch, right, wrong):
+    (tmp_path / "t.json").write_text(plain())
+    ours = Tokenizer(tmp_path / "t.json")
+
+    def encoder_of(pattern: str) -> SimpleNamespace:
+        ranks = ours._fast._mergeable_ranks
+        other = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+
+        def encode(texts, split_special_tokens):
+            return other.encode_to_numpy(texts[0]).astype(np.uint32).tobytes(), b""
+
+        return SimpleNamespace(encode_batch_flat=encode)
+
+    pattern = ours._fast._pat_str
+    for taken, cut in ((True, pattern), (False, pattern.replace(right, wrong))):
+        made = SimpleNamespace(from_json_str=lambda spec, cut=cut: encoder_of(cut))
+        monkeypatch.setitem(sys.modules, "fastokens", SimpleNamespace(Tokenizer=made))
+        found = fastokens_encoding(json.loads(ours.json), ours._fast)
+        assert (found is not None) == taken
+
+
+def test_an_interruption_while_fastokens_loads_is_one(tmp_path, monkeypatch):
+    interrupted = SimpleNamespace(from_json_str=raising(KeyboardInterrupt))
+    monkeypatch.setitem(sys.modules, "fastokens", SimpleNamespace(Tokenizer=interrupted))
+    (tmp_path / "t.json").write_text(plain())
+    with pytest.raises(KeyboardInterrupt):
+        Tokenizer(tmp_path / "t.json").encode("a")
 
 
 def add_token(spec: dict, content: str, **more) -> None:

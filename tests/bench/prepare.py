@@ -1,5 +1,5 @@
 """Text to bins with prepare.py, end to end, beside the tokenizers library, which only encodes text
-that lies in memory.
+that lies in memory. Where fastokens is installed, prepare.py runs with it and without it.
 
     python tests/bench/prepare.py --tokenizer pythia-70m texts/*.jsonl
     python tests/bench/prepare.py         # the sample's tokenizer, on the standard library; seconds
@@ -8,6 +8,7 @@ The sides take turns; the table shows the median of each. MB are 10^6 bytes of t
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -16,6 +17,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -41,18 +43,27 @@ def encode_batch(tokenizer: Path, files: list[Path], cores: int) -> float:
     return float(subprocess.check_output(command, env=env))
 
 
-def end_to_end(tokenizer: Path, files: list[Path], cores: int) -> float:
+def end_to_end(tokenizer: Path, files: list[Path], cores: int, hidden: str = "") -> float:
+    """hidden: the name of a module that is as if it were not installed."""
     with tempfile.TemporaryDirectory(dir=tokenizer.parent) as out:
+        if hidden:
+            Path(out, f"{hidden}.py").write_text("raise ImportError")
+        env = {**os.environ, "PYTHONPATH": out}
         command = [sys.executable, ROOT / "prepare.py", "--out", f"{out}/data"]
         command += ["--tokenizer", tokenizer, "--workers", str(cores)]
         command += [f"d{i}={path}" for i, path in enumerate(files)]
         began = time.perf_counter()
-        subprocess.run(command, check=True, capture_output=True)
+        subprocess.run(command, check=True, capture_output=True, env=env)
         return time.perf_counter() - began
 
 
 LIBRARY = "tokenizers encode_batch"
-SIDES = {LIBRARY: encode_batch, "prepare.py end to end": end_to_end}
+SIDES = {
+    LIBRARY: encode_batch,
+    "prepare.py end to end": functools.partial(end_to_end, hidden="fastokens"),
+}
+if find_spec("fastokens"):
+    SIDES["prepare.py with fastokens"] = end_to_end
 
 
 def standard_library(path: Path) -> Path:
