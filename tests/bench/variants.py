@@ -1,0 +1,497 @@
+"""Changes of the training step that may pay: how fast each is, and how far from the present code.
+
+    python tests/bench/variants.py                       # pythia-1b, micro-batches of 8 sequences
+    python tests/bench/variants.py --only "no wait" "no wait + plain loss"          # one, and two
+    python tests/bench/variants.py --profile             # where the time of the present step goes
+
+Every side is a process of its own, with the same random weights and tokens. The present code takes
+turns with one variant after another, and both keep their weights on the device: --alone, where
+these do not fit. `ratio` is to the present code, the median over the turns; `of peak` is the share
+of the data sheet, counted in model FLOPs; `loss` and `gradient` are the largest relative
+differences from the present code in the first step, of every parameter's gradient by up to 65,536
+of its numbers. What fails, or takes longer than --limit, says so in one line.
+"""
+
+import argparse
+import contextlib
+import functools
+import gc
+import json
+import math
+import re
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+from model import SHAPES, Config, GPTNeoX, Layer, autocast_dtype, can_compile, peak_flops, start
+from tests.bench.__main__ import Worker, answer_channel, peak_memory, timed, where
+from train import Hyperparameters, add_gradients, clip_gradients, make_optimizer, micro_batches
+
+
+class Training:
+    """train.py's step of random weights on random tokens, in parts that a variant can replace."""
+
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        dtype: torch.dtype,
+        rows: int,
+        parts: int = 1,
+        compiled: bool = True,
+    ):
+        torch.manual_seed(0)
+        with torch.device(device):
+            self.model = GPTNeoX(config)
+        self.device = device
+        self.optimizer = make_optimizer(self.model, device)
+        T = config.max_position_embeddings
+        self.hyper = Hyperparameters(T, rows * parts, 1e-4, dtype=dtype, micro_batch_size=rows)
+        size = (rows * parts, T + 1)
+        self.tokens = np.random.default_rng(0).integers(config.vocab_size, size=size)
+        self.settings = []  # each makes a context, in which the step is compiled and run
+        self.compile = self.model.compile_parts if compiled else lambda: None
+
+    def row(self, i: int) -> np.ndarray:
+        """What micro_batches asks of a Mixture."""
+        return self.tokens[i]
+
+    def read(self) -> list:
+        batch = range(self.hyper.batch_size)
+        return list(micro_batches(self, batch, self.hyper.micro_batch_size))
+
+    def gradients(self) -> Tensor:
+        with contextlib.ExitStack() as stack:
+            for setting in self.settings:
+                stack.enter_context(setting())
+            sequences = self.hyper.batch_size
+            return add_gradients(self.model, self.read(), 0, sequences, self.hyper, None)
+
+    def update(self, loss: Tensor) -> float:
+        loss, _ = torch.stack((loss, torch.zeros_like(loss))).tolist()
+        grad_norm = clip_gradients(self.model)
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def steps(self, number: int) -> None:
+        for _ in range(number):
+            self.update(self.gradients())
+
+
+# ---- the variants ----
+
+
+class NarrowLayer(Layer):
+    def forward(self, x, cos, sin, cache=None):
+        return Layer.forward(self, x.to(torch.bfloat16), cos, sin, cache)
+
+
+class CopiedLinear(nn.Linear):
+    def forward(self, x):
+        y = F.linear(x, self.narrow)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+def present(training: Training) -> None:
+    pass
+
+
+def bf16_residual(training: Training) -> None:
+    # x is fp32 between the layers: in bf16 its reads and writes, and its gradient's, are half. A
+    # norm still computes in fp32 (autocast), which inductor fuses with what it reads and writes.
+    for layer in training.model.gpt_neox.layers:
+        layer.__class__ = NarrowLayer
+
+
+def whole_model(training: Training) -> None:
+    # One graph: a layer's last sum can be fused with the next one's norms, which saves reading x,
+    # and Python is entered once, not once a layer.
+    training.compile = lambda: training.model.compile(dynamic=False)
+
+
+def backend_order(training: Training) -> None:
+    # Of SDPA's kernels cuDNN's was the fastest at every head size; torch's own order may change.
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+    order += [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    training.settings.append(lambda: sdpa_kernel(order, set_priority=True))
+
+
+def backend_flash(training: Training) -> None:
+    # The other one that is fast, as a check of what SDPA chooses by itself.
+    training.settings.append(lambda: sdpa_kernel(SDPBackend.FLASH_ATTENTION))
+
+
+def no_wait(training: Training) -> None:
+    # The CPU waits for the GPU four times a step (batch, loss and norm, each of which is copied
+    # over), and then the GPU for the CPU. Here the fused AdamW clips, and leaves the update out,
+    # by numbers that stay on the device (as for GradScaler); the loss is read a step later.
+    read = training.read
+    optimizer = training.optimizer
+    on_gpu = training.device.type == "cuda"
+    arriving = []  # losses on their way to the CPU, and what tells that they are there
+
+    def read_ahead() -> list:
+        parts = read()
+        if on_gpu:
+            to = {"device": training.device, "non_blocking": True}
+            parts = [(t.pin_memory().to(**to), w.pin_memory().to(**to), i) for t, w, i in parts]
+        return parts
+
+    def update(loss: Tensor) -> float:
+        norm = nn.utils.get_total_norm([p.grad for p in training.model.parameters()])
+        optimizer.grad_scale = (norm + 1e-6).clamp(min=1.0)
+        optimizer.found_inf = 1 - (loss.isfinite() & norm.isfinite()).float()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        arrived = None
+        loss = loss.to("cpu", non_blocking=True)
+        if on_gpu:
+            arrived = torch.cuda.Event()
+            arrived.record()
+        arriving.append((loss, arrived))
+        loss, arrived = arriving[0]
+        del arriving[:-1]
+        if on_gpu:
+            arrived.synchronize()
+        return loss.item()
+
+    training.read = read_ahead
+    training.update = update
+
+
+def cast_once(training: Training) -> None:
+    # Autocast casts every matrix to bf16 in every micro-batch, and its gradient to fp32 before it
+    # is added. Here the copies are made once a step; a gradient is added as it comes, in bf16 to
+    # the fp32 sum.
+    pairs = []
+
+    def add(weight: Tensor):
+        def hook(copy: Tensor) -> None:
+            if weight.grad is None:
+                weight.grad = copy.grad.to(weight.dtype)
+            else:
+                weight.grad += copy.grad
+            copy.grad = None
+
+        return hook
+
+    for module in training.model.modules():
+        if isinstance(module, nn.Linear):
+            module.__class__ = CopiedLinear
+            module.narrow = module.weight.detach().to(training.hyper.dtype).requires_grad_()
+            module.narrow.register_post_accumulate_grad_hook(add(module.weight))
+            pairs.append((module.narrow, module.weight))
+    read = training.read
+
+    def read_and_cast() -> list:
+        with torch.no_grad():
+            copies, weights = zip(*pairs, strict=True)
+            torch._foreach_copy_(copies, weights)
+        return read()
+
+    training.read = read_and_cast
+
+
+def chunked_loss(training: Training) -> None:
+    # The logits are the largest tensor; a chunk of them is nearer to what caches hold. Each is
+    # computed again for its gradient: one more product with the vocabulary's matrix.
+    model = training.model
+    compile_parts = training.compile
+
+    def compile_and_cut() -> None:
+        compile_parts()
+        whole = model.token_losses
+
+        def token_losses(x: Tensor, targets: Tensor) -> Tensor:
+            words = {"use_reentrant": False, "preserve_rng_state": False}
+            chunks = zip(x.chunk(8), targets.chunk(8), strict=True)
+            return torch.cat([checkpoint(whole, *chunk, **words) for chunk in chunks])
+
+        model.token_losses = token_losses
+
+    training.compile = compile_and_cut
+
+
+def plain_loss(training: Training) -> None:
+    # The loss takes several times what its bytes would. log_softmax has a sum over the vocabulary
+    # in its backward pass; as a logarithm of a sum less the target's logit, found in the same
+    # pass, it has none.
+    model = training.model
+
+    def token_losses(x: Tensor, targets: Tensor) -> Tensor:
+        logits = model.embed_out(model.gpt_neox.final_layer_norm(x)).float()
+        is_target = torch.arange(logits.size(1), device=x.device) == targets[:, None]
+        return logits.logsumexp(1) - torch.where(is_target, logits, 0.0).sum(1)
+
+    model.token_losses = token_losses
+
+
+def cuda_graphs(training: Training) -> None:
+    # What mode="reduce-overhead" sets: a layer's kernels are started at once. It pays where the CPU
+    # is the slower one, and may be wrong with several micro-batches.
+    settings = {"triton.cudagraphs": True}
+    training.settings.append(lambda: torch._inductor.config.patch(settings))
+
+
+def tuned_kernels(training: Training) -> None:
+    # Norms, rotary, GELU, the loss and sums for biases are inductor's: it tries other block sizes.
+    settings = {"coordinate_descent_tuning": True}
+    training.settings.append(lambda: torch._inductor.config.patch(settings))
+
+
+VARIANTS = {
+    "present": present,
+    "plain loss": plain_loss,
+    "no wait": no_wait,
+    "bf16 residual": bf16_residual,
+    "tuned kernels": tuned_kernels,
+    "cast once": cast_once,
+    "chunked loss": chunked_loss,
+    "backend order": backend_order,
+    "backend flash": backend_flash,
+    "cuda graphs": cuda_graphs,
+    "whole model": whole_model,
+}
+
+
+# ---- a side's process ----
+
+
+def changed(name: str, args, layers: int, device: torch.device) -> Training:
+    """A training, of so many layers at most, with the variants that a name joins by " + "."""
+    config = SHAPES[args.model]
+    config = replace(config, num_hidden_layers=min(layers, config.num_hidden_layers))
+    dtype = autocast_dtype(None, device)
+    compiled = can_compile(device)[0]
+    training = Training(config, device, dtype, args.sequences, args.micro_batches, compiled)
+    for part in name.split(" + "):
+        VARIANTS[part](training)
+    training.compile()
+    return training
+
+
+def give_back(device: torch.device) -> None:
+    """Let go of memory that no tensor has, for the other sides."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def first_step(training: Training) -> dict[str, Tensor]:
+    """Take it; its loss, and of every parameter's gradient up to 65,536 numbers."""
+    loss = training.gradients()
+    found = {"loss": loss.cpu()}
+    for name, p in training.model.named_parameters():
+        found[name] = p.grad.flatten()[:: math.ceil(p.numel() / 2**16)].cpu().contiguous()
+    training.update(loss)
+    return found
+
+
+def differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """Of the loss and, the largest, of a parameter's gradient, relative to its Euclidean norm."""
+    relative = {name: ((found[name] - x).norm() / x.norm()).item() for name, x in expected.items()}
+    return {"loss": relative.pop("loss"), "gradient": max(relative.values())}
+
+
+def work(name: str, args) -> None:
+    """Answer every line on stdin, the name of a task, with what came of it."""
+    channel = answer_channel()
+    device = start()
+    try:
+        for task in sys.stdin:
+            answer = {}
+            if task == "compile\n":
+                # With two layers, whose compilation all share: then several sides find the memory.
+                changed(name, args, 2, device).steps(1)
+            elif task == "load\n":
+                training = changed(name, args, 10**6, device)
+                found = first_step(training)
+                if name == "present":
+                    save_file(found, args.first)
+                answer = differences(found, load_file(args.first))
+            else:
+                # Memory that was given back is taken again by a step that does not count.
+                training.steps(1)
+                seconds, _ = timed(device, functools.partial(training.steps, args.steps))
+                answer = {"seconds": seconds / args.steps, "memory": peak_memory(device)}
+            give_back(device)
+            print(json.dumps(answer), file=channel)
+    except Exception as e:
+        print(json.dumps({"error": " ".join(repr(e).split())}), file=channel)
+
+
+# ---- the sides in turn ----
+
+
+class Failed(Exception):
+    """A side has ended; the message says why."""
+
+
+class Side(Worker):
+    """A side's process, which compiles."""
+
+    def __init__(self, name: str, first: str, limit: float):
+        super().__init__([__file__, *sys.argv[1:], "--work", name, "--first", first])
+        self.name = name
+        self.limit = limit
+        self.seconds = []  # of a step, by turn
+        self.tell("compile")
+
+    def hear(self) -> dict:
+        answer = self.answer(self.limit)
+        if answer is None:
+            answer = {"error": f"ended, or was ended after {self.limit:g} s"}
+        if "error" in answer:
+            self.close()
+            raise Failed(answer["error"])
+        return answer
+
+    def load(self) -> None:
+        self.tell("load")
+        self.difference = self.hear()
+
+    def take_turn(self) -> None:
+        self.tell("turn")
+        answer = self.hear()
+        self.seconds.append(answer["seconds"])
+        self.memory = answer["memory"]
+
+
+def line_of(side: Side, present: Side, args, device: torch.device) -> str:
+    config = SHAPES[args.model]
+    T = config.max_position_embeddings
+    with torch.device("meta"):
+        flops = GPTNeoX(config).flops_per_token(T)
+    rate = args.sequences * args.micro_batches * T / statistics.median(side.seconds)
+    peak = peak_flops(device, autocast_dtype(None, device)) or math.nan
+    # The last turns of the present code were between this side's.
+    pairs = zip(present.seconds[-len(side.seconds) :], side.seconds, strict=True)
+    ratio = statistics.median(before / after for before, after in pairs)
+    speed = f"{rate:>10,.0f}{ratio:>8.3f}{rate * flops / peak:>9.1%}{side.memory / 1e9:>8.2f}"
+    far = f"{side.difference['loss']:>10.1e}{side.difference['gradient']:>10.1e}"
+    return f"{side.name:<32}{speed}{far}"
+
+
+def compare(names: list[str], args, device: torch.device) -> None:
+    """Print the table, line by line."""
+    print(
+        f"{'':<32}{'tokens/s':>10}{'ratio':>8}{'of peak':>9}{'GB':>8}{'loss':>10}{'gradient':>10}"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        sides = []
+        for i in range(0, len(names), args.at_once):
+            group = [
+                Side(name, f"{folder}/first", args.limit) for name in names[i:][: args.at_once]
+            ]
+            for side in group:
+                with saying_failure(side):
+                    side.hear()
+                    sides.append(side)
+        present = sides[0]
+        present.load()
+        for _ in range(args.turns):
+            present.take_turn()
+        print(line_of(present, present, args, device), flush=True)
+        if args.alone:
+            present.close()
+        for side in sides[1:]:
+            with saying_failure(side):
+                side.load()
+                for _ in range(args.turns):
+                    if not args.alone:
+                        present.take_turn()
+                    side.take_turn()
+                print(line_of(side, present, args, device), flush=True)
+                side.close()
+
+
+@contextlib.contextmanager
+def saying_failure(side: Side) -> Iterator[None]:
+    try:
+        yield
+    except Failed as e:
+        print(f"{side.name}: {e}"[:100], flush=True)
+
+
+# ---- where the time goes ----
+
+
+GROUPS = {
+    "attention": "sdpa|fmha|flash|bmm|attention",
+    "matrix products": "gemm|nvjet|cutlass|xmma|cublas|::mm|addmm|mkldnn|onednn",
+    "AdamW": "adam",
+}
+
+
+def profile(args, device: torch.device, steps: int = 3) -> None:
+    """Print a step's kernels (on a CPU: operations) by group, and the 25 that take longest."""
+    training = changed("present", args, 10**6, device)
+    training.steps(3)
+    on_gpu = device.type == "cuda"
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds[on_gpu : 1 + on_gpu]) as profiler:
+        seconds, _ = timed(device, functools.partial(training.steps, steps))
+    print(f"a step of the present code, {1000 * seconds / steps:.1f} ms while it is profiled")
+    kernels = []
+    for event in profiler.key_averages():
+        ms = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1000 / steps
+        kinds = [kind for kind, words in GROUPS.items() if re.search(words, event.key, re.I)]
+        kernels.append((ms, event.count / steps, [*kinds, "the rest"][0], event.key))
+    for group in (*GROUPS, "the rest"):
+        print(f"{group:<16}{sum(ms for ms, _, kind, _ in kernels if kind == group):>10.2f} ms")
+    for ms, count, group, name in sorted(kernels, reverse=True)[:25]:
+        print(f"{ms:>10.3f} ms {count:>6.0f} x  {group:<16}{name[:60]}")
+
+
+# ---- main ----
+
+
+def main():
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    add = parser.add_argument
+    add("--model", default="pythia-1b", choices=SHAPES, metavar="SIZE")
+    add("--sequences", type=int, default=8, help="in a micro-batch")
+    add("--micro-batches", type=int, default=1, help="in a step")
+    add("--turns", type=int, default=5)
+    add("--steps", type=int, default=3, help="a turn")
+    add("--only", nargs="+", default=list(VARIANTS), metavar="NAME", help="or 'NAME + NAME'")
+    add("--alone", action="store_true", help="one side after another, not in turns")
+    add("--at-once", type=int, default=4, help="how many sides compile at a time")
+    add("--limit", type=float, default=150, help="seconds for a side to answer in")
+    add("--profile", action="store_true", help="of the present code, and no variants")
+    add("--work", help=argparse.SUPPRESS)
+    add("--first", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    unknown = {part for name in args.only for part in name.split(" + ")} - {*VARIANTS}
+    if unknown:
+        parser.error(f"unknown: {', '.join(unknown)}; the variants are {', '.join(VARIANTS)}")
+    if args.work:
+        return work(args.work, args)
+    device = start()
+    T = SHAPES[args.model].max_position_embeddings
+    size = f"{args.model}, {args.micro_batches} x {args.sequences} x {T}"
+    precision = str(autocast_dtype(None, device)).removeprefix("torch.")
+    print(f"torch {torch.__version__}, {where(device)}, {precision}, {size}", flush=True)
+    if args.profile:
+        return profile(args, device)
+    compare(["present", *(name for name in args.only if name != "present")], args, device)
+
+
+if __name__ == "__main__":
+    main()
