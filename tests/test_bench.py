@@ -19,7 +19,10 @@ CONFIG = shape(2, 64, 4, vocab_size=512, context=64)
 
 def training(name: str, dtype: torch.dtype = torch.float32, config=CONFIG) -> Training:
     """Eager, with two micro-batches of two sequences."""
-    made = Training(config, torch.device("cpu"), dtype, rows=2, parts=2, compiled=False)
+    T = config.max_position_embeddings
+    hyper = Hyperparameters(T, 4, learning_rate=1e-3, dtype=dtype, micro_batch_size=2)
+    made = Training(config, torch.device("cpu"), hyper)
+    made.compile = lambda: None
     VARIANTS[name](made)
     made.compile()
     return made

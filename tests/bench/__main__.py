@@ -49,6 +49,10 @@ GPU_ROWS = {"pythia-70m": 8, "pythia-160m": 8, "pythia-410m": 8, "pythia-1b": 4}
 # ---- processes that take turns ----
 
 
+class Failed(Exception):
+    """A process has ended where an answer was due; the message says why."""
+
+
 class Worker:
     """The driver's end of a process that answers lines with lines of JSON."""
 
@@ -63,14 +67,19 @@ class Worker:
             self.process.stdin.write(task + "\n")
             self.process.stdin.flush()
 
-    def answer(self, limit: float = threading.TIMEOUT_MAX) -> dict | None:
-        """What it says next; None if it ends, or after `limit` seconds, when it is ended."""
+    def answer(self, limit: float = 3600) -> dict:
+        """What it says next. Raises Failed if that is an error, or nothing for so many seconds."""
         late = threading.Timer(limit, self.process.kill)
-        late.daemon = True
         late.start()
         line = self.process.stdout.readline()
         late.cancel()
-        return json.loads(line) if line else None
+        answer = {"error": f"it ended, or was ended after {limit:g} s"}
+        if line:
+            answer = json.loads(line)
+        if "error" in answer:
+            self.close()
+            raise Failed(answer["error"])
+        return answer
 
     def do(self, task: str) -> dict:
         self.tell(task)
@@ -80,7 +89,6 @@ class Worker:
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
         self.process.wait()
-        self.process.stdout.close()
 
 
 def answer_channel():

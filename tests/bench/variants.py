@@ -31,39 +31,31 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-from model import SHAPES, Config, GPTNeoX, Layer, autocast_dtype, can_compile, peak_flops, start
-from tests.bench.__main__ import Worker, answer_channel, peak_memory, timed, where
+from model import SHAPES, Config, GPTNeoX, Layer, autocast_dtype, peak_flops, start
+from tests.bench.__main__ import Failed, Worker, answer_channel, peak_memory, timed, where
 from train import Hyperparameters, add_gradients, clip_gradients, make_optimizer, micro_batches
 
 
 class Training:
     """train.py's step of random weights on random tokens, in parts that a variant can replace."""
 
-    def __init__(
-        self,
-        config: Config,
-        device: torch.device,
-        dtype: torch.dtype,
-        rows: int,
-        parts: int = 1,
-        compiled: bool = True,
-    ):
+    def __init__(self, config: Config, device: torch.device, hyper: Hyperparameters):
         torch.manual_seed(0)
         with torch.device(device):
             self.model = GPTNeoX(config)
         self.device = device
+        self.hyper = hyper
         self.optimizer = make_optimizer(self.model, device)
-        T = config.max_position_embeddings
-        self.hyper = Hyperparameters(T, rows * parts, 1e-4, dtype=dtype, micro_batch_size=rows)
-        size = (rows * parts, T + 1)
+        size = (hyper.batch_size, hyper.seq_len + 1)
         self.tokens = np.random.default_rng(0).integers(config.vocab_size, size=size)
         self.settings = []  # each makes a context, in which the step is compiled and run
-        self.compile = self.model.compile_parts if compiled else lambda: None
+        self.compile = self.model.compile_parts
 
     def row(self, i: int) -> np.ndarray:
         """What micro_batches asks of a Mixture."""
@@ -122,18 +114,6 @@ def whole_model(training: Training) -> None:
     # One graph: a layer's last sum can be fused with the next one's norms, which saves reading x,
     # and Python is entered once, not once a layer.
     training.compile = lambda: training.model.compile(dynamic=False)
-
-
-def backend_order(training: Training) -> None:
-    # Of SDPA's kernels cuDNN's was the fastest at every head size; torch's own order may change.
-    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
-    order += [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    training.settings.append(lambda: sdpa_kernel(order, set_priority=True))
-
-
-def backend_flash(training: Training) -> None:
-    # The other one that is fast, as a check of what SDPA chooses by itself.
-    training.settings.append(lambda: sdpa_kernel(SDPBackend.FLASH_ATTENTION))
 
 
 def no_wait(training: Training) -> None:
@@ -241,30 +221,33 @@ def plain_loss(training: Training) -> None:
     model.token_losses = token_losses
 
 
-def cuda_graphs(training: Training) -> None:
-    # What mode="reduce-overhead" sets: a layer's kernels are started at once. It pays where the CPU
-    # is the slower one, and may be wrong with several micro-batches.
-    settings = {"triton.cudagraphs": True}
-    training.settings.append(lambda: torch._inductor.config.patch(settings))
+def attention(*order: SDPBackend):
+    return lambda training: training.settings.append(lambda: sdpa_kernel([*order], True))
 
 
-def tuned_kernels(training: Training) -> None:
-    # Norms, rotary, GELU, the loss and sums for biases are inductor's: it tries other block sizes.
-    settings = {"coordinate_descent_tuning": True}
-    training.settings.append(lambda: torch._inductor.config.patch(settings))
+def inductor(setting: str):
+    return lambda training: training.settings.append(lambda: inductor_config.patch(setting, True))
 
+
+CUDNN, FLASH = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
+OTHERS = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 
 VARIANTS = {
     "present": present,
     "plain loss": plain_loss,
     "no wait": no_wait,
     "bf16 residual": bf16_residual,
-    "tuned kernels": tuned_kernels,
+    # Norms, rotary, GELU, the loss and sums for biases are inductor's: it tries other block sizes.
+    "tuned kernels": inductor("coordinate_descent_tuning"),
     "cast once": cast_once,
     "chunked loss": chunked_loss,
-    "backend order": backend_order,
-    "backend flash": backend_flash,
-    "cuda graphs": cuda_graphs,
+    # cuDNN's attention was the fastest at every head size, and torch chose it by itself; that may
+    # change. Flash is the other one that is fast, as a check of it.
+    "backend order": attention(CUDNN, FLASH, *OTHERS),
+    "backend flash": attention(FLASH),
+    # What mode="reduce-overhead" sets: a layer's kernels start at once, which pays where the CPU is
+    # the slower one. It may be wrong with several micro-batches.
+    "cuda graphs": inductor("triton.cudagraphs"),
     "whole model": whole_model,
 }
 
@@ -276,9 +259,14 @@ def changed(name: str, args, layers: int, device: torch.device) -> Training:
     """A training, of so many layers at most, with the variants that a name joins by " + "."""
     config = SHAPES[args.model]
     config = replace(config, num_hidden_layers=min(layers, config.num_hidden_layers))
-    dtype = autocast_dtype(None, device)
-    compiled = can_compile(device)[0]
-    training = Training(config, device, dtype, args.sequences, args.micro_batches, compiled)
+    hyper = Hyperparameters(
+        seq_len=config.max_position_embeddings,
+        batch_size=args.sequences * args.micro_batches,
+        learning_rate=1e-4,
+        dtype=autocast_dtype(None, device),
+        micro_batch_size=args.sequences,
+    )
+    training = Training(config, device, hyper)
     for part in name.split(" + "):
         VARIANTS[part](training)
     training.compile()
@@ -338,124 +326,112 @@ def work(name: str, args) -> None:
 # ---- the sides in turn ----
 
 
-class Failed(Exception):
-    """A side has ended; the message says why."""
-
-
 class Side(Worker):
-    """A side's process, which compiles."""
+    """A side's process, and how long its steps took, by turn."""
 
-    def __init__(self, name: str, first: str, limit: float):
+    def __init__(self, name: str, first: str):
         super().__init__([__file__, *sys.argv[1:], "--work", name, "--first", first])
         self.name = name
-        self.limit = limit
-        self.seconds = []  # of a step, by turn
-        self.tell("compile")
+        self.seconds = []
 
-    def hear(self) -> dict:
-        answer = self.answer(self.limit)
-        if answer is None:
-            answer = {"error": f"ended, or was ended after {self.limit:g} s"}
-        if "error" in answer:
-            self.close()
-            raise Failed(answer["error"])
-        return answer
-
-    def load(self) -> None:
+    def load(self, limit: float) -> None:
         self.tell("load")
-        self.difference = self.hear()
+        self.difference = self.answer(limit)
 
-    def take_turn(self) -> None:
+    def take_turn(self, limit: float) -> None:
         self.tell("turn")
-        answer = self.hear()
+        answer = self.answer(limit)
         self.seconds.append(answer["seconds"])
         self.memory = answer["memory"]
 
 
-def line_of(side: Side, present: Side, args, device: torch.device) -> str:
-    config = SHAPES[args.model]
-    T = config.max_position_embeddings
-    with torch.device("meta"):
-        flops = GPTNeoX(config).flops_per_token(T)
-    rate = args.sequences * args.micro_batches * T / statistics.median(side.seconds)
-    peak = peak_flops(device, autocast_dtype(None, device)) or math.nan
-    # The last turns of the present code were between this side's.
-    pairs = zip(present.seconds[-len(side.seconds) :], side.seconds, strict=True)
-    ratio = statistics.median(before / after for before, after in pairs)
-    speed = f"{rate:>10,.0f}{ratio:>8.3f}{rate * flops / peak:>9.1%}{side.memory / 1e9:>8.2f}"
-    far = f"{side.difference['loss']:>10.1e}{side.difference['gradient']:>10.1e}"
-    return f"{side.name:<32}{speed}{far}"
-
-
-def compare(names: list[str], args, device: torch.device) -> None:
-    """Print the table, line by line."""
-    print(
-        f"{'':<32}{'tokens/s':>10}{'ratio':>8}{'of peak':>9}{'GB':>8}{'loss':>10}{'gradient':>10}"
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        sides = []
-        for i in range(0, len(names), args.at_once):
-            group = [
-                Side(name, f"{folder}/first", args.limit) for name in names[i:][: args.at_once]
-            ]
-            for side in group:
-                with saying_failure(side):
-                    side.hear()
-                    sides.append(side)
-        present = sides[0]
-        present.load()
-        for _ in range(args.turns):
-            present.take_turn()
-        print(line_of(present, present, args, device), flush=True)
-        if args.alone:
-            present.close()
-        for side in sides[1:]:
-            with saying_failure(side):
-                side.load()
-                for _ in range(args.turns):
-                    if not args.alone:
-                        present.take_turn()
-                    side.take_turn()
-                print(line_of(side, present, args, device), flush=True)
-                side.close()
-
-
 @contextlib.contextmanager
-def saying_failure(side: Side) -> Iterator[None]:
+def telling_failure(side: Side) -> Iterator[None]:
     try:
         yield
     except Failed as e:
         print(f"{side.name}: {e}"[:100], flush=True)
 
 
+def say_line(side: Side, present: Side, args, device: torch.device) -> None:
+    T = SHAPES[args.model].max_position_embeddings
+    with torch.device("meta"):
+        flops = GPTNeoX(SHAPES[args.model]).flops_per_token(T)
+    rate = args.sequences * args.micro_batches * T / statistics.median(side.seconds)
+    peak = peak_flops(device, autocast_dtype(None, device)) or math.nan
+    # The present code's last turns were between this side's.
+    pairs = zip(present.seconds[-args.turns :], side.seconds, strict=True)
+    ratio = statistics.median(before / after for before, after in pairs)
+    line = f"{side.name:<32}{rate:>10,.0f}{ratio:>8.3f}{rate * flops / peak:>9.1%}"
+    far = f"{side.difference['loss']:>10.1e}{side.difference['gradient']:>10.1e}"
+    print(f"{line}{side.memory / 1e9:>8.2f}{far}", flush=True)
+
+
+def compare(names: list[str], args, device: torch.device) -> None:
+    """Print the table, line by line; the first of the names is the present code."""
+    head = f"{'tokens/s':>10}{'ratio':>8}{'of peak':>9}{'GB':>8}{'loss':>10}{'gradient':>10}"
+    print(f"{'':<32}{head}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        sides = [Side(name, f"{folder}/first.safetensors") for name in names]
+        compiled = []
+        for i in range(0, len(sides), args.at_once):
+            group = sides[i : i + args.at_once]
+            for side in group:
+                side.tell("compile")
+            for side in group:
+                with telling_failure(side):
+                    side.answer(args.limit)
+                    compiled.append(side)
+        present = sides[0]
+        for side in compiled:
+            with telling_failure(side):
+                side.load(args.limit)
+                for _ in range(args.turns):
+                    if side is not present and not args.alone:
+                        present.take_turn(args.limit)
+                    side.take_turn(args.limit)
+                say_line(side, present, args, device)
+            # Its memory is the next one's.
+            if side is not present or args.alone:
+                side.close()
+        present.close()
+
+
 # ---- where the time goes ----
 
 
 GROUPS = {
-    "attention": "sdpa|fmha|flash|bmm|attention",
+    "attention": "sdpa|fmha|flash|attention|bmm",
     "matrix products": "gemm|nvjet|cutlass|xmma|cublas|::mm|addmm|mkldnn|onednn",
     "AdamW": "adam",
+    "the rest": "",
 }
 
 
 def profile(args, device: torch.device, steps: int = 3) -> None:
-    """Print a step's kernels (on a CPU: operations) by group, and the 25 that take longest."""
+    """Print a step's kernels (on a CPU its operations) by group, and the 25 that take longest."""
     training = changed("present", args, 10**6, device)
     training.steps(3)
-    on_gpu = device.type == "cuda"
-    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=kinds[on_gpu : 1 + on_gpu]) as profiler:
+    kind = torch.profiler.ProfilerActivity.CPU
+    if device.type == "cuda":
+        kind = torch.profiler.ProfilerActivity.CUDA
+    with torch.profiler.profile(activities=[kind]) as profiler:
         seconds, _ = timed(device, functools.partial(training.steps, steps))
-    print(f"a step of the present code, {1000 * seconds / steps:.1f} ms while it is profiled")
-    kernels = []
+    groups = dict.fromkeys(GROUPS, 0.0)
+    lines = {}
     for event in profiler.key_averages():
-        ms = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1000 / steps
-        kinds = [kind for kind, words in GROUPS.items() if re.search(words, event.key, re.I)]
-        kernels.append((ms, event.count / steps, [*kinds, "the rest"][0], event.key))
-    for group in (*GROUPS, "the rest"):
-        print(f"{group:<16}{sum(ms for ms, _, kind, _ in kernels if kind == group):>10.2f} ms")
-    for ms, count, group, name in sorted(kernels, reverse=True)[:25]:
-        print(f"{ms:>10.3f} ms {count:>6.0f} x  {group:<16}{name[:60]}")
+        spent = event.self_cpu_time_total
+        if device.type == "cuda":
+            spent = event.self_device_time_total
+        ms = spent / 1000 / steps
+        group = next(group for group, words in GROUPS.items() if re.search(words, event.key, re.I))
+        groups[group] += ms
+        line = f"{ms:>9.3f} ms {event.count / steps:>6.1f} x  {group:<16} {event.key[:58]}"
+        lines[line] = ms
+    print(f"a step of the present code: {1000 * seconds / steps:.1f} ms while it is profiled")
+    for group, ms in groups.items():
+        print(f"{ms:>9.3f} ms  {group}")
+    print("\n".join(sorted(lines, key=lines.get, reverse=True)[:25]))
 
 
 # ---- main ----
