@@ -1,7 +1,7 @@
 """How fast the scripts are here, beside transformers and beside the machine's own matrix products.
 
     python -m tests.bench                 # tiny, 14m, 70m, 12 minutes; on a GPU 70m, 160m, 410m, 1b
-    python -m tests.bench --models pythia-1.4b --sequences 8 --sides reweight
+    python -m tests.bench --models pythia-1.4b --sequences 8 --sides reweight --tasks train
 
 A side is a process of its own, with random weights and the allocator that its users have, and
 compiles with an empty cache. The sides take turns, a matrix product of 4096 x 4096 x 4096 among
@@ -70,6 +70,7 @@ class Worker:
     def answer(self, limit: float = 3600) -> dict:
         """What it says next. Raises Failed if that is an error, or nothing for so many seconds."""
         late = threading.Timer(limit, self.process.kill)
+        late.daemon = True
         late.start()
         line = self.process.stdout.readline()
         late.cancel()
@@ -241,7 +242,7 @@ def work(side: str, folder: str, rows: int) -> None:
 class Side(Worker):
     """A side that has taken its first steps."""
 
-    def __init__(self, name: str, folder: str, rows: int):
+    def __init__(self, name: str, folder: str, rows: int, tasks: list[str]):
         cache = tempfile.mkdtemp(dir=folder)
         env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
         began = time.perf_counter()
@@ -250,7 +251,7 @@ class Side(Worker):
         self.started = time.perf_counter() - began
         self.do("train")
         self.memory = self.do("train")["memory"]
-        for task in ("evaluate", "generate") * 2:
+        for task in tasks * 2:
             self.do(task)
         self.seconds: dict[str, list[float]] = {task: [] for task in TASKS}  # by turn
 
@@ -275,10 +276,10 @@ def measure(size: str, rows: int, args, device: torch.device, dtype: torch.dtype
     peaks = []
     with tempfile.TemporaryDirectory() as folder:
         save(shape, folder)
-        sides = {name: Side(name, folder, rows) for name in args.sides}
+        sides = {name: Side(name, folder, rows, args.tasks) for name in args.sides}
         for _ in range(args.turns):
             peaks.append(product_flops(device, dtype))
-            for task in TASKS:
+            for task in args.tasks:
                 for side in sides.values():
                     side.take_turn(task, 1 if task == "generate" else args.steps)
         for side in sides.values():
@@ -287,11 +288,11 @@ def measure(size: str, rows: int, args, device: torch.device, dtype: torch.dtype
     for name, side in sides.items():
         line = f"{size:<12}{f'{rows} x {T}':>9}  {name:<22}"
         for task in TASKS:
-            seconds = np.array(side.seconds[task])
+            seconds = np.array(side.seconds[task] or [math.nan])
             rate = tokens[task] / np.median(seconds)
             ratio = math.nan
             if EAGER in sides:
-                ratio = np.median(np.array(sides[EAGER].seconds[task]) / seconds)
+                ratio = np.median(np.array(sides[EAGER].seconds[task] or [math.nan]) / seconds)
             line += f"{rate:>10,.0f}{ratio:>6.2f}"
             if task in flops:
                 line += f"{rate * flops[task] / peak:>6.0%}"
@@ -364,6 +365,7 @@ def main():
     parser.add_argument("--models", nargs="+", choices=SHAPES, metavar="SIZE")
     sides = [side for side in SIDES if installed(side)]
     parser.add_argument("--sides", nargs="+", default=sides, choices=SIDES, metavar="SIDE")
+    parser.add_argument("--tasks", nargs="+", default=[*TASKS], choices=TASKS, metavar="TASK")
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3, help="a turn")
     parser.add_argument("--sequences", type=int, help="in a step")
@@ -384,7 +386,8 @@ def main():
     usual = GPU_ROWS if device.type == "cuda" else ROWS
     for size in args.models or usual:
         measure(size, args.sequences or usual.get(size, 1), args, device, dtype)
-    data_path()
+    if args.tasks == [*TASKS]:
+        data_path()
 
 
 if __name__ == "__main__":

@@ -371,29 +371,30 @@ def compare(names: list[str], args, device: torch.device) -> None:
     """Print the table, line by line; the first of the names is the present code."""
     head = f"{'tokens/s':>10}{'ratio':>8}{'of peak':>9}{'GB':>8}{'loss':>10}{'gradient':>10}"
     print(f"{'':<32}{head}", flush=True)
+    present = None
     with tempfile.TemporaryDirectory() as folder:
-        sides = [Side(name, f"{folder}/first.safetensors") for name in names]
-        compiled = []
-        for i in range(0, len(sides), args.at_once):
-            group = sides[i : i + args.at_once]
+        for i in range(0, len(names), args.at_once):
+            group = [Side(name, f"{folder}/first") for name in names[i : i + args.at_once]]
+            present = present or group[0]
             for side in group:
                 side.tell("compile")
+            # Nobody compiles while another is measured.
+            compiled = []
             for side in group:
                 with telling_failure(side):
                     side.answer(args.limit)
                     compiled.append(side)
-        present = sides[0]
-        for side in compiled:
-            with telling_failure(side):
-                side.load(args.limit)
-                for _ in range(args.turns):
-                    if side is not present and not args.alone:
-                        present.take_turn(args.limit)
-                    side.take_turn(args.limit)
-                say_line(side, present, args, device)
-            # Its memory is the next one's.
-            if side is not present or args.alone:
-                side.close()
+            for side in compiled:
+                with telling_failure(side):
+                    side.load(args.limit)
+                    for _ in range(args.turns):
+                        if side is not present and not args.alone:
+                            present.take_turn(args.limit)
+                        side.take_turn(args.limit)
+                    say_line(side, present, args, device)
+                # Its memory is the next one's.
+                if side is not present or args.alone:
+                    side.close()
         present.close()
 
 
