@@ -119,9 +119,9 @@ def whole_model(training: Training) -> None:
 
 
 def no_wait(training: Training) -> None:
-    # The CPU waits for the GPU four times a step (batch, loss and norm, each of which is copied
-    # over), and then the GPU for the CPU. Here the fused AdamW clips, and leaves the update out,
-    # by numbers that stay on the device (as for GradScaler); the loss is read a step later.
+    # At every batch, loss and norm, which are copied over, the CPU waits for the GPU, and then the
+    # GPU for the CPU. Here the fused AdamW clips, and leaves the update out, by numbers that stay
+    # on the device (GradScaler sets the same two); the loss is read a step later.
     read = training.read
     optimizer = training.optimizer
     on_gpu = training.device.type == "cuda"
@@ -210,9 +210,8 @@ def chunked_loss(training: Training) -> None:
 
 
 def plain_loss(training: Training) -> None:
-    # The loss takes several times what its bytes would. log_softmax has a sum over the vocabulary
-    # in its backward pass; as a logarithm of a sum less the target's logit, found in the same
-    # pass, it has none.
+    # cross_entropy's backward pass has a sum over the vocabulary for every token. As the logarithm
+    # of a sum less the target's logit, which the same pass finds, the loss has none there.
     model = training.model
 
     def token_losses(x: Tensor, targets: Tensor) -> Tensor:
@@ -243,8 +242,7 @@ VARIANTS = {
     "tuned kernels": inductor("coordinate_descent_tuning"),
     "cast once": cast_once,
     "chunked loss": chunked_loss,
-    # cuDNN's attention was the fastest at every head size, and torch chose it by itself; that may
-    # change. Flash is the other one that is fast, as a check of it.
+    # Which kernel SDPA takes is torch's choice, and may change; flash alone as a check of it.
     "backend order": attention(CUDNN, FLASH, *OTHERS),
     "backend flash": attention(FLASH),
     # What mode="reduce-overhead" sets: a layer's kernels start at once, which pays where the CPU is
