@@ -22,7 +22,7 @@ import re
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,7 +102,7 @@ class CopiedLinear(nn.Linear):
 
 
 def present(training: Training) -> None:
-    pass
+    """The step as it is."""
 
 
 def bf16_residual(training: Training) -> None:
@@ -222,15 +222,22 @@ def plain_loss(training: Training) -> None:
     model.token_losses = token_losses
 
 
-def attention(*order: SDPBackend):
-    return lambda training: training.settings.append(lambda: sdpa_kernel([*order], True))
+def attention(*order: SDPBackend) -> Callable[[Training], None]:
+    def variant(training: Training) -> None:
+        training.settings.append(lambda: sdpa_kernel([*order], set_priority=True))
+
+    return variant
 
 
-def inductor(setting: str):
-    return lambda training: training.settings.append(lambda: inductor_config.patch(setting, True))
+def inductor(setting: str) -> Callable[[Training], None]:
+    def variant(training: Training) -> None:
+        training.settings.append(lambda: inductor_config.patch(setting, True))
+
+    return variant
 
 
-CUDNN, FLASH = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
+CUDNN = SDPBackend.CUDNN_ATTENTION
+FLASH = SDPBackend.FLASH_ATTENTION
 OTHERS = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 
 VARIANTS = {
@@ -245,10 +252,10 @@ VARIANTS = {
     # Which kernel SDPA takes is torch's choice, and may change; flash alone as a check of it.
     "backend order": attention(CUDNN, FLASH, *OTHERS),
     "backend flash": attention(FLASH),
+    "whole model": whole_model,
     # What mode="reduce-overhead" sets: a layer's kernels start at once, which pays where the CPU is
     # the slower one. It may be wrong with several micro-batches.
     "cuda graphs": inductor("triton.cudagraphs"),
-    "whole model": whole_model,
 }
 
 
