@@ -1,17 +1,36 @@
 #!/usr/bin/env bash
-# What only a GPU can say, meant for five minutes of an H100: the speed of a training step and, at the size of pythia-70m,
-# whether a search finds a better mixture than uniform, with two seeds. Each command goes on where it was stopped.
+# What only a GPU can say, meant for five minutes of an H100: the speed of a training step, where its time goes, which changes
+# of it pay and, at the size of pythia-70m, whether a search finds a better mixture than uniform, with two seeds.
 #
-#     bash tests/bench/gpu.sh [DATA [SIDE …]]         # sides of tests.bench beside reweight: transformers, if installed
+#     bash tests/bench/gpu.sh [DATA [SIDE …]]         # sides of tests.bench beside reweight: transformers or litgpt, if installed
+#     MINUTES=15 bash tests/bench/gpu.sh              # with enough time for all of it
+#
+# A part ends after the seconds that stand before it, and all of them after the minutes; the search, which comes last, goes on
+# where it was stopped when this is called again.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 data=${1:-data/sample}
-test -d "$data" || python prepare.py
+
+part() {
+    local limit=$((60 * ${MINUTES:-5} - SECONDS))
+    printf '\n[%d s] %s\n' "$SECONDS" "${*:2}"
+    if ((limit > $1)); then limit=$1; fi
+    if ((limit < 1)); then echo "no time left"; return; fi
+    timeout --kill-after=5 "$limit" "${@:2}" || echo "(status $?, which is 124 where its $limit s were over)"
+}
+
 nvidia-smi -L
-python -m tests.bench --models pythia-70m pythia-410m pythia-1b --sides reweight "${@:2}" --turns 3
+for side in reweight "${@:2}"; do
+    part 50 python -m tests.bench --tasks train --turns 3 --sides "$side" --models pythia-70m --sequences 32
+    part 50 python -m tests.bench --tasks train --turns 3 --sides "$side" --models pythia-410m --sequences 16
+    part 60 python -m tests.bench --tasks train --turns 3 --sides "$side" --models pythia-1b --sequences 8
+done
+part 50 python tests/bench/variants.py --profile
+part 180 python tests/bench/variants.py --turns 3
+test -d "$data" || part 60 python prepare.py
 for seed in 0 1; do
     for method in experts reweight; do
-        python mix.py --data "$data" --model scratch:pythia-70m --seq-len 1024 --lr 1e-3 --base-sequences 8000 \
+        part 200 python mix.py --data "$data" --model scratch:pythia-70m --seq-len 1024 --lr 1e-3 --base-sequences 8000 \
             --method $method --seed $seed --resume --out out/gpu/$method-$seed
     done
 done
