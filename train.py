@@ -359,12 +359,12 @@ def add_gradients(
     return total
 
 
-def clip_gradients(model: GPTNeoX) -> float:
-    """Scale all gradients so that their norm is at most 1; returns what it was."""
+def clip_gradients(model: GPTNeoX) -> torch.Tensor:
+    """Scale all gradients so that their norm is at most 1; returns what it was: ()."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     if is_sharded(model):
         norm = norm.full_tensor()
-    return norm.item()
+    return norm
 
 
 # ---- train ----
@@ -379,14 +379,15 @@ class Progress:
 
 
 def micro_batch_size(model: GPTNeoX, hyper: Hyperparameters, device: torch.device) -> int:
-    """As asked for, or so that a rank's rows are cut into as few equal parts as fit."""
+    """As asked for, or what fits and cuts a rank's rows into equal parts."""
     if hyper.micro_batch_size:
         return hyper.micro_batch_size
-    # 64 rows where 10 fit make 7 parts of at most 10.
     rows = math.ceil(hyper.batch_size / world_size())
     fits = sequences_at_once(model, hyper.seq_len, hyper.dtype, device, training=True)
-    parts = math.ceil(rows / fits)
-    return math.ceil(rows / parts)
+    # Where 10 fit, 64 rows make 8 parts of 8, not 7 of 10: rows that only fill a part up are waste.
+    most = min(rows, fits)
+    sizes = range(most, most // 2, -1)
+    return min(sizes, key=lambda size: size * math.ceil(rows / size))
 
 
 def memory_words(micro_batch_size: int, seq_len: int) -> tuple[str, str]:
@@ -504,8 +505,9 @@ def train(
             parts = list(micro_batches(mixture, batch, M))
             part = add_gradients(network, parts, step, len(batch), hyper, weigh)
             asked = torch.full_like(part, len(stop_signals))
-            loss, stop = add_up(torch.stack((part, asked))).tolist()  # one exchange for both
-            grad_norm = clip_gradients(model)
+            sums = add_up(torch.stack((part, asked)))  # one exchange for both
+            norm = clip_gradients(model)
+            loss, stop, grad_norm = torch.cat((sums, norm[None])).tolist()  # one wait for a GPU
             finite = math.isfinite(loss) and math.isfinite(grad_norm)
             if finite:
                 optimizer.step()

@@ -29,7 +29,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from eval import domain_means, evaluate
 from model import SHAPES, GPTNeoX, load, sequences_at_once
 from prepare import Tokenizer
-from train import Hyperparameters, Mixture, learning_rate_at, name_of, times_seen, train
+from train import (
+    Hyperparameters,
+    Mixture,
+    learning_rate_at,
+    micro_batch_size,
+    name_of,
+    times_seen,
+    train,
+)
 
 STEPS_OF_4 = Hyperparameters(seq_len=32, batch_size=4, learning_rate=1e-2)
 STEPS_OF_8 = Hyperparameters(seq_len=32, batch_size=8, learning_rate=1e-3)  # train_options' own
@@ -100,6 +108,15 @@ def test_a_gpu_gets_as_many_sequences_as_its_memory_holds(monkeypatch):
     assert [fitting(gib) for gib in (16, 24, 40, 80)] == [1, 2, 7, 10]
     model.activation_checkpointing = True
     assert fitting(24) == 6
+
+
+@pytest.mark.parametrize(
+    "rows, fit, size", [(64, 10, 8), (64, 16, 16), (61, 10, 9), (16, 32, 16), (7, 3, 2), (5, 1, 1)]
+)
+def test_no_more_rows_than_must_be_only_fill_a_micro_batch_up(rows, fit, size, monkeypatch):
+    monkeypatch.setattr("train.sequences_at_once", lambda *setting, training: fit)
+    hyper = replace(STEPS_OF_4, batch_size=rows)
+    assert micro_batch_size(None, hyper, torch.device("cpu")) == size
 
 
 @pytest.mark.parametrize(

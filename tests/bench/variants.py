@@ -35,7 +35,6 @@ from torch._inductor import config as inductor_config
 from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity
-from torch.utils.checkpoint import checkpoint
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -75,8 +74,9 @@ class Training:
             return add_gradients(self.model, self.read(), 0, sequences, self.hyper, None)
 
     def update(self, loss: Tensor) -> float:
-        loss, _ = torch.stack((loss, torch.zeros_like(loss))).tolist()
-        grad_norm = clip_gradients(self.model)
+        sums = torch.stack((loss, torch.zeros_like(loss)))
+        norm = clip_gradients(self.model)
+        loss, _, grad_norm = torch.cat((sums, norm[None])).tolist()
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -189,26 +189,6 @@ def cast_once(training: Training) -> None:
     training.read = read_and_cast
 
 
-def chunked_loss(training: Training) -> None:
-    # The logits are the largest tensor; a chunk of them is nearer to what caches hold. Each is
-    # computed again for its gradient: one more product with the vocabulary's matrix.
-    model = training.model
-    compile_parts = training.compile
-
-    def compile_and_cut() -> None:
-        compile_parts()
-        whole = model.token_losses
-
-        def token_losses(x: Tensor, targets: Tensor) -> Tensor:
-            words = {"use_reentrant": False, "preserve_rng_state": False}
-            chunks = zip(x.chunk(8), targets.chunk(8), strict=True)
-            return torch.cat([checkpoint(whole, *chunk, **words) for chunk in chunks])
-
-        model.token_losses = token_losses
-
-    training.compile = compile_and_cut
-
-
 def plain_loss(training: Training) -> None:
     # cross_entropy's backward pass has a sum over the vocabulary for every token. As the logarithm
     # of a sum less the target's logit, which the same pass finds, the loss has none there.
@@ -248,7 +228,6 @@ VARIANTS = {
     # Norms, rotary, GELU, the loss and sums for biases are inductor's: it tries other block sizes.
     "tuned kernels": inductor("coordinate_descent_tuning"),
     "cast once": cast_once,
-    "chunked loss": chunked_loss,
     # Which kernel SDPA takes is torch's choice, and may change; flash alone as a check of it.
     "backend order": attention(CUDNN, FLASH, *OTHERS),
     "backend flash": attention(FLASH),
