@@ -99,7 +99,7 @@ SOFT = 0.5  # λ: the share of an expert's sequences that are its own domain's
 SHORT = 4  # an expert has so many times fewer sequences than a pass
 STEPS = 25  # and at least so many steps, of a smaller batch if need be
 WINDOWS = 25  # of each domain, at least, on which it is measured
-MEASURED = 2**20  # tokens of all domains, about, of which more are not kept; each takes 4 bytes
+MEASURED = 2**20  # tokens of all domains that are enough for that; each takes 4 bytes
 
 
 class Law:
@@ -243,10 +243,10 @@ def losses_of_experts(runs: "Runs", start: dict[str, int], sequences: int) -> li
     smaller = {"batch_size": batch_size}
     if runs.hyper.micro_batch_size:
         smaller["micro_batch_size"] = min(runs.hyper.micro_batch_size, batch_size)
-    # On half as many sequences as it is trained on, which takes a sixth of the time.
+    # To measure it on half as many sequences as it is trained on takes a sixth of the time.
     K = len(runs.domains)
-    most = MEASURED // (K * runs.hyper.seq_len)
-    windows = max(WINDOWS, min(sequences // (2 * K), most))
+    enough = MEASURED // (K * runs.hyper.seq_len)
+    windows = max(WINDOWS, min(sequences // (2 * K), enough))
     size = f"{sequences} sequences, {batch_size} a step"
     say(f"{len(u)} experts, each of {size}, measured on {windows} windows a domain")
     losses = []
@@ -402,11 +402,18 @@ class Run(NamedTuple):
 
 
 def train_once(
-    model: GPTNeoX, base: str | Path | None, data: Data, run: Run, save_every: int, title: str
+    model: GPTNeoX,
+    base: str | Path | None,
+    data: Data,
+    run: Run,
+    save_every: int,
+    title: str,
+    keep: bool = True,
 ) -> None:
     """Make the model, in place, the base (None: itself) trained on a run's mixture, and keep it.
 
     What was kept before is loaded, if it is of this very run (else InputError) and undamaged.
+    keep: if not, no weights are written but checkpoints.
     """
     weights = run.folder / "model.safetensors"
     path = run.folder / "run.json"
@@ -431,17 +438,21 @@ def train_once(
     seen = train.times_seen(data, run.hyper.seq_len, run.passes)
     more = {"out": run.folder, "save_every": save_every, "title": title}
     train.train(model, data, run.counts, run.hyper, seen=seen, **more)
-    train.keep(model, data, run.folder)
+    if keep:
+        train.keep(model, data, run.folder)
     if rank() == 0:
-        prepare.write_json(path, record | {"sha256": prepare.sha256_of(weights)})
+        if keep:
+            record["sha256"] = prepare.sha256_of(weights)
+        prepare.write_json(path, record)
 
 
 @dataclass
 class Runs:
     """Mixtures to losses: each is trained from the base once, and kept.
 
-    A run's folder is named by a hash of all that determines it (base, data, counts, hyper, code),
-    has that in its run.json, and in val.json the losses on the validation split.
+    A run's folder is named by a hash of all that determines it (base, data, counts, hyper, code);
+    it has that in its run.json, and the losses on the validation split in sequences-N.npz or, of
+    every token, in tokens-N.npz, N being the most windows of a domain.
     """
 
     model: GPTNeoX
@@ -497,12 +508,6 @@ class Runs:
         train.train(self.model, self.data, counts, hyper, seen=seen, title=title, weigh=weigh)
         self.tokens["trained"] += sum(counts.values()) * hyper.seq_len
 
-    def train_probe(self, run: Run, title: str) -> None:
-        """Make the model what a run gives, of which nobody needs the weights: none are written."""
-        train.fill(self.model, self.base)
-        seen = train.times_seen(self.data, run.hyper.seq_len, run.passes)
-        train.train(self.model, self.data, run.counts, run.hyper, seen=seen, title=title)
-
     def stop_if_asked(self) -> None:
         train.stop_if_asked(next(self.model.parameters()).device)
 
@@ -513,7 +518,8 @@ class Runs:
 
     def measured(self, run: Run, limit: int, title: str, per_token: bool = False) -> Losses:
         """A run's losses, of at most `limit` windows a domain, which are kept; it is trained only
-        if they are not there yet. What that costs is counted all the same."""
+        if they are not there yet. What that costs is counted all the same. per_token: for these
+        alone is it trained, and its weights are not kept."""
         T = self.hyper.seq_len
         windows = [min(limit, self.data.windows(d, "val", T)) for d in self.domains]
         self.tokens["trained"] += sum(run.counts.values()) * T
@@ -525,13 +531,10 @@ class Runs:
         losses = self.known(path)
         # All do the same; and none writes before all have looked.
         if not on_all_ranks(losses is not None, next(self.model.parameters()).device):
-            if per_token:
-                self.train_probe(run, title)
-            else:
-                train_once(self.model, self.base, self.data, run, self.save_every, title)
+            how = (run, self.save_every, title)
+            train_once(self.model, self.base, self.data, *how, keep=not per_token)
             losses = self.evaluate(limit, per_token)
             if rank() == 0:
-                run.folder.mkdir(parents=True, exist_ok=True)
                 named = {f"{d}.val": values for d, values in losses.items()}
                 with prepare.replacing(path) as partial, open(partial, "wb") as file:
                     np.savez(file, run=run.folder.name, **named)
@@ -551,8 +554,14 @@ class Runs:
         return domain_means(self.measured(self.run(counts), self.eval_sequences, title))
 
     def token_losses(self, counts: dict[str, int], limit: int, title: str, **changes) -> Losses:
-        """The mixture's loss of every token, of a probe. changes: of hyperparameters."""
-        return self.measured(self.run(counts, **changes), limit, title, per_token=True)
+        """The mixture's loss of every token; its weights are not kept. changes: of
+        hyperparameters."""
+        run = self.run(counts, **changes)
+        losses = self.measured(run, limit, title, per_token=True)
+        if rank() == 0:
+            for checkpoint in train.checkpoints(run.folder):
+                train.remove(checkpoint)
+        return losses
 
     def keep_only(self, *mixtures: dict[str, int]) -> None:
         """Remove the weights of all other mixtures; their losses stay."""

@@ -285,7 +285,10 @@ class GPTNeoX(nn.Module):
         self.compiled = False
 
     def without_compiler(self):
-        """For what makes another shape in every call. It is not imported to leave it out."""
+        """A context for calls that each have another shape.
+
+        A model that is not compiled needs none, and to import the compiler takes a second.
+        """
         if self.compiled:
             return torch.compiler.set_stance("force_eager")
         return contextlib.nullcontext()

@@ -383,6 +383,7 @@ class Tokenizer:
         if self.end_of_text is None or self.vocab_size > 2**16:
             expected = f"expected {END_OF_TEXT}, and at most 65,536 (uint16), as pythia-70m has"
             raise InputError(f"{path}: {self.vocab_size:,} tokens; {expected}")
+        self._encoded = 0  # characters so far
         self.meta = {
             "sha256": hashlib.sha256(self.json.encode()).hexdigest(),
             "vocab_size": self.vocab_size,
@@ -390,33 +391,37 @@ class Tokenizer:
         }
 
     @functools.cached_property
-    def _fast(self):
+    def _tiktoken(self):
         """tiktoken's encoder, where it gives the same ids; it takes a moment to make."""
         return rank_encoding(json.loads(self.json), self._tokenizer)
 
     @functools.cached_property
-    def _fastest(self):
-        """The encoder of fastokens, where that is installed and gives the same ids as _fast."""
-        if self._fast is None:
-            return None
-        return fastokens_encoding(json.loads(self.json), self._fast)
+    def _fastokens(self):
+        """The encoder of fastokens, where that is installed and gives the same ids as tiktoken."""
+        return fastokens_encoding(json.loads(self.json), self._tiktoken)
 
     def encode(self, text: str) -> np.ndarray:
         """(n,) uint16, less an end-of-text id. Raises UnicodeEncodeError for a lone surrogate."""
         text.encode()
-        if self._fast and self._tokenizer.normalizer and not unicodedata.is_normalized("NFC", text):
+        if self._tiktoken is None:
+            return self._slowly(text)
+        if self._tokenizer.normalizer and not unicodedata.is_normalized("NFC", text):
             text = self._tokenizer.normalizer.normalize_str(text)
-        if self._fastest is not None:
-            return fastokens_ids(self._fastest, text)
+        # Of little text fastokens would take longer to load than it saves.
+        self._encoded += len(text)
+        if self._encoded > 2**22 and self._fastokens is not None:
+            return fastokens_ids(self._fastokens, text)
         # tiktoken panics on a run of about 10^6 white-space characters.
-        endless_space = len(text) > 10**5 and re.search(r"\s{100000}", text)
-        if self._fast is None or endless_space:
-            encoding = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]
-            return np.array(encoding.ids, dtype=np.uint16)
+        if len(text) > 10**5 and re.search(r"\s{100000}", text):
+            return self._slowly(text)
         if len(text) < 10**6:
-            return np.array(self._fast.encode_ordinary(text), dtype=np.uint16)
+            return np.array(self._tiktoken.encode_ordinary(text), dtype=np.uint16)
         # Slower, but in less memory.
-        return np.array(self._fast.encode_to_numpy(text), dtype=np.uint16)
+        return np.array(self._tiktoken.encode_to_numpy(text), dtype=np.uint16)
+
+    def _slowly(self, text: str) -> np.ndarray:
+        encoding = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]
+        return np.array(encoding.ids, dtype=np.uint16)
 
     def decode(self, ids) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
@@ -471,30 +476,34 @@ def rank_encoding(spec: dict, tokenizer):
     return tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
 
-def fastokens_encoding(spec: dict, known):
-    """The encoder of fastokens, if it is there and gives a hard text the ids of `known`; or None.
+def fastokens_encoding(spec: dict, tiktoken_encoding):
+    """The encoder of fastokens, if it is there and gives hard texts the same ids; or None.
 
-    spec: the tokenizer.json; known: the tiktoken encoder of it. Text comes to both in NFC.
+    spec: the tokenizer.json; tiktoken_encoding: the encoder of it. Text comes to both in NFC.
     """
-    # Letters join the a before them, digits the 1 after them, white space the space between; of
-    # characters that another version of Unicode adds, there are many in a row.
-    code_points = map(chr, [*range(0, 0xD800, 3), *range(0xE000, 0x20000, 3)])
-    hard = "".join(f"a{c} {c}1" for c in code_points)
-    hard += "".join(" " * n + end for n in range(60) for end in ("x", ".", "\n", "\t ", "\u3000"))
-    hard += "don't we'll 'Some 'Then 'Mist 'Dear 'LLAMA 'Very 'Read 's's they\u2019re\r\n\r\n "
-    hard += " ".join(["<|endoftext|>", "<|padding|>", *(str(7**n) for n in range(40))])
     try:
         import fastokens
 
         encoder = fastokens.Tokenizer.from_json_str(json.dumps(spec | {"normalizer": None}))
-        ids = fastokens_ids(encoder, hard)
+        text = hard_text()
+        if fastokens_ids(encoder, text).tolist() == tiktoken_encoding.encode_ordinary(text):
+            return encoder
     except KeyboardInterrupt:
         raise
     except BaseException:  # it is not there, is of another version, or its Rust panics
         return None
-    if ids.tolist() != known.encode_ordinary(hard):
-        return None
-    return encoder
+    return None
+
+
+def hard_text() -> str:
+    """What tokenizers differ in: characters of every kind, runs of spaces, contractions, digits."""
+    # Letters join the a before them, digits the 1 after them, white space the space between. Of
+    # characters that another version of Unicode adds, there are many in a row.
+    code_points = [*range(0, 0xD800, 3), *range(0xE000, 0x20000, 3), *range(0x20000, 0x33480, 97)]
+    text = "".join(f"a{chr(i)} {chr(i)}1" for i in code_points)
+    text += "".join(" " * n + end for n in range(60) for end in ("x", ".", "\n", "\t ", "\u3000"))
+    text += "don't we'll 'Some 'Then 'Mist 'Dear 'LLAMA 'Very 'Read 's's they\u2019re\r\n\r\n "
+    return text + " ".join(["<|endoftext|>", "<|padding|>", *(str(7**n) for n in range(40))])
 
 
 def fastokens_ids(encoder, text: str) -> np.ndarray:

@@ -379,14 +379,14 @@ class Progress:
 
 
 def micro_batch_size(model: GPTNeoX, hyper: Hyperparameters, device: torch.device) -> int:
-    """As asked for, or what fits and cuts a rank's rows into equal parts."""
+    """As asked for, or what fits and leaves few rows that only fill a part up."""
     if hyper.micro_batch_size:
         return hyper.micro_batch_size
     rows = math.ceil(hyper.batch_size / world_size())
     fits = sequences_at_once(model, hyper.seq_len, hyper.dtype, device, training=True)
-    # Where 10 fit, 64 rows make 8 parts of 8, not 7 of 10: rows that only fill a part up are waste.
+    # Where 10 fit, 64 rows make 8 parts of 8, not 7 of 10; but parts are not much smaller for it.
     most = min(rows, fits)
-    sizes = range(most, most // 2, -1)
+    sizes = range(most, most * 3 // 4, -1)
     return min(sizes, key=lambda size: size * math.ceil(rows / size))
 
 
@@ -507,7 +507,7 @@ def train(
             asked = torch.full_like(part, len(stop_signals))
             sums = add_up(torch.stack((part, asked)))  # one exchange for both
             norm = clip_gradients(model)
-            loss, stop, grad_norm = torch.cat((sums, norm[None])).tolist()  # one wait for a GPU
+            loss, stop, grad_norm = torch.cat((sums, norm[None])).tolist()  # one wait for all
             finite = math.isfinite(loss) and math.isfinite(grad_norm)
             if finite:
                 optimizer.step()
@@ -575,23 +575,25 @@ def shard(model: GPTNeoX, dtype: torch.dtype, device: torch.device) -> None:
     model.make_rotary()
 
 
-def whole_state():
-    """torch's module that reads and sets state, sharded or not. Its import takes half a second,
-    which --help and a wrong option can do without."""
-    import torch.distributed.checkpoint.state_dict
+def state_dicts():
+    """The module of torch's that reads and sets state, sharded or not.
 
-    return torch.distributed.checkpoint.state_dict
+    It is imported late, for that takes half a second, and --help does not need it.
+    """
+    from torch.distributed.checkpoint import state_dict
+
+    return state_dict
 
 
 def gather():
     """How state is read: the first rank gets whole tensors on its CPU, the others nothing."""
-    return whole_state().StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return state_dicts().StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def spread(model: GPTNeoX):
     """How state is set: by the first rank for all where it is sharded, else by every rank."""
     by_first = is_sharded(model)
-    return whole_state().StateDictOptions(full_state_dict=by_first, broadcast_from_rank0=by_first)
+    return state_dicts().StateDictOptions(full_state_dict=by_first, broadcast_from_rank0=by_first)
 
 
 def reads_state(model: GPTNeoX) -> bool:
@@ -600,6 +602,7 @@ def reads_state(model: GPTNeoX) -> bool:
 
 
 def check_finite(tensors: dict[str, torch.Tensor]) -> None:
+    """Raise InputError if one of them is not."""
     for name, tensor in tensors.items():
         # A sum is not finite if one of its terms is not, and takes a tenth of the time; but it may
         # also be too large.
@@ -616,7 +619,7 @@ def optimizer_tensors(model: GPTNeoX, optimizer: torch.optim.Optimizer) -> dict[
     # Before its first step it has none, and to ask for it would take a step.
     if not optimizer.state:
         return {}
-    state = whole_state().get_optimizer_state_dict(model, optimizer, options=gather())
+    state = state_dicts().get_optimizer_state_dict(model, optimizer, options=gather())
     return {
         f"{name}.{key}": value
         for name, values in state.get("state", {}).items()
@@ -631,11 +634,11 @@ def set_optimizer_tensors(
     """What optimizer_tensors gave becomes the state of an optimizer that is as yet without one."""
     # A state of the right form, made by a step of size 0, on every rank that sets one.
     options = gather() if is_sharded(model) else spread(model)
-    state = whole_state().get_optimizer_state_dict(model, optimizer, options=options)
+    state = state_dicts().get_optimizer_state_dict(model, optimizer, options=options)
     for name, values in state.get("state", {}).items():
         for key in values:
             values[key] = tensors.get(f"{name}.{key}", values[key])
-    whole_state().set_optimizer_state_dict(model, optimizer, state, options=spread(model))
+    state_dicts().set_optimizer_state_dict(model, optimizer, state, options=spread(model))
 
 
 def fill(model: GPTNeoX, name: str | Path, **scratch) -> None:
@@ -643,13 +646,13 @@ def fill(model: GPTNeoX, name: str | Path, **scratch) -> None:
     weights = {}
     if reads_state(model):
         weights = load(name, **scratch).state_dict()
-    whole_state().set_model_state_dict(model, weights, options=spread(model))
+    state_dicts().set_model_state_dict(model, weights, options=spread(model))
 
 
 def keep(model: GPTNeoX, data: Data, out: Path, dtype: torch.dtype = torch.float32) -> None:
     """Save the finished model, if that is not done, and remove its checkpoints; on every rank."""
     if not (out / "model.safetensors").is_file():
-        weights = whole_state().get_model_state_dict(model, options=gather())
+        weights = state_dicts().get_model_state_dict(model, options=gather())
         weights = {name: weight.to(dtype) for name, weight in weights.items()}
         check_finite(weights)
         if rank() == 0:
@@ -680,7 +683,7 @@ def save_checkpoint(
 
     The folder appears whole. The newest two stay.
     """
-    weights = whole_state().get_model_state_dict(model, options=gather())
+    weights = state_dicts().get_model_state_dict(model, options=gather())
     moments = optimizer_tensors(model, optimizer)
     check_finite(weights | moments)
     if rank() > 0:
@@ -740,7 +743,7 @@ def load_checkpoint(out: Path | None, model: GPTNeoX, optimizer: torch.optim.Opt
     if reads_state(model):
         weights = load_file(folder / "model.safetensors")
         moments = load_file(folder / "optimizer.safetensors")
-    whole_state().set_model_state_dict(model, weights, options=spread(model))
+    state_dicts().set_model_state_dict(model, weights, options=spread(model))
     # If there are any, every rank takes part in setting them, also one that read nothing.
     if add_up(torch.full_like(found, len(moments))) > 0:
         set_optimizer_tensors(model, optimizer, moments)

@@ -181,11 +181,9 @@ def test_a_search_writes_what_it_promises(name, searches, data, small):
         trained += 3 * 12
         evaluated += 3 * sum(min(25, data.windows(d, "val", 32)) for d in data.domains)
     assert found["tokens"] == {"trained": 32 * trained, "evaluated": 32 * evaluated}
-    # Weights are there of what the table compares; others were measured, and no more. Of an expert
-    # there are its losses alone.
-    probes = [path.parent for path in out.glob("runs/*/tokens-25.npz")]
-    assert len(probes) == (3 if method == "experts" else 0)
-    assert all(len(list(folder.iterdir())) == 1 for folder in probes)
+    # Weights are there of what the table compares; others were measured, and no more.
+    assert len(list(out.glob("runs/*/tokens-25.npz"))) == (3 if method == "experts" else 0)
+    assert not list(out.glob("runs/*/checkpoint-*"))
     compared = {json.dumps(found["counts"]), json.dumps(dict.fromkeys(data.domains, 16))}
     assert set(with_weights(out)) == compared
 
@@ -328,6 +326,17 @@ def test_killed_and_resumed_it_ends_the_same(method, searches, data, small, tmp_
     for name in ("history.jsonl", "mix.json", "result.json"):
         assert (out / name).read_text() == (whole / name).read_text()
     assert with_weights(out) == with_weights(whole)
+
+
+def test_an_expert_goes_on_from_its_checkpoint(searches, data, small, tmp_path):
+    """Killed when its losses would be written, 12 steps and 6 checkpoints after its beginning."""
+    out = tmp_path / "experts"
+    argv = mix_options(data, small, out, method="experts", save_every=2)
+    assert Run(tmp_path, "mix", *argv, kill_at="rename .*tokens-").end()[0] == -9
+    assert "/checkpoint-00000010" in ends_well(Run(tmp_path, "mix", *argv, "--resume"))[0]
+    whole, _ = searches("experts")
+    assert (out / "history.jsonl").read_text() == (whole / "history.jsonl").read_text()
+    assert not list(out.glob("runs/*/checkpoint-*"))
 
 
 def test_a_finished_search_prints_and_draws_its_result_again(searches, search):

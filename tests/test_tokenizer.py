@@ -85,11 +85,12 @@ class Pair:
 
     def __init__(self, path: Path):
         self.ours = Tokenizer(path)
+        self.ours._encoded = 2**22  # after which fastokens is worth loading
         self.oracle = tokenizers.Tokenizer.from_file(str(path))
         self.oracle.encode_special_tokens = True
 
     def is_fast(self) -> bool:
-        return self.ours._fast is not None
+        return self.ours._tiktoken is not None
 
     def check(self, texts: list[str]) -> None:
         expected = self.oracle.encode_batch(texts, add_special_tokens=False)
@@ -115,9 +116,9 @@ def pair(request, tokenizer_json) -> Pair:
     made = Pair(tokenizer_json)
     assert made.is_fast()
     if request.param == "tiktoken":
-        made.ours._fastest = None  # as where fastokens is not installed
+        made.ours._fastokens = None  # as where it is not installed
     else:
-        assert made.ours._fastest is not None
+        assert made.ours._fastokens is not None
     return made
 
 
@@ -235,7 +236,7 @@ def test_another_fastokens_changes_nothing(tmp_path, monkeypatch, kind):
     (tmp_path / "t.json").write_text(neox_like())
     pair = Pair(tmp_path / "t.json")
     pair.check(some_texts())
-    assert pair.is_fast() and pair.ours._fastest is None
+    assert pair.is_fast() and pair.ours._fastokens is None
 
 
 # What may be mistaken in GPT-2's pattern: what an apostrophe takes, digits, what lies ahead.
@@ -248,7 +249,7 @@ def test_a_fastokens_that_cuts_other_words_is_not_taken(tmp_path, monkeypatch, r
     ours = Tokenizer(tmp_path / "t.json")
 
     def encoder_of(pattern: str) -> SimpleNamespace:
-        ranks = ours._fast._mergeable_ranks
+        ranks = ours._tiktoken._mergeable_ranks
         other = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
         def encode(texts, split_special_tokens):
@@ -256,11 +257,11 @@ def test_a_fastokens_that_cuts_other_words_is_not_taken(tmp_path, monkeypatch, r
 
         return SimpleNamespace(encode_batch_flat=encode)
 
-    pattern = ours._fast._pat_str
+    pattern = ours._tiktoken._pat_str
     for taken, cut in ((True, pattern), (False, pattern.replace(right, wrong))):
         made = SimpleNamespace(from_json_str=lambda spec, cut=cut: encoder_of(cut))
         monkeypatch.setitem(sys.modules, "fastokens", SimpleNamespace(Tokenizer=made))
-        found = fastokens_encoding(json.loads(ours.json), ours._fast)
+        found = fastokens_encoding(json.loads(ours.json), ours._tiktoken)
         assert (found is not None) == taken
 
 
@@ -269,7 +270,18 @@ def test_an_interruption_while_fastokens_loads_is_one(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "fastokens", SimpleNamespace(Tokenizer=interrupted))
     (tmp_path / "t.json").write_text(plain())
     with pytest.raises(KeyboardInterrupt):
-        Tokenizer(tmp_path / "t.json").encode("a")
+        Pair(tmp_path / "t.json").ours.encode("a")
+
+
+def test_of_little_text_fastokens_is_not_asked(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastokens", SimpleNamespace())
+    (tmp_path / "t.json").write_text(plain())
+    ours = Tokenizer(tmp_path / "t.json")
+    ours.encode("a" * 2**20)
+    assert "_fastokens" not in vars(ours)
+    for _ in range(4):
+        ours.encode("a" * 2**20)
+    assert "_fastokens" in vars(ours)
 
 
 def add_token(spec: dict, content: str, **more) -> None:

@@ -111,7 +111,7 @@ def test_a_gpu_gets_as_many_sequences_as_its_memory_holds(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "rows, fit, size", [(64, 10, 8), (64, 16, 16), (61, 10, 9), (16, 32, 16), (7, 3, 2), (5, 1, 1)]
+    "rows, fit, size", [(64, 10, 8), (64, 13, 13), (61, 10, 9), (16, 32, 16), (7, 4, 4), (5, 1, 1)]
 )
 def test_no_more_rows_than_must_be_only_fill_a_micro_batch_up(rows, fit, size, monkeypatch):
     monkeypatch.setattr("train.sequences_at_once", lambda *setting, training: fit)

@@ -364,7 +364,7 @@ def compare(names: list[str], args, device: torch.device) -> None:
             present = present or group[0]
             for side in group:
                 side.tell("compile")
-            # Nobody compiles while another is measured.
+            # No side compiles while another one is measured.
             compiled = []
             for side in group:
                 with telling_failure(side):
@@ -378,6 +378,9 @@ def compare(names: list[str], args, device: torch.device) -> None:
                             present.take_turn(args.limit)
                         side.take_turn(args.limit)
                     say_line(side, present, args, device)
+                # Without it there is nothing to compare with.
+                if present.process.poll() is not None and not args.alone:
+                    return
                 # Its memory is the next one's.
                 if side is not present or args.alone:
                     side.close()
