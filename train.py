@@ -487,8 +487,7 @@ def train(
         network = over_ranks(model)
     first = progress.step
     losses = validate(first) if validate and first else None
-    logging = out is not None and rank() == 0
-    if logging:
+    if out and rank() == 0:
         cut_log(out / "log.jsonl", first, losses)
     bar = prepare.Bar(title, steps, "step", first, shown=rank() == 0)
 
@@ -537,7 +536,7 @@ def train(
             stop = True
         if losses is not None:
             line["val"] = losses
-        if logging:
+        if out and rank() == 0:
             with prepare.naming(out / "log.jsonl"), open(out / "log.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
 
