@@ -465,8 +465,10 @@ def read_tensors(path: Path, shapes: dict[str, list[int]], device, dtype) -> dic
     """{name: tensor} of a file, which must be of these shapes. Raises InputError."""
     tensors = {}
     with safe_open(path, framework="pt") as file:
-        names = [name for name in file.keys() if not name.endswith(BUFFERS)]  # noqa: SIM118
+        names = file.keys()
     for name in names:
+        if name.endswith(BUFFERS):
+            continue
         if name not in shapes:
             raise InputError(f"{path}: unknown tensor {name}")
         # Opened anew for each, to let go of the memory that the last one took.

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT / "tests" / "bench"))  # the last: it has a prepare.py, too
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a network; the hub's serve one on loopback
 torch.set_num_threads(1)  # the models are so small that threads only wait for each other
 # macOS gives a process so many open files. What needs more of them as data grows fails here.

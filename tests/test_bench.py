@@ -2,17 +2,13 @@
 
 import functools
 import math
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from variants import VARIANTS, Training
 
 from model import shape
 from train import Hyperparameters, Mixture, learning_rate_at, train
-
-sys.path.append(str(ROOT / "tests" / "bench"))  # the last: it has a prepare.py, too
-from variants import VARIANTS, Training  # noqa: E402
 
 CONFIG = shape(2, 64, 4, vocab_size=512, context=64)
 

@@ -1,23 +1,20 @@
 """What the methods are made of, beside numbers worked out by hand and laws that hold exactly."""
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, bins, log_of
+from conftest import bins, log_of
+from excess import EXCESS
+from returns import RETURNS, descend, emphasis
 
 import mix
 from eval import WORST, parse_objective
 from mix import History, Law, Proxy, Runs, best_weights, doremi_step
 from model import load
 from train import Hyperparameters, Mixture, train
-
-sys.path.append(str(ROOT / "tests" / "bench"))  # the last: it has a prepare.py, too
-from excess import EXCESS  # noqa: E402
-from returns import RETURNS, descend, emphasis  # noqa: E402
 
 LN = np.log
 

@@ -5,19 +5,16 @@ import sys
 
 import numpy as np
 import pytest
+import scoreboard
 import torch
-from conftest import ROOT, train_options
+from conftest import train_options
 
+import merge
 import mix
 from eval import domain_means, evaluate, parse_objective
 from mix import Method, Runs, begin_history
 from model import load
 from train import Hyperparameters, parse_mixture, train
-
-sys.path.append(str(ROOT / "tests" / "bench"))  # the last: it has a prepare.py, too
-import scoreboard  # noqa: E402
-
-import merge  # noqa: E402
 
 HYPER = Hyperparameters(seq_len=32, batch_size=8, learning_rate=1e-2)
 
