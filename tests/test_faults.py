@@ -623,7 +623,7 @@ AT_WORK = "another process is at work there"
 def test_a_second_run_in_a_folder_stops_and_a_killed_one_lets_go(argv, out, tmp_path, name, mix):
     words = argv(**ENDLESS, mix=mix, save_every=2)
     first = Run(tmp_path, name, *words)
-    first.wait_for(lambda: list(out.rglob("log.jsonl")))
+    first.wait_for(lambda: list(out.rglob("checkpoint-*")))  # from which the last one goes on
     for way in ("--resume", "--overwrite"):
         fails(Run(tmp_path, name, *words, way).end(), out, AT_WORK)
     assert first.process.is_alive()
