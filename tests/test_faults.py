@@ -623,7 +623,13 @@ AT_WORK = "another process is at work there"
 def test_a_second_run_in_a_folder_stops_and_a_killed_one_lets_go(argv, out, tmp_path, name, mix):
     words = argv(**ENDLESS, mix=mix, save_every=2)
     first = Run(tmp_path, name, *words)
-    first.wait_for(lambda: list(out.rglob("checkpoint-*")))  # from which the last one goes on
+
+    def has_saved() -> bool:
+        """A third step follows on a checkpoint, from which the last run goes on."""
+        logs = [*out.glob("log.jsonl"), *out.glob("runs/*/log.jsonl")]
+        return any(log.read_text().count("\n") > 2 for log in logs)
+
+    first.wait_for(has_saved)
     for way in ("--resume", "--overwrite"):
         fails(Run(tmp_path, name, *words, way).end(), out, AT_WORK)
     assert first.process.is_alive()
