@@ -13,7 +13,7 @@ import merge
 import mix
 from eval import domain_means, evaluate, parse_objective
 from mix import Method, Runs, begin_history
-from model import load
+from model import SHAPES, load, shape
 from train import Hyperparameters, parse_mixture, train
 
 HYPER = Hyperparameters(seq_len=32, batch_size=8, learning_rate=1e-2)
@@ -183,3 +183,23 @@ def test_a_small_scoreboard(data, small, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("train.make_optimizer", None)  # so that nothing can be trained
     scoreboard.main()
     assert capsys.readouterr().out[-1000:] == text[-1000:]
+
+
+def test_few_rows_without_a_reference_and_a_larger_model(data, small, tmp_path, monkeypatch):
+    monkeypatch.setitem(SHAPES, "wider", shape(1, 64, 4, data.vocab_size, 32))
+    words = {"sequences": 24, "runs": 0, "seeds": 2, "lr": 1e-2, "seq_len": 32}
+    words |= {"base_sequences": 32, "larger": "wider", "transfer": "experts", "rows": "natural"}
+    out = tmp_path / "run"
+    argv = train_options(data, small, out, mix=False, **words)
+    monkeypatch.setattr(sys, "argv", ["scoreboard.py", *argv])
+    scoreboard.main()
+    result = json.loads((out / "scoreboard.json").read_text())
+    assert set(result["rows"]) == {"uniform", "natural", "experts"}
+    assert "reference" not in result
+    there = result["transfer"]
+    assert set(there) == {"uniform", "experts of the small model", "experts of its own"}
+    assert there["experts of the small model"]["share"] == result["rows"]["experts"]["share"]
+    # It is twice as wide, so it learns at half the rate.
+    runs = [json.loads(path.read_text())["settings"] for path in out.glob("kept/runs/*/run.json")]
+    rates = {settings["learning_rate"] for settings in runs}
+    assert rates == {1e-2, 5e-3}

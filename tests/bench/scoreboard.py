@@ -3,6 +3,7 @@
     python tests/bench/scoreboard.py                     # the sample; 45 minutes on 2 CPU cores
     python tests/bench/scoreboard.py --data data/mine --out out/scoreboard-mine
     python tests/bench/scoreboard.py --transfer experts  # what it found, on a larger model
+    python tests/bench/scoreboard.py --rows experts doremi --runs 0    # these, without a reference
 
 A method searches once for every seed. What it found is then trained with a seed that no search had,
 beside uniform, and compared on the test split. The reference, which the others are measured by, is
@@ -49,6 +50,7 @@ from prepare import SAMPLE, ArgumentParser, Data, cli, load_json, prepare, repla
 from train import (
     Hyperparameters,
     add_options,
+    defaults,
     fill,
     load_to_train,
     name_of,
@@ -74,6 +76,7 @@ ROWS = {
     "experts, half as long": {"method": "experts", "length": 1 / 2},
     "experts worst": {"method": "experts", "objective": "worst"},
 }
+SHAPES["larger"] = shape(7, 256, 8, 4096, 256)  # four times tiny's parameters
 REFERENCE = {"log-linear fit": 0.0, "log-linear fit, pull": 0.05}  # to uniform; 0.05 is Olmix's
 
 
@@ -540,19 +543,21 @@ def paths(bench: Bench, found: dict[str, list[dict]], best: list[float], path: P
 # ---- main ----
 
 
-def transfer(args, found: dict[str, list[dict]]) -> tuple[Bench, dict[str, list[dict]]]:
+def transfer(small: Bench, found: dict[str, list[dict]]) -> tuple[Bench, dict[str, list[dict]]]:
     """The larger model's bench; and there uniform, the small model's mixtures, and its own.
 
     It searches once, with seed 0.
     """
-    SHAPES["larger"] = shape(7, 256, 8, 4096, 256)
-    larger = copy.copy(args)
-    larger.model = "scratch:larger"
-    larger.lr = 2e-3  # half of tiny's, as it is twice as wide
-    larger.base_lr = 5e-3
-    larger.batch_size = 16  # tiny's; as many sequences, so as many repeats
-    larger.seq_len = 256
-    bench = open_bench(larger)
+    args = copy.copy(small.args)
+    args.model = f"scratch:{args.larger}"
+    # As many tokens a step and in all, so as many repeats; rates as the width has them.
+    wider = SHAPES[args.larger].hidden_size / small.model.config.hidden_size
+    args.lr = small.hyper.learning_rate / wider
+    base_lr = small.args.base_lr or defaults(small.model.config)["base_learning_rate"]
+    args.base_lr = base_lr / wider
+    args.batch_size = small.hyper.batch_size
+    args.seq_len = small.hyper.seq_len
+    bench = open_bench(args)
     row = args.transfer
     there = {"uniform": [bench.found("uniform", seed) for seed in range(args.seeds)]}
     there[f"{row} of the small model"] = found[row]
@@ -572,6 +577,9 @@ def parse_args():
     add("--runs", type=int, default=48, metavar="N", help="of the reference")
     taken = "take this method's mixtures to a larger model, too"
     add("--transfer", choices=all_rows(), metavar="ROW", help=taken)
+    add("--larger", choices=SHAPES, default="larger", metavar="SIZE", help="that model")
+    few = "uniform and these alone"
+    add("--rows", choices=all_rows(), nargs="+", default=[*all_rows()], metavar="ROW", help=few)
     parser.set_defaults(sequences=1600)
     return parser.parse_args()
 
@@ -582,36 +590,41 @@ def main():
     if args.data == SAMPLE and not Path(args.data).exists():
         prepare(args.data)
     bench = open_bench(args)
-    shares, losses, cost = bench.reference(args.runs)
-    found = {row: [bench.found(row, seed) for seed in range(args.seeds)] for row in all_rows()}
-    fit = log_linear(shares, losses)
-    for name, pull in REFERENCE.items():
-        best = minimum(fit, len(bench.domains), pull)
-        weights = dict(zip(bench.domains, best.tolist(), strict=True))
-        found[name] = [{"counts": rescale(weights, args.sequences), "tokens": cost}] * args.seeds
-    rows = scoreboard(bench, found, sum(cost.values()))
-    best = min((rows[name] for name in REFERENCE), key=lambda row: row["mean"])["share"]
-    checks = proxies(bench, shares, losses)
+    if args.runs:
+        shares, losses, cost = bench.reference(args.runs)
+    names = [row for row in all_rows() if row in {"uniform", args.transfer, *args.rows}]
+    found = {row: [bench.found(row, seed) for seed in range(args.seeds)] for row in names}
+    if args.runs:
+        fit = log_linear(shares, losses)
+        for name, pull in REFERENCE.items():
+            best = minimum(fit, len(bench.domains), pull)
+            weights = dict(zip(bench.domains, best.tolist(), strict=True))
+            counts = rescale(weights, args.sequences)
+            found[name] = [{"counts": counts, "tokens": cost}] * args.seeds
+    rows = scoreboard(bench, found, sum(cost.values()) if args.runs else None)
 
     T = bench.hyper.seq_len
     size = f"{args.sequences:,} sequences of {T} tokens from {bench.base}"
     say("", f"{args.data}: {size}, test split, nats per token", table(bench, rows))
-    say("", f"rank correlation with {args.runs} trained mixtures, seed 0, validation split")
-    say(proxy_table(bench.domains, checks))
     result = {"data": bench.data.identity, "base": str(bench.base), "sequences": args.sequences}
-    result |= {"domains": bench.domains, "rows": rows, "proxies": checks, "found": found}
-    result |= {"reference": {"shares": shares.tolist(), "losses": losses.tolist()}}
+    result |= {"domains": bench.domains, "rows": rows, "found": found}
     dot_plot(rows, out / "scoreboard.png")
-    paths(bench, found, best, out / "paths.png")
+    if args.runs:
+        checks = proxies(bench, shares, losses)
+        say("", f"rank correlation with {args.runs} trained mixtures, seed 0, validation split")
+        say(proxy_table(bench.domains, checks))
+        result |= {"proxies": checks}
+        result |= {"reference": {"shares": shares.tolist(), "losses": losses.tolist()}}
+        best = min((rows[name] for name in REFERENCE), key=lambda row: row["mean"])["share"]
+        paths(bench, found, best, out / "paths.png")
     if args.transfer:
-        larger, there = transfer(args, found)
+        larger, there = transfer(bench, found)
         rows = scoreboard(larger, there, None)
         parameters = larger.model.parameter_count()
         say("", f"transfer to {parameters:,} parameters", table(larger, rows))
         result["transfer"] = rows
     write_json(out / "scoreboard.json", result)
-    pictures = "the pictures (scoreboard.png, paths.png)"
-    say("", f"{out} holds the numbers (scoreboard.json) and {pictures}")
+    say("", f"{out} holds the numbers (scoreboard.json) and pictures")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Changes of the training step that may pay: how fast each is, and how far from the present code.
 
     python tests/bench/variants.py                       # pythia-1b, micro-batches of 8 sequences
-    python tests/bench/variants.py --only "no wait" "no wait + plain loss"          # one, and two
+    python tests/bench/variants.py --only "read ahead" "read ahead + plain loss"     # one, and two
     python tests/bench/variants.py --profile             # where the time of the present step goes
 
 Every side is a process of its own, with the same random weights and tokens. The present code takes
@@ -118,21 +118,35 @@ def whole_model(training: Training) -> None:
     training.compile = lambda: training.model.compile(dynamic=False)
 
 
-def no_wait(training: Training) -> None:
-    # At every batch, loss and norm, which are copied over, the CPU waits for the GPU, and then the
-    # GPU for the CPU. Here the fused AdamW clips, and leaves the update out, by numbers that stay
-    # on the device (GradScaler sets the same two); the loss is read a step later.
+def read_ahead(training: Training) -> None:
+    # The next batch is read while the GPU computes, and copied before it is asked for.
+    read = training.read
+    ready = []
+
+    def fetch() -> list:
+        return [(t.to(training.device), w.to(training.device), i) for t, w, i in read()]
+
+    def update(loss: Tensor) -> float:
+        norm = clip_gradients(training.model)
+        told = torch.stack((loss, norm))
+        ready.append(fetch())
+        loss, grad_norm = told.tolist()
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            training.optimizer.step()
+        training.optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    training.read = lambda: ready.pop() if ready else fetch()
+    training.update = update
+
+
+def update_queued(training: Training) -> None:
+    # Likewise, and the CPU waits for loss and norm only when the update is on its way, too: the
+    # fused AdamW clips, and leaves the update out, by numbers on the device (GradScaler's way).
+    read_ahead(training)
     read = training.read
     optimizer = training.optimizer
-    on_gpu = training.device.type == "cuda"
-    arriving = []  # losses on their way to the CPU, and what tells that they are there
-
-    def read_ahead() -> list:
-        parts = read()
-        if on_gpu:
-            to = {"device": training.device, "non_blocking": True}
-            parts = [(t.pin_memory().to(**to), w.pin_memory().to(**to), i) for t, w, i in parts]
-        return parts
+    ready = []
 
     def update(loss: Tensor) -> float:
         norm = nn.utils.get_total_norm([p.grad for p in training.model.parameters()])
@@ -140,19 +154,10 @@ def no_wait(training: Training) -> None:
         optimizer.found_inf = 1 - (loss.isfinite() & norm.isfinite()).float()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        arrived = None
-        loss = loss.to("cpu", non_blocking=True)
-        if on_gpu:
-            arrived = torch.cuda.Event()
-            arrived.record()
-        arriving.append((loss, arrived))
-        loss, arrived = arriving[0]
-        del arriving[:-1]
-        if on_gpu:
-            arrived.synchronize()
+        ready.append(read())
         return loss.item()
 
-    training.read = read_ahead
+    training.read = lambda: ready.pop() if ready else read()
     training.update = update
 
 
@@ -209,9 +214,9 @@ def attention(*order: SDPBackend) -> Callable[[Training], None]:
     return variant
 
 
-def inductor(setting: str) -> Callable[[Training], None]:
+def inductor(**settings) -> Callable[[Training], None]:
     def variant(training: Training) -> None:
-        training.settings.append(lambda: inductor_config.patch(setting, True))
+        training.settings.append(lambda: inductor_config.patch(settings))
 
     return variant
 
@@ -223,10 +228,15 @@ OTHERS = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 VARIANTS = {
     "present": present,
     "plain loss": plain_loss,
-    "no wait": no_wait,
+    "read ahead": read_ahead,
+    "update queued": update_queued,
+    # What is read twice and took so many operations is written to memory, not computed twice: of
+    # GELU's gradient a sum is needed as well. Inductor's own number is 30.
+    "smaller fusions": inductor(realize_opcount_threshold=16),
+    "smallest fusions": inductor(realize_opcount_threshold=8),
     "bf16 residual": bf16_residual,
     # Norms, rotary, GELU, the loss and sums for biases are inductor's: it tries other block sizes.
-    "tuned kernels": inductor("coordinate_descent_tuning"),
+    "tuned kernels": inductor(coordinate_descent_tuning=True),
     "cast once": cast_once,
     # Which kernel SDPA takes is torch's choice, and may change; flash alone as a check of it.
     "backend order": attention(CUDNN, FLASH, *OTHERS),
@@ -234,7 +244,7 @@ VARIANTS = {
     "whole model": whole_model,
     # What mode="reduce-overhead" sets: a layer's kernels start at once, which pays where the CPU is
     # the slower one. It may be wrong with several micro-batches.
-    "cuda graphs": inductor("triton.cudagraphs"),
+    "cuda graphs": inductor(**{"triton.cudagraphs": True}),
 }
 
 
@@ -401,8 +411,8 @@ GROUPS = {
 
 
 def profile(args, device: torch.device, steps: int = 3) -> None:
-    """Print a step's kernels (on a CPU its operations) by group, and the 25 that take longest."""
-    training = changed("present", args, 10**6, device)
+    """Print a step's kernels (on a CPU its operations) by group, and the 40 that take longest."""
+    training = changed(args.profile, args, 10**6, device)
     training.steps(3)
     on_gpu = device.type == "cuda"
     kind = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
@@ -422,10 +432,10 @@ def profile(args, device: torch.device, steps: int = 3) -> None:
         groups[group] += ms
         line = f"{ms:>9.3f} ms {event.count / steps:>6.1f} x  {group:<16} {event.key[:58]}"
         lines[line] = ms
-    print(f"a step of the present code: {1000 * seconds / steps:.1f} ms while it is profiled")
+    print(f"a step, {args.profile}: {1000 * seconds / steps:.1f} ms while it is profiled")
     for group, ms in groups.items():
         print(f"{ms:>9.3f} ms  {group}")
-    print("\n".join(sorted(lines, key=lines.get, reverse=True)[:25]))
+    print("\n".join(sorted(lines, key=lines.get, reverse=True)[:40]))
 
 
 # ---- main ----
@@ -444,11 +454,13 @@ def main():
     add("--alone", action="store_true", help="one side after another, not in turns")
     add("--at-once", type=int, default=4, help="how many sides compile at a time")
     add("--limit", type=float, default=150, help="seconds for a side to answer in")
-    add("--profile", action="store_true", help="of the present code, and no variants")
+    words = "where its step's time goes (default: the present code's), and no table"
+    add("--profile", nargs="?", const="present", metavar="NAME", help=words)
     add("--work", help=argparse.SUPPRESS)
     add("--first", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    unknown = {part for name in args.only for part in name.split(" + ")} - {*VARIANTS}
+    names = [*args.only, args.profile or "present"]
+    unknown = {part for name in names for part in name.split(" + ")} - {*VARIANTS}
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; the variants are {', '.join(VARIANTS)}")
     if args.work:
