@@ -86,9 +86,11 @@ SHAPES = {
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding (2104.09864, equation 34) of the first R of D dimensions.
 
-    x (B, H, T, D), cos and sin (T, R) -> (B, H, T, D).
+    x (B, T, H, D), cos and sin (T, R) -> (B, T, H, D).
     """
     R = cos.size(-1)
+    cos = cos[:, None]
+    sin = sin[:, None]
     rotated = x[..., :R]
     # GPT-NeoX rotates dimension i with i + R/2, not with its neighbour.
     a, b = rotated.chunk(2, dim=-1)
@@ -122,8 +124,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 class Linear(nn.Linear):
     def forward(self, x):
+        # A GPU's matrix product adds the bias on its way to memory. On a CPU it is added apart,
+        # so that torch.compile fuses it with what follows.
+        if x.is_cuda:
+            return super().forward(x)
         y = F.linear(x, self.weight)
-        # The bias apart, so that torch.compile fuses it with what follows.
         return y + self.bias.to(y.dtype)
 
 
@@ -144,11 +149,14 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache=None):
         B, T, C = x.shape
-        # (B, T, 3C), in which each head has its query, key and value side by side: (B, H, T, 3D).
-        qkv = self.query_key_value(x).view(B, T, self.heads, -1).transpose(1, 2)
+        # (B, T, 3C), in which each head has its query, key and value side by side: (B, T, H, 3D).
+        qkv = self.query_key_value(x).view(B, T, self.heads, -1)
         q, k, v = qkv.chunk(3, dim=-1)
-        q = rotate(q, cos, sin)
-        k = rotate(k, cos, sin)
+        # Only the shapes are transposed: in memory a token's heads stay side by side, also in what
+        # comes of them, and nothing has to be copied before the next product.
+        q = rotate(q, cos, sin).transpose(1, 2)
+        k = rotate(k, cos, sin).transpose(1, 2)
+        v = v.transpose(1, 2)
         # The cache (2, B, H, S, D) holds keys and values of all S tokens, these T the last.
         if cache is not None:
             cache[0, :, :, -T:] = k
