@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# What only a GPU can say, meant for five minutes of an H100: the speed of a training step, where its time goes, which changes
-# of it pay and, at the size of pythia-70m, whether a search finds a better mixture than uniform, with two seeds.
+# What only a GPU can say, meant for five minutes of an H100: the speed of a training step, where its time goes, and which changes
+# of it pay; and in ten more whether a search finds a better mixture than uniform at the size of pythia-70m, and what that
+# mixture does for pythia-410m.
 #
 #     bash tests/bench/gpu.sh [DATA [SIDE …]]         # sides of tests.bench beside reweight: transformers or litgpt, if installed
 #     MINUTES=15 bash tests/bench/gpu.sh              # with enough time for all of it
@@ -28,9 +29,6 @@ done
 part 50 python tests/bench/variants.py --profile
 part 180 python tests/bench/variants.py --turns 3
 test -d "$data" || part 60 python prepare.py
-for seed in 0 1; do
-    for method in experts reweight; do
-        part 200 python mix.py --data "$data" --model scratch:pythia-70m --seq-len 1024 --lr 1e-3 --base-sequences 8000 \
-            --method $method --seed $seed --resume --out out/gpu/$method-$seed
-    done
-done
+part 600 python tests/bench/scoreboard.py --data "$data" --model scratch:pythia-70m --seq-len 1024 --lr 1e-3 \
+    --base-sequences 8000 --seeds 2 --runs 0 --rows experts "reweight multiplicative" "reweight, excess" \
+    --transfer experts --larger pythia-410m --out out/gpu

@@ -1,7 +1,7 @@
 """Changes of the training step that may pay: how fast each is, and how far from the present code.
 
     python tests/bench/variants.py                       # pythia-1b, micro-batches of 8 sequences
-    python tests/bench/variants.py --only "read ahead" "read ahead + plain loss"     # one, and two
+    python tests/bench/variants.py --only "read ahead" "read ahead + cast once"      # one, and two
     python tests/bench/variants.py --profile             # where the time of the present step goes
 
 Every side is a process of its own, with the same random weights and tokens. The present code takes
@@ -194,19 +194,6 @@ def cast_once(training: Training) -> None:
     training.read = read_and_cast
 
 
-def plain_loss(training: Training) -> None:
-    # cross_entropy's backward pass has a sum over the vocabulary for every token. As the logarithm
-    # of a sum less the target's logit, which the same pass finds, the loss has none there.
-    model = training.model
-
-    def token_losses(x: Tensor, targets: Tensor) -> Tensor:
-        logits = model.embed_out(model.gpt_neox.final_layer_norm(x)).float()
-        is_target = torch.arange(logits.size(1), device=x.device) == targets[:, None]
-        return logits.logsumexp(1) - torch.where(is_target, logits, 0.0).sum(1)
-
-    model.token_losses = token_losses
-
-
 def attention(*order: SDPBackend) -> Callable[[Training], None]:
     def variant(training: Training) -> None:
         training.settings.append(lambda: sdpa_kernel([*order], set_priority=True))
@@ -227,24 +214,24 @@ OTHERS = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 
 VARIANTS = {
     "present": present,
-    "plain loss": plain_loss,
-    "read ahead": read_ahead,
-    "update queued": update_queued,
     # What is read twice and took so many operations is written to memory, not computed twice: of
     # GELU's gradient a sum is needed as well. Inductor's own number is 30.
     "smaller fusions": inductor(realize_opcount_threshold=16),
     "smallest fusions": inductor(realize_opcount_threshold=8),
+    "read ahead": read_ahead,
+    "update queued": update_queued,
     "bf16 residual": bf16_residual,
-    # Norms, rotary, GELU, the loss and sums for biases are inductor's: it tries other block sizes.
-    "tuned kernels": inductor(coordinate_descent_tuning=True),
     "cast once": cast_once,
+    "whole model": whole_model,
     # Which kernel SDPA takes is torch's choice, and may change; flash alone as a check of it.
     "backend order": attention(CUDNN, FLASH, *OTHERS),
     "backend flash": attention(FLASH),
-    "whole model": whole_model,
     # What mode="reduce-overhead" sets: a layer's kernels start at once, which pays where the CPU is
     # the slower one. It may be wrong with several micro-batches.
     "cuda graphs": inductor(**{"triton.cudagraphs": True}),
+    # Norms, rotary, GELU, the loss and sums for biases are inductor's: it tries other block sizes,
+    # which takes minutes.
+    "tuned kernels": inductor(coordinate_descent_tuning=True),
 }
 
 
