@@ -110,12 +110,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     # They keep the half of a sequence's H T^2 probabilities that is not zero for the backward pass.
     size = max(128, T // 8)
     out = []
-    for i in range(0, T, size):
+    for i, block in zip(range(0, T, size), q.split(size, 2), strict=True):
         # A block of queries sees the keys up to its own end.
         n = min(i + size, T)
-        later = torch.arange(n) > torch.arange(i, n)[:, None]
-        scores = (q[:, :, i:n] @ k[:, :, :n].transpose(-2, -1)).float() * q.size(-1) ** -0.5
-        scores = scores.masked_fill(later, -math.inf)
+        # int32 is as wide as scores are: in vectors, that needs no conversion.
+        place = torch.arange(n, dtype=torch.int32)
+        later = place > place[i:, None]
+        scores = (block @ k[:, :, :n].transpose(-2, -1)).float() * q.size(-1) ** -0.5
+        # As masked_fill with -inf; of that, all blocks but the first would keep their exp in fp32.
+        scores = scores - 1e30 * later
         # The softmax's division comes last, on D numbers a query instead of n.
         p = (scores - scores.amax(-1, keepdim=True).detach()).exp().to(v.dtype)
         out.append((p @ v[:, :, :n] / p.float().sum(-1, keepdim=True)).to(v.dtype))
