@@ -110,14 +110,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     # They keep the half of a sequence's H T^2 probabilities that is not zero for the backward pass.
     size = max(128, T // 8)
     out = []
-    for i, block in zip(range(0, T, size), q.split(size, 2), strict=True):
+    for i, queries in zip(range(0, T, size), q.split(size, dim=2), strict=True):
         # A block of queries sees the keys up to its own end.
         n = min(i + size, T)
-        # int32 is as wide as scores are: in vectors, that needs no conversion.
+        scores = (queries @ k[:, :, :n].transpose(-2, -1)).float() * q.size(-1) ** -0.5
+        # A query sees no later key. int32 is as wide as a score, so vectors need no conversion; and
+        # of masked_fill inductor would keep all blocks' exp but the first's in fp32.
         place = torch.arange(n, dtype=torch.int32)
         later = place > place[i:, None]
-        scores = (block @ k[:, :, :n].transpose(-2, -1)).float() * q.size(-1) ** -0.5
-        # As masked_fill with -inf; of that, all blocks but the first would keep their exp in fp32.
         scores = scores - 1e30 * later
         # The softmax's division comes last, on D numbers a query instead of n.
         p = (scores - scores.amax(-1, keepdim=True).detach()).exp().to(v.dtype)
