@@ -127,8 +127,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 class Linear(nn.Linear):
     def forward(self, x):
-        # A GPU's matrix product adds the bias on its way to memory. On a CPU it is added apart,
-        # so that torch.compile fuses it with what follows.
+        # A GPU's matrix product adds the bias on its way to memory, and the bias's gradient, a sum,
+        # then comes after the products that need what it sums in memory: added apart it came first,
+        # and inductor computed that twice. On a CPU, apart, it fuses with what follows.
         if x.is_cuda:
             return super().forward(x)
         y = F.linear(x, self.weight)

@@ -201,9 +201,9 @@ def attention(*order: SDPBackend) -> Callable[[Training], None]:
     return variant
 
 
-def inductor(**settings) -> Callable[[Training], None]:
+def inductor(setting: str) -> Callable[[Training], None]:
     def variant(training: Training) -> None:
-        training.settings.append(lambda: inductor_config.patch(settings))
+        training.settings.append(lambda: inductor_config.patch(setting, True))
 
     return variant
 
@@ -214,10 +214,6 @@ OTHERS = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 
 VARIANTS = {
     "present": present,
-    # What is read twice and took so many operations is written to memory, not computed twice: of
-    # GELU's gradient a sum is needed as well. Inductor's own number is 30.
-    "smaller fusions": inductor(realize_opcount_threshold=16),
-    "smallest fusions": inductor(realize_opcount_threshold=8),
     "read ahead": read_ahead,
     "update queued": update_queued,
     "bf16 residual": bf16_residual,
@@ -228,10 +224,10 @@ VARIANTS = {
     "backend flash": attention(FLASH),
     # What mode="reduce-overhead" sets: a layer's kernels start at once, which pays where the CPU is
     # the slower one. It may be wrong with several micro-batches.
-    "cuda graphs": inductor(**{"triton.cudagraphs": True}),
+    "cuda graphs": inductor("triton.cudagraphs"),
     # Norms, rotary, GELU, the loss and sums for biases are inductor's: it tries other block sizes,
     # which takes minutes.
-    "tuned kernels": inductor(coordinate_descent_tuning=True),
+    "tuned kernels": inductor("coordinate_descent_tuning"),
 }
 
 
