@@ -477,12 +477,12 @@ def train(
     steps = math.ceil(len(mixture) / hyper.batch_size)
     M = micro_batch_size(model, hyper, device)
     memory = memory_words(M, hyper.seq_len)
-
     # State is set before DDP makes the parameters' gradients views of its buckets.
     optimizer = make_optimizer(model, device)
     with enough_memory(*memory):
         stop_if_asked(device)
         compile_for(model, M, hyper.seq_len, hyper.dtype, training=True)
+        stop_if_asked(device)  # Ctrl-C ends the compiler, too: no step is to do without it then
         progress = load_checkpoint(out, model, optimizer)
         network = over_ranks(model)
     first = progress.step
