@@ -283,6 +283,10 @@ class GPTNeoX(nn.Module):
         """torch.compile what takes the time; all layers share one compilation."""
         # Else dynamo cuts graphs so that DDP can overlap them; here a layer is a graph anyway.
         torch._dynamo.config.optimize_ddp = False
+        # The first time, inductor would compile torch's headers for each set of vector instructions
+        # that the CPU has, to see that the compiler can: 10 seconds for what one that can compile
+        # them at all is able to do. Newer instructions (AMX, VNNI) it tries all the same.
+        torch._inductor.config.cpp.vec_isa_ok = True
         for layer in self.gpt_neox.layers:
             layer.compile(dynamic=False)
         self.token_losses = torch.compile(self.token_losses, dynamic=False)
