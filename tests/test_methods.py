@@ -271,6 +271,15 @@ def test_experts_are_short_and_half_their_own_domain(tmp_path):
     assert history.lines[2]["predicted"] == pytest.approx([-LN(1.5)] * 2)
 
 
+def test_of_many_domains_experts_are_shorter_and_take_two_passes(tmp_path):
+    domains = dict.fromkeys("abcdefghijklmnop", 9999)
+    runs = Mixed(tmp_path, lambda p: -LN(p + 1), 1600, **domains)
+    runs.search(mix.experts, [100] * 16, [1] * 16, expert_sequences=None, spare=None)
+    trained = [counts for counts, _, _ in runs.asked[1:17]]
+    assert {max(counts) for counts in trained} == {106, 107}  # of 200: half, and 1/16 of half
+    assert sum(map(sum, trained)) == 2 * 1600
+
+
 def test_no_expert_counts_for_more_than_four_repeats(tmp_path):
     """x has 50 windows, and so at most 200 sequences, though it is the only one that counts."""
     runs = Mixed(tmp_path, lambda p: -LN(p + 1), 400, x=50, y=9999, z=9999)

@@ -34,13 +34,13 @@ from merge import MERGE, stand_in
 from mix import (
     METHODS,
     RULES,
-    SHORT,
     SOFT,
     History,
     Law,
     Method,
     Runs,
     begin_history,
+    expert_length,
     losses_of_experts,
     name_of_base,
     pretrain,
@@ -152,7 +152,8 @@ class Bench:
         choice = {"rounds": self.args.rounds, "objective": "mean"} | all_rows()[row]
         choice["sequences"] = self.args.sequences
         if "length" in choice:
-            choice["expert_sequences"] = int(choice["length"] * self.args.sequences / SHORT)
+            default = expert_length(self.args.sequences, len(self.domains))
+            choice["expert_sequences"] = int(choice["length"] * default)
         method = methods()[choice["method"]]
         args = options_of(method, choice)
         key = name_of(self.settings(seed) | vars(args))
@@ -316,7 +317,8 @@ def proxies(bench: Bench, shares: np.ndarray, losses: np.ndarray) -> dict[str, d
             merged.append(domain_means(runs.evaluate()))
 
     with bench.history(runs, "law of experts") as history:
-        experts = losses_of_experts(runs, uniform, bench.args.sequences // SHORT)
+        length = expert_length(bench.args.sequences, len(bench.domains))
+        experts = losses_of_experts(runs, uniform, length)
     start = runs.shares(uniform)
     law = Law(experts, start, np.zeros(len(start)))
     by_experts = []
