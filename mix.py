@@ -96,9 +96,7 @@ def reweight(runs: "Runs", history: "History", start: dict[str, int], args) -> d
 
 
 SOFT = 0.5  # λ: the share of an expert's sequences that are its own domain's
-SHORT = 4  # an expert has so many times fewer sequences than a pass
-PASSES = 2  # and where there are many domains fewer still: so many passes are for all experts
-STEPS = 25  # an expert takes at least so many steps, of a smaller batch if need be
+STEPS = 25  # that an expert takes at least, of a smaller batch if need be
 WINDOWS = 25  # of each domain, at least, on which it is measured
 MEASURED = 2**20  # tokens of all domains that are enough for that; each takes 4 bytes
 
@@ -196,7 +194,7 @@ def experts(runs: "Runs", history: "History", start: dict[str, int], args) -> di
     u = runs.shares(start)
     begun = runs.measure(start, "the start")
     history.add(start, begun, note="the start")
-    sequences = args.expert_sequences or expert_length(args.sequences, len(u))
+    sequences = args.expert_sequences or args.sequences // len(u)
     law = Law(losses_of_experts(runs, start, sequences), u, begun)
     # No share may grow beyond 4 repeats.
     high = ((runs.cap - (1 - SOFT) * u) / SOFT).clip(0, 1)
@@ -233,11 +231,6 @@ def experts(runs: "Runs", history: "History", start: dict[str, int], args) -> di
         say(f"warning: no mixture is predicted to hold --spare {args.spare}; the last is taken")
         return sparing
     return counts(best(history.objective, args.spare))
-
-
-def expert_length(sequences: int, domains: int) -> int:
-    """How many sequences an expert is trained on, where a pass has `sequences`."""
-    return min(sequences // SHORT, PASSES * sequences // domains)
 
 
 def losses_of_experts(runs: "Runs", start: dict[str, int], sequences: int) -> list[Losses]:
@@ -381,7 +374,7 @@ REWEIGHT_OPTIONS = {
 }
 
 EXPERTS_OPTIONS = {
-    "--expert-sequences": {"type": int, "metavar": "N", "help": "default: a pass / 4, or less"},
+    "--expert-sequences": {"type": int, "metavar": "N", "help": "default: they share a pass"},
     "--spare": {"type": float, "metavar": "X", "help": "nats that a domain may lose, by the law"},
 }
 
@@ -390,7 +383,7 @@ METHODS = {
     "natural": Method(fixed, "no pass"),
     "reweight": Method(reweight, "a pass a round, of --rounds at most", REWEIGHT_OPTIONS),
     "doremi": Method(doremi, "3 passes"),
-    "experts": Method(experts, "1/4 pass a domain, 2 at most, and 2 or 3", EXPERTS_OPTIONS, False),
+    "experts": Method(experts, "a pass, which experts share, and 2 or 3", EXPERTS_OPTIONS, False),
 }
 
 

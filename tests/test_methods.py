@@ -260,24 +260,24 @@ class Mixed(Known):
         return {d: -LN(self.shares(counts))[None].repeat(4, 0) for d in self.domains}
 
 
-def test_experts_are_short_and_half_their_own_domain(tmp_path):
+def test_experts_share_a_pass_and_each_is_half_its_own_domain(tmp_path):
     runs = Mixed(tmp_path, lambda p: -LN(p + 1), 1600, x=9999, y=9999)
     args = {"expert_sequences": None, "spare": None}
     counts, history = runs.search(mix.experts, [800, 800], [1, 1], **args)
     short = {"batch_size": 8}
-    asked = [[800, 800], ([300, 100], 100, short), ([100, 300], 100, short)]
+    asked = [[800, 800], ([600, 200], 200, short), ([200, 600], 200, short)]
     assert runs.asked == [*asked, [800, 800]]  # what was found, as the two are alike
     assert list(counts.values()) == [800, 800]
     assert history.lines[2]["predicted"] == pytest.approx([-LN(1.5)] * 2)
 
 
-def test_of_many_domains_experts_are_shorter_and_take_two_passes(tmp_path):
+def test_short_experts_take_smaller_steps_and_25_windows_a_domain(tmp_path):
     domains = dict.fromkeys("abcdefghijklmnop", 9999)
     runs = Mixed(tmp_path, lambda p: -LN(p + 1), 1600, **domains)
     runs.search(mix.experts, [100] * 16, [1] * 16, expert_sequences=None, spare=None)
-    trained = [counts for counts, _, _ in runs.asked[1:17]]
-    assert {max(counts) for counts in trained} == {106, 107}  # of 200: half, and 1/16 of half
-    assert sum(map(sum, trained)) == 2 * 1600
+    experts = runs.asked[1:17]
+    assert {max(counts) for counts, _, _ in experts} == {53, 54}  # of 100: half, 1/16 of half
+    assert [how for _, *how in experts] == [[25, {"batch_size": 4}]] * 16
 
 
 def test_no_expert_counts_for_more_than_four_repeats(tmp_path):

@@ -177,8 +177,8 @@ def test_a_search_writes_what_it_promises(name, searches, data, small):
     passes = {"reweight": rounds, "doremi": 3, "experts": 2}.get(method, 0)
     evaluated = {"reweight": rounds + 1, "experts": 3}.get(method, 1) * windows
     trained = 48 * passes
-    if method == "experts":  # three of a quarter, each measured on 25 windows a domain, or all
-        trained += 3 * 12
+    if method == "experts":  # three of a third, each measured on 25 windows a domain, or all
+        trained += 3 * 16
         evaluated += 3 * sum(min(25, data.windows(d, "val", 32)) for d in data.domains)
     assert found["tokens"] == {"trained": 32 * trained, "evaluated": 32 * evaluated}
     # Weights are there of what the table compares; others were measured, and no more.
@@ -329,11 +329,11 @@ def test_killed_and_resumed_it_ends_the_same(method, searches, data, small, tmp_
 
 
 def test_an_expert_goes_on_from_its_checkpoint(searches, data, small, tmp_path):
-    """Killed when its losses would be written, 12 steps and 6 checkpoints after its beginning."""
+    """Killed when its losses would be written, 16 steps and 7 checkpoints after its beginning."""
     out = tmp_path / "experts"
     argv = mix_options(data, small, out, method="experts", save_every=2)
     assert Run(tmp_path, "mix", *argv, kill_at="rename .*tokens-").end()[0] == -9
-    assert "/checkpoint-00000010" in ends_well(Run(tmp_path, "mix", *argv, "--resume"))[0]
+    assert "/checkpoint-00000014" in ends_well(Run(tmp_path, "mix", *argv, "--resume"))[0]
     whole, _ = searches("experts")
     assert (out / "history.jsonl").read_text() == (whole / "history.jsonl").read_text()
     assert not list(out.glob("runs/*/checkpoint-*"))

@@ -40,7 +40,6 @@ from mix import (
     Method,
     Runs,
     begin_history,
-    expert_length,
     losses_of_experts,
     name_of_base,
     pretrain,
@@ -152,7 +151,7 @@ class Bench:
         choice = {"rounds": self.args.rounds, "objective": "mean"} | all_rows()[row]
         choice["sequences"] = self.args.sequences
         if "length" in choice:
-            default = expert_length(self.args.sequences, len(self.domains))
+            default = self.args.sequences // len(self.domains)
             choice["expert_sequences"] = int(choice["length"] * default)
         method = methods()[choice["method"]]
         args = options_of(method, choice)
@@ -317,7 +316,7 @@ def proxies(bench: Bench, shares: np.ndarray, losses: np.ndarray) -> dict[str, d
             merged.append(domain_means(runs.evaluate()))
 
     with bench.history(runs, "law of experts") as history:
-        length = expert_length(bench.args.sequences, len(bench.domains))
+        length = bench.args.sequences // len(bench.domains)
         experts = losses_of_experts(runs, uniform, length)
     start = runs.shares(uniform)
     law = Law(experts, start, np.zeros(len(start)))
