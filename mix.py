@@ -186,7 +186,7 @@ def best_weights(
 def experts(runs: "Runs", history: "History", start: dict[str, int], args) -> dict[str, int]:
     """Soft experts (after 2502.15950): a short run for each domain tells every mixture's losses.
 
-    Expert k is the base trained on a fraction of a pass, with a schedule of its own, in the
+    Expert k is the base trained on 1/K of a pass, with a schedule of its own, in the
     proportions (1 - λ) u + λ e_k, u the start's. Weights w of what they predict stand for the
     mixture (1 - λ) u + λ w. That says how the losses of two mixtures differ; what they are, a run
     on the start, and how far they differ, one on the best.
