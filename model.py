@@ -284,8 +284,8 @@ class GPTNeoX(nn.Module):
         # Else dynamo cuts graphs so that DDP can overlap them; here a layer is a graph anyway.
         torch._dynamo.config.optimize_ddp = False
         # The first time, inductor would compile torch's headers for each set of vector instructions
-        # that the CPU has, to see that the compiler can: 10 seconds for what one that can compile
-        # them at all is able to do. Newer instructions (AMX, VNNI) it tries all the same.
+        # that the CPU has, to see that the compiler can, in 10 seconds; one for their C++20 knows
+        # AVX-512, and where it does not, all goes on eagerly. AMX and VNNI it tries all the same.
         torch._inductor.config.cpp.vec_isa_ok = True
         for layer in self.gpt_neox.layers:
             layer.compile(dynamic=False)
