@@ -194,8 +194,7 @@ def experts(runs: "Runs", history: "History", start: dict[str, int], args) -> di
     u = runs.shares(start)
     begun = runs.measure(start, "the start")
     history.add(start, begun, note="the start")
-    sequences = args.expert_sequences or args.sequences // len(u)
-    law = Law(losses_of_experts(runs, start, sequences), u, begun)
+    law = Law(losses_of_experts(runs, start, args.expert_sequences), u, begun)
     # No share may grow beyond 4 repeats.
     high = ((runs.cap - (1 - SOFT) * u) / SOFT).clip(0, 1)
 
@@ -233,10 +232,15 @@ def experts(runs: "Runs", history: "History", start: dict[str, int], args) -> di
     return counts(best(history.objective, args.spare))
 
 
-def losses_of_experts(runs: "Runs", start: dict[str, int], sequences: int) -> list[Losses]:
-    """Train an expert for each domain on so many sequences: its loss of every token measured."""
+def losses_of_experts(
+    runs: "Runs", start: dict[str, int], sequences: int | None = None
+) -> list[Losses]:
+    """Train an expert for each domain on so many sequences: its loss of every token measured.
+
+    sequences: None: they share one pass.
+    """
     u = runs.shares(start)
-    sequences = max(1, sequences)
+    sequences = sequences or max(1, runs.sequences // len(u))
     # A few steps of a large batch would leave the experts too much alike.
     batch_size = min(runs.hyper.batch_size, math.ceil(sequences / STEPS))
     smaller = {"batch_size": batch_size}

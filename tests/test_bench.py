@@ -67,7 +67,7 @@ def test_the_present_code_is_the_step_that_train_takes(data):
 # rounded elsewhere.
 SAME = ("read ahead", "update queued", "cast once", "backend order", "backend flash")
 # Settings of the compiler, which change nothing that runs eagerly.
-COMPILERS = {"tuned kernels", "cuda graphs"}
+COMPILERS = {"tuned kernels", "cuda graphs", "autotuned pointwise", "norms in stages"}
 IN_FP32 = dict.fromkeys(SAME, 0)
 IN_BF16 = IN_FP32 | {"bf16 residual": 4e-2}
 

@@ -316,8 +316,7 @@ def proxies(bench: Bench, shares: np.ndarray, losses: np.ndarray) -> dict[str, d
             merged.append(domain_means(runs.evaluate()))
 
     with bench.history(runs, "law of experts") as history:
-        length = bench.args.sequences // len(bench.domains)
-        experts = losses_of_experts(runs, uniform, length)
+        experts = losses_of_experts(runs, uniform)
     start = runs.shares(uniform)
     law = Law(experts, start, np.zeros(len(start)))
     by_experts = []

@@ -228,6 +228,10 @@ VARIANTS = {
     # Norms, rotary, GELU, the loss and sums for biases are inductor's: it tries other block sizes,
     # which takes minutes.
     "tuned kernels": inductor("coordinate_descent_tuning"),
+    # Fewer sizes to choose from, in less time.
+    "autotuned pointwise": inductor("max_autotune_pointwise"),
+    # A norm's gradient and its parameters', from one reading: loads overlap (torch 2.12's default).
+    "norms in stages": inductor("triton.mix_order_reduction_allow_multi_stages"),
 }
 
 
