@@ -193,8 +193,23 @@ def test_what_mixed_experts_lose_by_hand():
     # Of the first token the experts account for 2/3 and 1/3, of the second for 1/5 and 4/5.
     assert law.accounts(w) == pytest.approx(np.array([[13 / 30, 17 / 30]]))
     law.correct(w, np.array([3 + 3 * less]))
-    assert law.losses(w) == pytest.approx([3 + 3 * less])
+    assert law.losses(w) - 3 == pytest.approx([3 * less], rel=1e-2)
     assert law.losses(only) == [3]
+
+
+@pytest.mark.parametrize("by_law, measured, scale", [(-0.1, -0.2, 2), (-0.1, -0.05, 1)])
+@pytest.mark.parametrize("noise", [-0.02, 0.02])
+def test_a_law_learns_how_far_from_what_is_more_than_noise(by_law, measured, scale, noise):
+    """The other domain's loss hardly changes by the law: whatever is measured tells little."""
+    few = LN([[2.0]])
+    odds = np.exp(np.array([by_law, -0.002]))  # of the second expert's tokens
+    second = {d: few + LN(1 / odds[i]) * -1 for i, d in enumerate("ab")}
+    law = Law([{"a": few, "b": few}, second], np.array([1.0, 0]), np.array([3.0, 3.0]))
+    w = np.array([0.0, 1])
+    assert law.losses(w) - 3 == pytest.approx([by_law, -0.002], abs=1e-6)
+    law.correct(w, 3 + np.array([measured, noise]))
+    assert law.scale[0] == pytest.approx(scale, rel=0.02)
+    assert 1 <= law.scale[1] < 1.5
 
 
 def soft_experts(K: int, own: float = 0.4, last: float = 2, tokens: int = 400) -> Law:
@@ -338,7 +353,7 @@ def test_sparing_holds_the_domain_that_pays(tmp_path, capsys):
     points = [line for line in history.lines if "bound" in line]
     worst = [history.changes(line).max() for line in points]
     assert worst[0] == pytest.approx(0.2)  # measured; the others are predicted
-    assert worst == pytest.approx(np.linspace(0.2, worst[4], 5), abs=2e-3)
+    assert worst == pytest.approx(np.linspace(0.2, worst[4], 5), abs=4e-3)
 
 
 # ---- returns ----

@@ -6,6 +6,8 @@
 #     bash tests/bench/gpu.sh [DATA [SIDE …]]         # sides of tests.bench beside reweight: transformers or litgpt, if installed
 #     MINUTES=15 bash tests/bench/gpu.sh              # with enough time for all of it
 #
+# DATA should have ten documents or more of every domain to measure on: prepare.py --val-fraction 0.2 --test-fraction 0.1.
+#
 # A part ends after the seconds that stand before it, and all of them after the minutes; the search, which comes last, goes on
 # where it was stopped when this is called again.
 set -euo pipefail
@@ -27,8 +29,9 @@ for side in reweight "${@:2}"; do
     part 60 python -m tests.bench --tasks train --turns 3 --sides "$side" --models pythia-1b --sequences 8
 done
 part 50 python tests/bench/variants.py --profile
-part 180 python tests/bench/variants.py --turns 3
+part 150 python tests/bench/variants.py --turns 3
+part 120 python tests/bench/variants.py --turns 2 --steps 1 --micro-batches 8 --only "cast once"
 test -d "$data" || part 60 python prepare.py
 part 600 python tests/bench/scoreboard.py --data "$data" --model scratch:pythia-70m --seq-len 1024 --lr 1e-3 \
-    --base-sequences 8000 --seeds 2 --runs 0 --rows experts "reweight multiplicative" "reweight, excess" \
+    --base-sequences 8000 --eval-sequences 200 --seeds 2 --runs 0 --rows experts "reweight multiplicative" "reweight, excess" \
     --transfer experts --larger pythia-410m --out out/gpu

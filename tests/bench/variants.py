@@ -1,7 +1,7 @@
 """Changes of the training step that may pay: how fast each is, and how far from the present code.
 
     python tests/bench/variants.py                       # pythia-1b, micro-batches of 8 sequences
-    python tests/bench/variants.py --only "read ahead" "read ahead + cast once"      # one, and two
+    python tests/bench/variants.py --only "cast once" "update queued + cast once"    # one, and both
     python tests/bench/variants.py --profile             # where the time of the present step goes
 
 Every side is a process of its own, with the same random weights and tokens. The present code takes
@@ -22,7 +22,7 @@ import re
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,9 +31,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch._inductor import config as inductor_config
 from torch.autograd import DeviceType
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +53,6 @@ class Training:
         self.optimizer = make_optimizer(self.model, device)
         size = (hyper.batch_size, hyper.seq_len + 1)
         self.tokens = np.random.default_rng(0).integers(config.vocab_size, size=size)
-        self.settings = []  # each makes a context, in which the step is compiled and run
         self.compile = self.model.compile_parts
 
     def row(self, i: int) -> np.ndarray:
@@ -67,11 +64,8 @@ class Training:
         return list(micro_batches(self, batch, self.hyper.micro_batch_size))
 
     def gradients(self) -> Tensor:
-        with contextlib.ExitStack() as stack:
-            for setting in self.settings:
-                stack.enter_context(setting())
-            sequences = self.hyper.batch_size
-            return add_gradients(self.model, self.read(), 0, sequences, self.hyper, None)
+        sequences = self.hyper.batch_size
+        return add_gradients(self.model, self.read(), 0, sequences, self.hyper, None)
 
     def update(self, loss: Tensor) -> float:
         sums = torch.stack((loss, torch.zeros_like(loss)))
@@ -118,35 +112,16 @@ def whole_model(training: Training) -> None:
     training.compile = lambda: training.model.compile(dynamic=False)
 
 
-def read_ahead(training: Training) -> None:
-    # The next batch is read while the GPU computes, and copied before it is asked for.
+def update_queued(training: Training) -> None:
+    # The CPU waits for loss and norm only when the update is on its way, and the next batch is read
+    # and copied: the fused AdamW clips, and leaves the update out, by numbers on the device
+    # (GradScaler's way).
     read = training.read
+    optimizer = training.optimizer
     ready = []
 
     def fetch() -> list:
         return [(t.to(training.device), w.to(training.device), i) for t, w, i in read()]
-
-    def update(loss: Tensor) -> float:
-        norm = clip_gradients(training.model)
-        told = torch.stack((loss, norm))
-        ready.append(fetch())
-        loss, grad_norm = told.tolist()
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            training.optimizer.step()
-        training.optimizer.zero_grad(set_to_none=True)
-        return loss
-
-    training.read = lambda: ready.pop() if ready else fetch()
-    training.update = update
-
-
-def update_queued(training: Training) -> None:
-    # Likewise, and the CPU waits for loss and norm only when the update is on its way, too: the
-    # fused AdamW clips, and leaves the update out, by numbers on the device (GradScaler's way).
-    read_ahead(training)
-    read = training.read
-    optimizer = training.optimizer
-    ready = []
 
     def update(loss: Tensor) -> float:
         norm = nn.utils.get_total_norm([p.grad for p in training.model.parameters()])
@@ -154,10 +129,10 @@ def update_queued(training: Training) -> None:
         optimizer.found_inf = 1 - (loss.isfinite() & norm.isfinite()).float()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        ready.append(read())
+        ready.append(fetch())
         return loss.item()
 
-    training.read = lambda: ready.pop() if ready else read()
+    training.read = lambda: ready.pop() if ready else fetch()
     training.update = update
 
 
@@ -194,44 +169,12 @@ def cast_once(training: Training) -> None:
     training.read = read_and_cast
 
 
-def attention(*order: SDPBackend) -> Callable[[Training], None]:
-    def variant(training: Training) -> None:
-        training.settings.append(lambda: sdpa_kernel([*order], set_priority=True))
-
-    return variant
-
-
-def inductor(setting: str) -> Callable[[Training], None]:
-    def variant(training: Training) -> None:
-        training.settings.append(lambda: inductor_config.patch(setting, True))
-
-    return variant
-
-
-CUDNN = SDPBackend.CUDNN_ATTENTION
-FLASH = SDPBackend.FLASH_ATTENTION
-OTHERS = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
-
 VARIANTS = {
     "present": present,
-    "read ahead": read_ahead,
     "update queued": update_queued,
     "bf16 residual": bf16_residual,
     "cast once": cast_once,
     "whole model": whole_model,
-    # Which kernel SDPA takes is torch's choice, and may change; flash alone as a check of it.
-    "backend order": attention(CUDNN, FLASH, *OTHERS),
-    "backend flash": attention(FLASH),
-    # What mode="reduce-overhead" sets: a layer's kernels start at once, which pays where the CPU is
-    # the slower one. It may be wrong with several micro-batches.
-    "cuda graphs": inductor("triton.cudagraphs"),
-    # Norms, rotary, GELU, the loss and sums for biases are inductor's: it tries other block sizes,
-    # which takes minutes.
-    "tuned kernels": inductor("coordinate_descent_tuning"),
-    # Fewer sizes to choose from, in less time.
-    "autotuned pointwise": inductor("max_autotune_pointwise"),
-    # A norm's gradient and its parameters', from one reading: loads overlap (torch 2.12's default).
-    "norms in stages": inductor("triton.mix_order_reduction_allow_multi_stages"),
 }
 
 
