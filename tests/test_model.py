@@ -444,23 +444,24 @@ def test_a_token_takes_6_operations_for_each_weight_that_multiplies_and_those_of
     assert load("scratch:pythia-1b", "meta").flops_per_token(2048) == 6_257_860_608
 
 
-# Peaks of training on sequences of 2048 tokens: bf16, compiled, weights in fp32, on an H100 80GB.
+# Peaks of training on sequences of 2048 tokens: bf16, compiled, weights in fp32, on an H200; the
+# second and the last in several micro-batches, where gradients are there from the second one on.
 MEASURED = [
-    ("pythia-70m", 32, 10.7e9),
-    ("pythia-410m", 16, 38.5e9),
-    ("pythia-1b", 8, 36.5e9),
-    ("pythia-1b", 16, 57.6e9),
+    ("pythia-70m", 32, 15.1e9),
+    ("pythia-70m", 8, 4.87e9),
+    ("pythia-410m", 16, 38.3e9),
+    ("pythia-1b", 8, 39.5e9),
 ]
 
 
 @pytest.mark.parametrize("name, sequences, measured", MEASURED)
-def test_the_memory_of_training_is_reckoned_at_what_was_measured_or_up_to_half_more(
+def test_the_memory_of_training_is_reckoned_within_the_tenth_that_stays_free(
     monkeypatch, name, sequences, measured
 ):
     model = load(f"scratch:{name}", "meta", vocab_size=50304)
     state = 16 * PUBLISHED[name]
     activations = sequences * 2048 * model.bytes_per_token(True, torch.bfloat16)
-    assert measured <= state + activations <= 1.5 * measured
+    assert 0.95 * measured <= state + activations <= 1.2 * measured
 
     def at_once(memory: float) -> int:
         gpu = SimpleNamespace(total_memory=int(memory))
