@@ -113,7 +113,7 @@ def evaluate(
     batches = range(rank() * B, len(windows) + rank() * B, world_size() * B)
     # Losses go to their places in one array; the ranks' arrays, zero elsewhere, are added up.
     what = f"evaluating {B} sequences of {seq_len} tokens"
-    bar = Bar(f"evaluate {split}", len(batches), "batch", shown=rank() == 0)
+    bar = Bar(f"evaluate {split}", len(batches), "batch")
     with enough_memory(what, "try a shorter --seq-len or a smaller model"), bar:
         compile_for(model, B, seq_len, dtype, training=False)
         for done, i in enumerate(batches, 1):
@@ -404,12 +404,8 @@ def main():
     add("--baseline", metavar="MODEL", help="what the others are held against; default: the first")
     add("--data", default=SAMPLE, help="a folder that prepare.py wrote")
     add("--split", default="test", choices=SPLITS, help="which documents")
-    add(
-        "--seq-len",
-        type=int,
-        metavar="T",
-        help="tokens a sequence; default: the baseline's context",
-    )
+    tokens = "tokens a sequence; default: the baseline's context"
+    add("--seq-len", type=int, metavar="T", help=tokens)
     add("--json", metavar="FILE", help="write the numbers there too")
     add("--device", help="default: cuda where there is one, else cpu")
     dtypes = ("float32", "bfloat16")
@@ -432,10 +428,7 @@ def main():
         check_fit(shape, data, seq_len)
         warn_of_another_tokenizer(name, data)
     dtype = autocast_dtype(args.dtype, device)
-    compiles, how = can_compile(device)
-    if args.no_compile:
-        compiles = False
-        how = "eager (--no-compile)"
+    compiles, how = can_compile(device, args.no_compile)
     say(f"on {where_it_runs(device, dtype, args.dtype)}, {how}")
     losses = {}
     for name in args.models:

@@ -245,9 +245,6 @@ def losses_of_experts(
     sequences = sequences or max(1, runs.sequences // len(u))
     # A few steps of a large batch would leave the experts too much alike.
     batch_size = min(runs.hyper.batch_size, math.ceil(sequences / STEPS))
-    smaller = {"batch_size": batch_size}
-    if runs.hyper.micro_batch_size:
-        smaller["micro_batch_size"] = min(runs.hyper.micro_batch_size, batch_size)
     # To measure it on half as many sequences as it is trained on takes a sixth of the time.
     K = len(runs.domains)
     enough = MEASURED // (K * runs.hyper.seq_len)
@@ -258,7 +255,7 @@ def losses_of_experts(
     for domain, only in zip(runs.train_on, np.eye(len(u)), strict=True):
         counts = runs.counts((1 - SOFT) * u + SOFT * only, sequences)
         title = f"expert {domain}"
-        losses.append(runs.token_losses(counts, windows, title, **smaller))
+        losses.append(runs.token_losses(counts, windows, title, batch_size=batch_size))
     return losses
 
 
@@ -565,7 +562,7 @@ class Runs:
         losses = self.measured(run, limit, title, per_token=True)
         if rank() == 0:
             for checkpoint in train.checkpoints(run.folder):
-                train.remove(checkpoint)
+                prepare.remove(checkpoint)
         return losses
 
     def keep_only(self, *mixtures: dict[str, int]) -> None:
@@ -687,14 +684,11 @@ class History:
 
     def moves(self, counts: dict[str, int]) -> str:
         """The four domains whose shares are the farthest from the first mixture's."""
-        first = self.counts(1)
+        first = self.lines[1]["counts"]
         share = {d: counts.get(d, 0) / sum(counts.values()) for d in self.domains}
         moved = {d: share[d] - first.get(d, 0) / sum(first.values()) for d in self.domains}
         largest = sorted(moved, key=lambda d: -abs(moved[d]))[:4]
         return "".join(f"  {d[:12]} {share[d]:.1%}" for d in largest)
-
-    def counts(self, number: int) -> dict[str, int]:
-        return self.lines[number]["counts"]
 
     def measured(self) -> list[dict]:
         """The lines of mixtures whose losses are known."""
@@ -729,11 +723,6 @@ def lopsided(data: Data, sequences: int) -> dict[str, int]:
     return rescale({d: sizes[d] / 2**i for i, d in enumerate(ranked)}, sequences)
 
 
-def name_of_base(model: str, files: list[str]) -> str:
-    """A folder by the hashes of what is in it; a model of the hub by its name, with its commit."""
-    return str(files) if files else model
-
-
 def pretrain(model: GPTNeoX, data: Data, hyper: Hyperparameters, args) -> Path:
     """Pretrain random weights briefly, in place, on a lopsided mixture; returns their folder.
 
@@ -745,11 +734,8 @@ def pretrain(model: GPTNeoX, data: Data, hyper: Hyperparameters, args) -> Path:
     settings = {"model": args.model, "data": data.identity, "counts": counts, **hyper.record()}
     size = args.model.removeprefix("scratch:")
     folder = Path(args.out).parent / f"base-{size}-{train.name_of(settings)}"
-    shown = ", ".join(f"{d} {n:,}" for d, n in counts.items())
-    say(
-        f"base    {folder}, lr {peak:g}, from {args.base_sequences:,} sequences:",
-        f"        {shown}",
-    )
+    say(f"base    {folder}, lr {peak:g}, from {args.base_sequences:,} sequences:")
+    say("        " + ", ".join(f"{d} {n:,}" for d, n in counts.items()))
     with contextlib.ExitStack() as stack:
         if rank() == 0 and not (folder / "model.safetensors").is_file():
             folder.mkdir(parents=True, exist_ok=True)
@@ -766,19 +752,13 @@ def base_of(model: GPTNeoX, data: Data, hyper: Hyperparameters, args) -> tuple[s
     if args.model.startswith("scratch:"):
         folder = pretrain(model, data, hyper, args)
         return folder, folder.name
-    # The first rank has hashed the files, for all.
+    # A folder is what its files hold, which the first rank has hashed for all; a model of the hub
+    # has its commit in its name.
     settings = prepare.load_json(Path(args.out) / "run.json")["settings"]
-    return args.model, name_of_base(args.model, settings["model's files"])
+    return args.model, str(settings["model's files"] or args.model)
 
 
 # ---- the comparison ----
-
-
-def title_of(method: str) -> str:
-    """What the result of a method is called."""
-    if method == "reweight":
-        return "reweighted"
-    return method
 
 
 def comparison(runs: Runs, counts: dict[str, int], method: str, objective: Objective) -> dict:
@@ -790,7 +770,7 @@ def comparison(runs: Runs, counts: dict[str, int], method: str, objective: Objec
     data = runs.data
     T = runs.hyper.seq_len
     uniform = runs.counts(np.ones(len(runs.train_on)), sum(counts.values()))
-    title = title_of(method)
+    title = {"reweight": "reweighted"}.get(method, method)
     losses = {}
     for name, mixture in {"untouched": None, "uniform": uniform, title: counts}.items():
         if mixture == uniform and "uniform" in losses:
@@ -841,13 +821,13 @@ def verdict(result: dict) -> str:
     return f"{name} - uniform{what}: {change} nats, {better}:\n{words} uniform, by this seed{few}"
 
 
-def draw(history: History, found: int, is_path: bool, path: Path) -> None:
-    """The mixtures and the changes of loss, by round, and of a law the trade-off; as a PNG.
-
-    found: the round whose mixture was taken.
-    """
+def draw(out: Path, objective: Objective, is_path: bool) -> None:
+    """mix.png, of a search that has ended: mixtures and changes of loss, by round, and of a law the
+    trade-off."""
     from matplotlib.figure import Figure
 
+    history = History.read(out / "history.jsonl", objective)
+    found = prepare.load_json(out / "mix.json")["round"]
     spared = [line for line in history.lines if "bound" in line]
     panels = 3 if spared else 2
     # Not by pyplot, which keeps every figure that is not closed.
@@ -874,15 +854,8 @@ def draw(history: History, found: int, is_path: bool, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = right.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=7, frameon=False)
-    with prepare.replacing(path) as partial:
+    with prepare.replacing(out / "mix.png") as partial:
         figure.savefig(partial, dpi=120, format="png")
-
-
-def draw_again(out: Path, objective: Objective, is_path: bool) -> None:
-    """The picture of a search that has ended, from what it left in its folder."""
-    history = History.read(out / "history.jsonl", objective)
-    found = prepare.load_json(out / "mix.json")["round"]
-    draw(history, found, is_path, out / "mix.png")
 
 
 def draw_rounds(history: History, is_path: bool, left, right) -> None:
@@ -953,20 +926,16 @@ def own_options(args) -> dict:
     return {name: vars(args)[name] for name in names}
 
 
-def warn_of_few_documents(losses: Losses, data: Data, seq_len: int) -> None:
-    measured = results({"untouched": losses}, data, "val", seq_len)["domains"]
-    few = [d for d, n in measured.items() if n["documents"] < FEW_DOCUMENTS]
-    if few:
-        words = f"fewer than {FEW_DOCUMENTS} documents are measured of {prepare.first_of(few)}"
-        say(f"warning: {words}; prepare more, or --eval-sequences")
-
-
 def begin_history(runs: Runs, path: Path, objective: Objective) -> History:
     """A search's history, which begins with the untouched model; that is measured here."""
     train.fill(runs.model, runs.base)
     untouched = runs.evaluate()
     runs.tokens["evaluated"] += sum(map(len, untouched.values())) * runs.hyper.seq_len
-    warn_of_few_documents(untouched, runs.data, runs.hyper.seq_len)
+    measured = results({"untouched": untouched}, runs.data, "val", runs.hyper.seq_len)["domains"]
+    few = [d for d, n in measured.items() if n["documents"] < FEW_DOCUMENTS]
+    if few:
+        words = f"fewer than {FEW_DOCUMENTS} documents are measured of {prepare.first_of(few)}"
+        say(f"warning: {words}; prepare with a larger --val-fraction, or raise --eval-sequences")
     windows = dict(zip(runs.train_on, runs.windows.tolist(), strict=True))
     means = dict(zip(runs.domains, domain_means(untouched).tolist(), strict=True))
     history = History(path, windows, means, objective)
@@ -983,11 +952,6 @@ def parse_train_on(text: str | None, data: Data) -> list[str]:
         if d not in data.domains:
             raise InputError(f"--train-on: no domain {d!r}; there are {', '.join(data.domains)}")
     return domains
-
-
-# Options that another method takes over, where they are not the defaults.
-SHARED = ("data", "model", "sequences", "seq_len", "batch_size", "lr", "seed")
-SHARED += ("objective", "train_on", "start")
 
 
 def make_parser() -> prepare.ArgumentParser:
@@ -1020,14 +984,11 @@ def parse_args():
             key = option[2:].replace("-", "_")
             if name != args.method and vars(args)[key] != parser.get_default(key):
                 raise InputError(f"{option} is of --method {name}, not of {args.method}")
-    if args.spare is not None and not abs(args.spare) < 1e9:
-        raise InputError(f"--spare {args.spare}: expected a number of nats")
+    prepare.check_range(args, ("rounds", "base_sequences", "expert_sequences"), 1)
+    prepare.check_range(args, ("rate", "base_lr"), 1e-9, 10**9)
+    prepare.check_range(args, ("spare",), -(10**9), 10**9)
     if args.rate is None:
         args.rate = RULES[args.rule][1]
-    for name in ("rounds", "rate", "base_sequences", "base_lr", "expert_sequences"):
-        value = vars(args)[name]
-        if value is not None and not 0 < value < 1e9:
-            raise InputError(f"--{name.replace('_', '-')} {value}: expected more than 0")
     return args
 
 
@@ -1084,7 +1045,7 @@ def main():
     # Of a search that was finished before, too.
     if rank() == 0:
         with train.decorating(out / "mix.png"):
-            draw_again(out, objective, METHODS[args.method].is_path)
+            draw(out, objective, METHODS[args.method].is_path)
         result = prepare.load_json(out / "result.json")
         say("", f"test split, {result['seq_len']} tokens a sequence", table(result))
         say(verdict(result), *whether_spared(result, args), "")
@@ -1107,18 +1068,22 @@ def whether_spared(result: dict, args) -> list[str]:
 
 def next_steps(args, result: dict) -> list[str]:
     """Commands that are worth a try now."""
-    steps = [f"next    python model.py {args.out} 'def main('"]
+    steps = [f"next    python model.py {shlex.quote(args.out)} 'def main('"]
     if not args.model.startswith("scratch:"):
-        larger = f"--data {args.data} --model pythia-1b --mix {args.out}/mix.json"
-        steps = [f"next    python train.py {larger} --sequences {args.sequences} --out out/larger"]
+        larger = ["--data", args.data, "--model", "pythia-1b", "--mix", f"{args.out}/mix.json"]
+        larger += ["--sequences", str(args.sequences), "--out", "out/larger"]
+        steps = [f"next    python train.py {shlex.join(larger)}"]
     if args.method == "reweight" and "better than" not in verdict(result):
+        # docs/scoreboard.md: experts are better than uniform on three data sets. What was asked of
+        # this search, they are asked, too.
         parser = make_parser()
         words = ["python", "mix.py", "--method", "experts", "--out", "out/experts"]
-        for name in SHARED:
-            value = vars(args)[name]
-            if value != parser.get_default(name):
-                words += ["--" + name.replace("_", "-"), str(value)]
-        # docs/scoreboard.md: better than uniform on three data sets.
+        own = {"method", "out", "resume", "overwrite", *own_options(args)}
+        for name, value in vars(args).items():
+            if name not in own and value != parser.get_default(name):
+                words.append("--" + name.replace("_", "-"))
+                if value is not True:
+                    words.append(str(value))
         steps.append(f"better  {shlex.join(words)}")
     return steps
 

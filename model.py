@@ -408,7 +408,7 @@ def read_config(path: Path) -> Config:
     settings = {}
     for name, field in Config.__dataclass_fields__.items():
         value = values.get(name, field.default)
-        if type(value) is int and field.type is float:  # 10000 will do for 10000.0
+        if type(value) is int and field.type is float and value < 2**53:  # 10000 is 10000.0
             value = float(value)
         high = {bool: 2, int: 2**20, float: 1e9}[field.type]
         if type(value) is not field.type or not (0 < value < high or value is False):
@@ -744,8 +744,10 @@ def autocast(device: torch.device, dtype: torch.dtype):
     return torch.autocast(device.type, dtype=dtype)
 
 
-def can_compile(device: torch.device) -> tuple[bool, str]:
+def can_compile(device: torch.device, no_compile: bool = False) -> tuple[bool, str]:
     """Whether torch.compile is used here, and why; where it fails, compile_for does without it."""
+    if no_compile:
+        return False, "eager (--no-compile)"
     default = "clang++" if sys.platform == "darwin" else "g++"
     compiler = shutil.which(os.environ.get("CXX") or default)
     if device.type not in ("cpu", "cuda"):
@@ -770,7 +772,7 @@ def compile_for(
     device = next(model.parameters()).device
     tokens = torch.zeros(rows, seq_len, dtype=torch.int64, device=device)
     removed = set()
-    with prepare.notice("compiling (once)", shown=rank() == 0):
+    with prepare.notice("compiling (once)"):
         while model.compiled and shape not in model.compiled_for:
             try:
                 with autocast(device, dtype), torch.set_grad_enabled(training):
@@ -909,15 +911,20 @@ def main():
     args = parser.parse_args()
     device = find_device(args.device)
     # What is wrong with any of them is said before the first speaks.
+    prepare.check_range(args, ("tokens", "seed"), 0)
+    tokenizers = {}
     for name in args.models:
-        load(name, "meta")
+        size = load(name, "meta").config.vocab_size
+        tokenizers[name] = Tokenizer(name)
+        if tokenizers[name].vocab_size > size:
+            sizes = f"its tokenizer has {tokenizers[name].vocab_size:,} tokens, it knows {size:,}"
+            raise InputError(f"{name}: {sizes}; put the tokenizer.json there that belongs to it")
     for name in args.models:
         with prepare.notice(f"loading {name}", shown=sys.stderr.isatty()):
             model = load(name, device)
-            tokenizer = Tokenizer(name)
         if len(args.models) > 1:
             print(f"---- {name}")
-        speak(model, tokenizer, args.prompt, args)
+        speak(model, tokenizers[name], args.prompt, args)
 
 
 if __name__ == "__main__":

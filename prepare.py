@@ -83,8 +83,10 @@ def cli(main, way_on: str = "") -> None:
     except KeyboardInterrupt:
         print(f"\ninterrupted{way_on}", file=sys.stderr)
         sys.exit(130)
-    except (InputError, OSError, UnicodeError, BrokenExecutor) as e:
+    except (InputError, OSError, UnicodeError, MemoryError, BrokenExecutor) as e:
         message = str(e)
+        if isinstance(e, MemoryError):
+            message = f"out of memory: {e or 'the system has no more'}; ask for less at a time"
         if isinstance(e, OSError) and e.filename:
             message = f"{e.filename}: {e.strerror}"
         elif isinstance(e, OSError):
@@ -92,6 +94,19 @@ def cli(main, way_on: str = "") -> None:
         # One line, whatever a library said.
         print("error:", " ".join(message.split()), file=sys.stderr)
         sys.exit(2)
+
+
+def check_range(args, names: tuple[str, ...], low: float, high: float = 2**31) -> None:
+    """Raise InputError if an option, by its name in Python, is given and out of range."""
+    for name in names:
+        value = vars(args)[name]
+        if value is not None and not low <= value <= high:
+            raise InputError(f"--{name.replace('_', '-')} {value}: expected {low:,} to {high:,}")
+
+
+def is_first_process() -> bool:
+    """Under torchrun one process speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def tell(*lines: str) -> None:
@@ -114,10 +129,10 @@ def first_of(words: list[str], most: int = 4) -> str:
 class Bar(contextlib.AbstractContextManager):
     """How far a stage has come: a bar on a terminal, elsewhere a line every 30 seconds.
 
-    total and done are in units; a unit "B" is bytes. shown: False on ranks that do not speak.
+    total and done are in units; a unit "B" is bytes.
     """
 
-    def __init__(self, title: str, total: int, unit: str, done: int = 0, shown: bool = True):
+    def __init__(self, title: str, total: int, unit: str, done: int = 0):
         from tqdm import tqdm
 
         self.title = title
@@ -126,9 +141,10 @@ class Bar(contextlib.AbstractContextManager):
         self.first = done
         self.done = done
         self.began = self.spoke = time.monotonic()
-        self.speaks = shown and not sys.stderr.isatty()
+        on_terminal = sys.stderr.isatty()
+        self.speaks = is_first_process() and not on_terminal
         look = {"unit": unit, "unit_scale": unit == "B", "leave": False}
-        look["disable"] = self.speaks or not shown
+        look["disable"] = not (is_first_process() and on_terminal)
         self.bar = tqdm(desc=title, total=total, initial=done, **look)
 
     def to(self, done: int, words: str = "") -> None:
@@ -159,6 +175,7 @@ def notice(words: str, shown: bool = True) -> Iterator[None]:
     from tqdm import tqdm
 
     on_terminal = sys.stderr.isatty()
+    shown = shown and is_first_process()
     if shown and not on_terminal:
         tell(words)
     # A bar without a bar: it finds its line where another one is shown already.
@@ -193,15 +210,20 @@ def replacing(path: Path) -> Iterator[Path]:
         reason = e.strerror or e
         raise InputError(f"{path}: cannot be written ({reason}); nothing older is lost") from None
     finally:
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        else:
-            partial.unlink(missing_ok=True)
+        remove(partial)
+
+
+def remove(path: Path) -> None:
+    """A file, a link, or a folder with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
     with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def write_json(path: Path, value) -> None:
@@ -364,12 +386,14 @@ class Tokenizer:
             path = hub_folder(str(file_or_name), ["tokenizer.json"])
         if path.is_dir():
             path = path / "tokenizer.json"
-        self.json = path.read_text(encoding="utf-8", errors="replace")
+        self.json = path.read_bytes().decode("utf-8", "replace")
         try:
             model = json.loads(self.json)["model"]
             if model.get("continuing_subword_prefix") and model.get("merges"):
                 raise ValueError("merges with continuing_subword_prefix")  # the library would abort
             self._tokenizer = tokenizers.Tokenizer.from_str(self.json)
+        except KeyboardInterrupt:
+            raise
         except BaseException as e:  # a panic of the library's Rust is not an Exception
             what = f"not a tokenizer.json ({str(e)[:100]})"
             raise InputError(f"{path}: {what}; pythia-70m has one") from None
@@ -414,9 +438,6 @@ class Tokenizer:
         # tiktoken panics on a run of about 10^6 white-space characters.
         if len(text) > 10**5 and re.search(r"\s{100000}", text):
             return self._slowly(text)
-        if len(text) < 10**6:
-            return np.array(self._tiktoken.encode_ordinary(text), dtype=np.uint16)
-        # Slower, but in less memory.
         return np.array(self._tiktoken.encode_to_numpy(text), dtype=np.uint16)
 
     def _slowly(self, text: str) -> np.ndarray:
@@ -710,10 +731,10 @@ def source_files(source: str) -> list[Path | HubFile]:
         pattern = f"{glob.escape(source)}/**"
     elif path.exists():  # whatever characters it has in its name
         pattern = glob.escape(source)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise InputError(f"{source}: neither a file nor a folder; write what it gives to a file")
     if not hub:
-        found = [
-            file for file in map(Path, glob.glob(pattern, recursive=True)) if not file.is_dir()
-        ]
+        found = [file for file in map(Path, glob.glob(pattern, recursive=True)) if file.is_file()]
     files = sorted(file for file in found if ending(file))
     if not files and path.is_file():
         kind = "".join(path.suffixes[-2:]) or "without an ending"
@@ -1112,9 +1133,9 @@ _tokenizer: Tokenizer | None = None  # of a worker process
 
 def start_worker(tokenizer: Path) -> None:
     global _tokenizer
-    _tokenizer = Tokenizer(tokenizer)
     # Ctrl-C is for the process that started this one. When that ends, this one does, too.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _tokenizer = Tokenizer(tokenizer)
 
     def end_with_parent():
         multiprocessing.parent_process().join()
@@ -1253,7 +1274,7 @@ def make_tokenizer(
         trained.save(str(path))
         name = str(path)
     tokenizer = Tokenizer(name)
-    path.write_text(tokenizer.json, encoding="utf-8")
+    path.write_text(tokenizer.json, encoding="utf-8", newline="\n")
     return tokenizer
 
 
@@ -1285,8 +1306,7 @@ def publish(stage: Path, out: Path, meta: dict, add: bool) -> None:
             sources = old.get("sources", {}) | meta["sources"]
             files = dict(sorted((old["files"] | meta["files"]).items()))
             meta = old | {"files": files, "sources": sources, "left_out": dict(left_out)}
-        text = json.dumps(meta, indent=1) + "\n"
-        (stage / "meta.json").write_text(text, encoding="utf-8")
+        write_json(stage / "meta.json", meta)
         # All that is written is on the disk before it has its name, and meta.json is the last.
         if hasattr(os, "sync"):
             os.sync()
@@ -1420,10 +1440,9 @@ def main():
     add("--max-bad", type=int, metavar="N", default=0, help="lines to skip that hold no document")
     add("--workers", type=int, metavar="N", default=cores, help="processes that tokenize")
     args = parser.parse_args()
-    for name, low in (("limit_tokens", 1), ("min_documents", 0), ("max_bad", 0), ("workers", 1)):
-        if vars(args)[name] is not None and vars(args)[name] < low:
-            option = name.replace("_", "-")
-            raise InputError(f"--{option} {vars(args)[name]}: expected at least {low}")
+    check_range(args, ("workers",), 1, 10**4)
+    check_range(args, ("limit_tokens",), 1, 2**63)
+    check_range(args, ("min_documents", "max_bad"), 0, 2**63)
     if args.add and not args.sources:
         raise InputError("--add: name the sources to add")
     if args.add and (args.tokenizer or args.val_fraction or args.test_fraction):
@@ -1446,15 +1465,15 @@ def main():
         workers=args.workers,
         add=args.add,
     )
-    print(f"{'':<24}{'documents':>12}{'tokens':>16}{'bytes/token':>13}")
+    tell(f"{'':<24}{'documents':>12}{'tokens':>16}{'bytes/token':>13}")
     for name, file in data.meta["files"].items():
         ratio = file["bytes"] / file["tokens"]
-        print(f"{name:<24}{file['documents']:>12,}{file['tokens']:>16,}{ratio:>13.2f}")
+        tell(f"{name:<24}{file['documents']:>12,}{file['tokens']:>16,}{ratio:>13.2f}")
     left_out = ", ".join(f"{n:,} {reason}" for reason, n in data.meta["left_out"].items())
-    print("left out:", left_out or "nothing")
+    tell(f"left out: {left_out or 'nothing'}")
     if data.meta["overlap"]:
         shares = [f"{domain} {share:.0%}" for domain, share in data.meta["overlap"].items()]
-        print("13-grams of the test split that the train split has too:", ", ".join(shares))
+        tell(f"13-grams of the test split that the train split has too: {', '.join(shares)}")
 
 
 if __name__ == "__main__":

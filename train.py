@@ -165,10 +165,6 @@ class Mixture:
         row = self.row(i)
         return self.domain(i), row[:-1], row[1:]
 
-    def repeats(self) -> dict[str, float]:
-        """How many times the pass goes through each domain."""
-        return {d: count / self.windows[d] for d, count in self.counts.items()}
-
 
 def times_seen(data: Data, seq_len: int, passes: list[dict]) -> dict[str, np.ndarray]:
     """How often earlier passes over this data trained on each window: {domain: (n,) int64}."""
@@ -370,19 +366,11 @@ def clip_gradients(model: GPTNeoX) -> torch.Tensor:
 # ---- train ----
 
 
-@dataclass
-class Progress:
-    """How far a run has come."""
-
-    step: int = 0  # steps done
-    skipped: int = 0  # how many of the last ones made no update
-
-
 def micro_batch_size(model: GPTNeoX, hyper: Hyperparameters, device: torch.device) -> int:
     """As asked for, or what fits and leaves few rows that only fill a part up."""
-    if hyper.micro_batch_size:
-        return hyper.micro_batch_size
     rows = math.ceil(hyper.batch_size / world_size())
+    if hyper.micro_batch_size:
+        return min(rows, hyper.micro_batch_size)
     fits = sequences_at_once(model, hyper.seq_len, hyper.dtype, device, training=True)
     # Where 10 fit, 64 rows make 8 parts of 8, not 7 of 10; but parts are not much smaller for it.
     most = min(rows, fits)
@@ -413,11 +401,13 @@ def cut_log(path: Path, steps: int, losses: dict[str, float] | None) -> None:
     prepare.write_text(path, "".join(f"{line}\n" for line in lines))
 
 
-def check_skipped(progress: Progress, title: str, batch: range, hyper: Hyperparameters) -> None:
+def check_skipped(
+    skipped: int, step: int, title: str, batch: range, hyper: Hyperparameters
+) -> None:
     """Raise InputError if three steps in a row, the last one with this batch, made no update."""
-    if progress.skipped == 3:
-        first = progress.step - 3
-        where = f"steps {first} to {first + 2}, sequences {first * hyper.batch_size} to {batch[-1]}"
+    if skipped == 3:
+        first = step - 2
+        where = f"steps {first} to {step}, sequences {first * hyper.batch_size} to {batch[-1]}"
         lower = f"a lower --lr, now {hyper.learning_rate:g}"
         way_out = f"look at these, or --overwrite with {lower}"
         raise InputError(f"{title}: loss or gradient not finite in {where}; {way_out}")
@@ -483,13 +473,12 @@ def train(
         stop_if_asked(device)
         compile_for(model, M, hyper.seq_len, hyper.dtype, training=True)
         stop_if_asked(device)  # Ctrl-C ends the compiler, too: no step is to do without it then
-        progress = load_checkpoint(out, model, optimizer)
+        first, skipped = load_checkpoint(out, model, optimizer)
         network = over_ranks(model)
-    first = progress.step
     losses = validate(first) if validate and first else None
     if out and rank() == 0:
         cut_log(out / "log.jsonl", first, losses)
-    bar = prepare.Bar(title, steps, "step", first, shown=rank() == 0)
+    bar = prepare.Bar(title, steps, "step", first)
 
     for step in range(first, steps):
         began = time.perf_counter()
@@ -512,7 +501,7 @@ def train(
                 optimizer.step()
             optimizer.zero_grad(set_to_none=network is model)  # DDP's gradients live in its buckets
         seconds = time.perf_counter() - began
-        progress = Progress(step + 1, 0 if finite else progress.skipped + 1)
+        skipped = 0 if finite else skipped + 1  # in a row
 
         # Its line in the log, and in the bar.
         line = {"step": step, "loss": loss, "lr": rate, "grad_norm": grad_norm}
@@ -523,7 +512,7 @@ def train(
             found = f"loss {loss}, gradient norm {grad_norm}"
             say(f"\nstep {step}: {found}: no update from sequences {batch[0]} to {batch[-1]}")
         speed = speed_words(model, hyper, line["tokens_per_second"])
-        bar.to(progress.step, f"loss {loss:.3f}, lr {rate:.1e}, {speed}")
+        bar.to(step + 1, f"loss {loss:.3f}, lr {rate:.1e}, {speed}")
         if step == first + 2:
             say_duration(title, steps - first, seconds)
 
@@ -531,7 +520,7 @@ def train(
         losses = None
         try:
             if validate and not stop:
-                losses = validate(progress.step)
+                losses = validate(step + 1)
         except Stopped:
             stop = True
         if losses is not None:
@@ -541,13 +530,13 @@ def train(
                 file.write(json.dumps(line) + "\n")
 
         # The end, if it is bad or asked for; else perhaps a checkpoint.
-        check_skipped(progress, title, batch, hyper)
-        due = save_every and progress.step % save_every == 0 and progress.step < steps
+        check_skipped(skipped, step, title, batch, hyper)
+        due = save_every and (step + 1) % save_every == 0 and step + 1 < steps
         if out and (stop or due):
-            save_checkpoint(out, model, optimizer, progress)
+            save_checkpoint(out, model, optimizer, step + 1, skipped)
         if stop:
             saved = "and saved " if out else ""
-            raise Stopped(f"{title}: stopped {saved}after step {progress.step} of {steps}")
+            raise Stopped(f"{title}: stopped {saved}after step {step + 1} of {steps}")
     bar.close()
     return model
 
@@ -667,20 +656,13 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted(out.glob("checkpoint-" + 8 * "[0-9]"))
 
 
-def remove(path: Path) -> None:
-    """A file, or a folder with all that is in it."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
 def save_checkpoint(
-    out: Path, model: GPTNeoX, optimizer: torch.optim.Optimizer, progress: Progress
+    out: Path, model: GPTNeoX, optimizer: torch.optim.Optimizer, steps: int, skipped: int
 ) -> None:
-    """Weights, optimizer and progress, with the sha256 of each in manifest.json.
+    """Weights, optimizer and how far they have come, with the sha256 of each in manifest.json.
 
-    The folder appears whole. The newest two stay.
+    steps: that are done; skipped: how many of the last ones made no update. The folder appears
+    whole. The newest two stay.
     """
     weights = state_dicts().get_model_state_dict(model, options=gather())
     moments = optimizer_tensors(model, optimizer)
@@ -690,13 +672,13 @@ def save_checkpoint(
     # A file holds no two names of one tensor.
     if model.config.tie_word_embeddings:
         weights["embed_out.weight"] = weights["embed_out.weight"].clone()
-    final = out / f"checkpoint-{progress.step:08d}"
+    final = out / f"checkpoint-{steps:08d}"
     with prepare.replacing(final) as folder:
         folder.mkdir()
         # Each of these is on the disk before the manifest, and that before the folder's name.
         write_safetensors(folder / "model.safetensors", weights)
         write_safetensors(folder / "optimizer.safetensors", moments)
-        prepare.write_json(folder / "state.json", asdict(progress))
+        prepare.write_json(folder / "state.json", {"step": steps, "skipped": skipped})
         hashes = {path.name: prepare.sha256_of(path) for path in sorted(folder.iterdir())}
         prepare.write_json(folder / "manifest.json", hashes)
         prepare.sync(out / "log.jsonl")
@@ -711,7 +693,7 @@ def save_checkpoint(
 def newest_checkpoint(out: Path) -> Path | None:
     """The newest sound checkpoint, saying which are passed over; what was half written goes."""
     for leftover in out.glob(".*.partial"):
-        remove(leftover)
+        prepare.remove(leftover)
     for folder in reversed(checkpoints(out)):
         try:
             hashes = prepare.load_json(folder / "manifest.json")
@@ -724,17 +706,19 @@ def newest_checkpoint(out: Path) -> Path | None:
     return None
 
 
-def load_checkpoint(out: Path | None, model: GPTNeoX, optimizer: torch.optim.Optimizer) -> Progress:
-    """Restore the newest sound checkpoint in `out`, if there is one; how far it had come."""
+def load_checkpoint(
+    out: Path | None, model: GPTNeoX, optimizer: torch.optim.Optimizer
+) -> tuple[int, int]:
+    """Restore the newest sound checkpoint in `out`, if there is one; its steps, and skipped."""
     if out is None:
-        return Progress()
+        return 0, 0
     # The first rank looks, for the others may see the folder later than it does.
     found = torch.tensor(0, device=next(model.parameters()).device)
     if rank() == 0 and (newest := newest_checkpoint(out)):
         found += int(newest.name[-8:])
     step = add_up(found).item()
     if step == 0:
-        return Progress()
+        return 0, 0
     folder = out / f"checkpoint-{step:08d}"
     say(f"going on from {folder}")
     weights = {}
@@ -746,7 +730,7 @@ def load_checkpoint(out: Path | None, model: GPTNeoX, optimizer: torch.optim.Opt
     # If there are any, every rank takes part in setting them, also one that read nothing.
     if add_up(torch.full_like(found, len(moments))) > 0:
         set_optimizer_tensors(model, optimizer, moments)
-    return Progress(**prepare.load_json(folder / "state.json"))
+    return step, prepare.load_json(folder / "state.json")["skipped"]
 
 
 # ---- the run's folder ----
@@ -931,7 +915,7 @@ def claim(
             if not resuming:
                 for pattern in own_files:
                     for path in out.glob(pattern):
-                        remove(path)
+                        prepare.remove(path)
                 options = {name: x for name, x in vars(args).items() if name not in NOT_KEPT}
                 known = {"settings": settings, "passes": passes, "options": options}
                 prepare.write_json(record, known)
@@ -1072,24 +1056,15 @@ def add_options(parser: prepare.ArgumentParser, out: str) -> None:
     add("--fsdp", action="store_true", help="spread the model over the ranks: it fits no GPU")
 
 
-def check_range(name: str, value: float | None, low: float, high: float) -> None:
-    """Raise InputError if an option, by its name in Python, is given and out of range."""
-    if value is not None and not low <= value <= high:
-        option = name.replace("_", "-")
-        raise InputError(f"--{option} {value}: expected {low:g} to {high:g}")
-
-
 def set_up(args) -> tuple[Data, Hyperparameters]:
     """Open the data and check all that can be checked before weights are read.
 
     Raises InputError. args.model becomes a name that means the same model tomorrow.
     """
-    for name in ("seq_len", "batch_size", "micro_batch_size", "eval_sequences"):
-        check_range(name, vars(args)[name], 1, 2**31)
-    for name in ("seed", "save_every"):
-        check_range(name, vars(args)[name], 0, 2**31)
-    for name in ("lr", "warmup"):
-        check_range(name, vars(args)[name], 0, 1)
+    sizes = ("sequences", "seq_len", "batch_size", "micro_batch_size", "eval_sequences")
+    prepare.check_range(args, sizes, 1)
+    prepare.check_range(args, ("seed", "save_every"), 0)
+    prepare.check_range(args, ("lr", "warmup"), 0, 1)
     # Options by themselves, then the folder, the data, the model's shape, and how they fit.
     if args.fsdp and not dist.is_torchelastic_launched():
         start_it = "torchrun --nproc_per_node=GPUS train.py --fsdp …"
@@ -1132,11 +1107,8 @@ def load_to_train(args, data: Data, dtype: torch.dtype, device: torch.device) ->
             model = load(args.model, device, **scratch)
     model.activation_checkpointing = args.activation_checkpointing
 
-    compiles, how = can_compile(device)
-    if args.no_compile:
-        compiles = False
-        how = "eager (--no-compile)"
-    elif args.fsdp and device.type == "cpu" and dtype == torch.bfloat16:
+    compiles, how = can_compile(device, args.no_compile)
+    if args.fsdp and device.type == "cpu" and dtype == torch.bfloat16:
         compiles = False
         how = "eager (torch.compile fails on a CPU with bfloat16 parameters)"
     if compiles:
@@ -1169,8 +1141,9 @@ def say_cost(model: GPTNeoX, hyper: Hyperparameters, sequences: int, device: tor
     say(takes)
 
 
-def say_repeats(repeats: dict[str, float]) -> None:
+def say_repeats(mixture: Mixture) -> None:
     """Say which domains a pass goes through more than once."""
+    repeats = {d: count / mixture.windows[d] for d, count in mixture.counts.items()}
     ranked = sorted(repeats, key=repeats.get, reverse=True)
     often = [f"{d} {repeats[d]:.1f}" for d in ranked if repeats[d] > 1]
     if often:
@@ -1190,6 +1163,7 @@ def main():
     add("--mix", default="uniform", help=kinds)
     add("--eval-every", type=int, metavar="N", default=0, help="steps between validation losses")
     args = parse_args(parser)
+    prepare.check_range(args, ("eval_every",), 0)
     out = Path(args.out)
     device = start(args.device)
     data, hyper = set_up(args)
@@ -1214,7 +1188,7 @@ def main():
         return {**dict(zip(data.domains, means.tolist(), strict=True)), "mean": float(means.mean())}
 
     say_cost(model, hyper, sum(counts.values()), device)
-    say_repeats(Mixture(data, counts, T).repeats())
+    say_repeats(Mixture(data, counts, T))
     if args.dry_run:
         finish()
         return
@@ -1240,8 +1214,12 @@ def main():
         result = prepare.load_json(out / "result.json")
         say(f"validation losses, {T} tokens a sequence", table(result))
         say(f"model, log and train.png in {out}")
-        say(f"next    python eval.py {args.model} {out} --data {args.data}")
-        say(f"or      python model.py {out} 'def main('")
+        words = [args.model, args.out, "--data", args.data]
+        # Of another seed, eval.py would draw other random weights.
+        if args.model.startswith("scratch:") and args.seed:
+            del words[0]
+        say(f"next    python eval.py {shlex.join(words)}")
+        say(f"or      python model.py {shlex.quote(args.out)} 'def main('")
     finish()
 
 

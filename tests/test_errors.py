@@ -39,6 +39,7 @@ OPTIONS = [  # and what is said of them
     ({"dtype": "float8"}, ["float8"]),
     ({"sequences": 0}, ["--sequences 0"]),
     ({"sequences": "many"}, ["--sequences", "many"]),
+    ({"sequences": 9_000_000_000}, ["--sequences 9000000000", "1 to 2,147,483,648"]),
     ({"seed": "9" * 20}, ["--seed"]),
     ({"mixture": "web=3"}, ["'web'", "code, prose, sums"]),
     ({"mixture": "code=-3"}, ["-3"]),
@@ -206,7 +207,8 @@ def train_in(more: float, words: list[str]) -> None:
 def test_out_of_memory_names_what_was_asked_for_and_what_to_try(data, tmp_path, more, words):
     """Logits take it: 0.15 GB, and their softmax as much, in evaluation; 1.1 GB in training."""
     save(GPTNeoX(Config(8192, 32, 2, 4, 64, 256)), tmp_path / "m")
-    run = short_run(data, tmp_path / "m", tmp_path / "run", micro_batch_size=128)
+    sizes = {"batch_size": 128, "micro_batch_size": 128}
+    run = short_run(data, tmp_path / "m", tmp_path / "run", **sizes)
     done = Run(tmp_path, train_in, more, run).end()
     fails(done, "out of memory: ", *words, "it asked for ", " bytes more")
     assert not (tmp_path / "run" / "model.safetensors").exists()

@@ -1,6 +1,5 @@
 """Killed, stopped, poisoned, damaged, full, twice at once: nothing is lost or silently wrong."""
 
-import contextlib
 import itertools
 import json
 import math
@@ -29,6 +28,7 @@ from conftest import (
     made_documents,
     options,
     ranks,
+    run_script,
     same_tensors,
     train_options,
     write_jsonl,
@@ -36,6 +36,7 @@ from conftest import (
 from safetensors.torch import load_file
 
 import model
+import prepare
 import train
 from model import load, save
 from prepare import Data, InputError, sha256_of
@@ -651,22 +652,18 @@ def test_two_searches_do_not_pretrain_one_base_at_the_same_time(data, tmp_path):
     first.kill()
 
 
+def prepare_slowly(words: list[str]) -> None:
+    """prepare.py, where text is long in coming."""
+    prepare.read = lambda *how: iter(partial(time.sleep, 600), None)
+    run_script("prepare", words)
+
+
 def test_prepare_twice_at_once(tmp_path, script):
-    """The first one waits for text that comes through a pipe."""
-    pipe = tmp_path / "a.jsonl"
-    os.mkfifo(pipe)
-    words = [f"a={pipe}", *options(out=tmp_path / "d", tokenizer="train:300", workers=1)]
-    writers = []
-
-    def is_read() -> bool:
-        with contextlib.suppress(OSError):  # as long as nobody reads
-            writers.append(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
-        return bool(writers)
-
-    first = Run(tmp_path, "prepare", *words)
-    first.wait_for(is_read)
+    source = write_jsonl(tmp_path / "a.jsonl", made_documents("sums", 60))
+    words = [f"a={source}", *options(out=tmp_path / "d", tokenizer="train:300", workers=1)]
+    first = Run(tmp_path, prepare_slowly, words)
+    first.wait_for(lambda: list(tmp_path.glob(".d-*/tokenizer.json")))
     fails(script("prepare", *words), tmp_path / "d", AT_WORK)
     assert first.process.is_alive()
     assert list(tmp_path.glob(".d-*/tokenizer.json"))
     first.kill()
-    os.close(writers[0])

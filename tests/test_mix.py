@@ -230,11 +230,13 @@ def test_the_objective_chooses_the_round(search):
 
 def test_where_the_rule_found_nothing_the_better_search_is_of_the_same():
     words = ["--data", "my data", "--seq-len", "32", "--objective", "code=1", "--rate", "2"]
+    words += ["--base-sequences", "80", "--no-compile", "--out", "out/my run"]
     unsure = {"change": 0.0, "interval": [-1.0, 1.0], "objective": "mean"}
     result = {"models": {"uniform": {}, "reweighted": {}}, "domains": {}, "judged": unsure}
     result |= {"difference": {"improved": 0}, "sure": unsure}
-    *_, last = next_steps(make_parser().parse_args(words), result)
-    same = "--data 'my data' --seq-len 32 --objective code=1"
+    first, last = next_steps(make_parser().parse_args(words), result)
+    assert first == "next    python model.py 'out/my run' 'def main('"
+    same = "--data 'my data' --seq-len 32 --no-compile --objective code=1 --base-sequences 80"
     assert last == f"better  python mix.py --method experts --out out/experts {same}"
 
 
@@ -269,12 +271,15 @@ def test_a_goal_that_is_not_trained_on(search):
         ({"objective": "code=0"}, "every weight is zero"),
         (
             {"method": "experts", "expert_sequences": 0},
-            "--expert-sequences 0: expected more than 0",
+            "--expert-sequences 0: expected 1 to 2,147,483,648",
         ),
-        ({"method": "experts", "spare": "nan"}, "--spare nan: expected a number"),
+        (
+            {"method": "experts", "spare": "nan"},
+            "--spare nan: expected -1,000,000,000 to 1,000,000,000",
+        ),
         ({"spare": 0.1}, "--spare is of --method experts, not of reweight"),
         ({"method": "doremi", "rounds": 2}, "--rounds is of --method reweight, not of doremi"),
-        ({"rate": -1}, "--rate -1.0: expected more than 0"),
+        ({"rate": -1}, "--rate -1.0: expected 1e-09 to 1,000,000,000"),
     ],
 )
 def test_what_a_method_cannot_do_is_said_at_once(words, message, data, small, tmp_path, script):

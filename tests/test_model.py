@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, fails
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -216,7 +216,7 @@ NONSENSE = {
     "num_hidden_layers": [True, 2.5, 10**6],
     "num_attention_heads": [5, True],
     "vocab_size": ["many", 1e300, 2**40],
-    "rotary_pct": [1e308, float("nan")],
+    "rotary_pct": [1e308, float("nan"), 10**400],
     "rotary_emb_base": [-1],
     "layer_norm_eps": [None, float("inf")],
     "rope_parameters": [7, [1], {"rope_type": "yarn"}, {"rope_theta": {}}],
@@ -290,6 +290,14 @@ def test_the_command_line_speaks(script, small):
     assert out == tokenizer.decode([*prompt[0].tolist(), *new]) + "\n"
     status, both, _ = script("model", small, f"{small}/", *words)
     assert both == f"---- {small}\n{out}---- {small}/\n{out}"
+
+
+def test_a_model_that_does_not_know_all_of_its_tokenizer_does_not_speak(script, small, tmp_path):
+    size = Tokenizer(small).vocab_size
+    save(GPTNeoX(Config(size - 1, 32, 2, 4, 64)), tmp_path / "m", small / "tokenizer.json")
+    said = [f"has {size:,} tokens, it knows {size - 1:,}"]
+    fails(script("model", tmp_path / "m", "the old", "--device", "cpu"), *said)
+    fails(script("model", small, "the old", "--seed", "9" * 20), "--seed 9999")
 
 
 # ---- two ways to compute the same ----

@@ -434,6 +434,7 @@ def test_two_domains_whose_files_some_disks_would_take_for_one_are_an_error(both
     [
         ("a=missing.jsonl", ["missing.jsonl: no file there"]),
         ("a=table.csv", [".csv is not read", ".jsonl"]),
+        ("a=pipe.jsonl", ["pipe.jsonl: neither a file nor a folder"]),
         ("a.jsonl", ["name=path"]),
         ("a=", ["name=path"]),
         ("../x=a.jsonl", ["'../x'"]),
@@ -447,7 +448,7 @@ def test_two_domains_whose_files_some_disks_would_take_for_one_are_an_error(both
         ("a=a.jsonl b=few.jsonl --min-documents=99", ["of 60 documents", "--min-documents 60"]),
         ("a=a.jsonl --val-fraction=0.9", ["--val-fraction"]),
         ("a=a.jsonl --val-fraction=nan", ["--val-fraction"]),
-        ("a=a.jsonl --workers=0", ["--workers 0: expected at least 1"]),
+        ("a=a.jsonl --workers=0", ["--workers 0: expected 1 to 10,000"]),
         ("a=a.jsonl --limit-tokens=0", ["--limit-tokens 0"]),
         ("a=a.jsonl --max-bad=-1", ["--max-bad -1"]),
         ("a=a.jsonl --bogus", ["--bogus", "--help"]),
@@ -466,6 +467,7 @@ def test_what_cannot_be_done_is_said_and_leaves_nothing(script, tmp_path, monkey
     (tmp_path / "named.jsonl").write_text('{"text": "some", "set": "\u65e5\u672c"}', "utf-8")
     for name in ("table.csv", "table.csv.gz"):
         (tmp_path / name).write_text("a,b")
+    os.mkfifo(tmp_path / "pipe.jsonl")
     before = sorted(tmp_path.iterdir())
     fails(script("prepare", *arguments("d"), *argv.split()), *said)
     assert sorted(tmp_path.iterdir()) == before

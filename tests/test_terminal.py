@@ -39,6 +39,27 @@ def test_a_pipe_that_closes_ends_no_work():
         cli(lambda: [tell("a line") for _ in range(3)])
 
 
+def test_prepare_too_goes_on_to_its_end(tmp_path, monkeypatch):
+    source = write_jsonl(tmp_path / "a.jsonl", made_documents("sums", 80))
+    words = options(out=tmp_path / "d", tokenizer="train:300", workers=1)
+    words += options(val_fraction=0.2, test_fraction=0.2)
+    monkeypatch.setattr("sys.argv", ["prepare.py", f"a={source}", *words])
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as file, contextlib.redirect_stdout(file):
+        cli(prepare.main)
+    assert Data(tmp_path / "d").domains == ["a"]
+
+
+def test_memory_that_runs_out_anywhere_is_said_in_one_line(capsys):
+    def main():
+        raise MemoryError("Unable to allocate 67.1 GiB")
+
+    with pytest.raises(SystemExit, match="2"):
+        cli(main)
+    assert capsys.readouterr().err.startswith("error: out of memory: Unable to allocate 67.1 GiB; ")
+
+
 def test_names_of_files_that_are_no_utf8(tmp_path, script):
     folder = tmp_path / "lat"
     folder.mkdir()
@@ -71,6 +92,11 @@ def test_without_a_terminal_a_line_now_and_then_says_how_far_it_is(monkeypatch, 
     assert re.fullmatch(r"train: step 4 of 10, loss 3\.141, \d+\.\d min left", lines[1])
     assert re.fullmatch(r"train: step 10 of 10, 0\.0 min left", lines[2])
     assert re.fullmatch(r"read: 25%, web, \d+\.\d min left", lines[3])
+    # Under torchrun the others are silent.
+    monkeypatch.setenv("RANK", "1")
+    with notice("compiling (once)"), Bar("train", 10, "step") as bar:
+        bar.to(10)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("K", [3, 5, 7, 8, 40])

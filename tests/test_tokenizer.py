@@ -273,6 +273,14 @@ def test_an_interruption_while_fastokens_loads_is_one(tmp_path, monkeypatch):
         Pair(tmp_path / "t.json").ours.encode("a")
 
 
+def test_an_interruption_while_a_tokenizer_loads_is_one(tmp_path, monkeypatch):
+    interrupted = SimpleNamespace(from_str=raising(KeyboardInterrupt))
+    monkeypatch.setattr("tokenizers.Tokenizer", interrupted)
+    (tmp_path / "t.json").write_text(plain())
+    with pytest.raises(KeyboardInterrupt):
+        Tokenizer(tmp_path / "t.json")
+
+
 def test_of_little_text_fastokens_is_not_asked(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "fastokens", SimpleNamespace())
     (tmp_path / "t.json").write_text(plain())

@@ -41,7 +41,6 @@ from mix import (
     Runs,
     begin_history,
     losses_of_experts,
-    name_of_base,
     pretrain,
 )
 from model import SHAPES, GPTNeoX, say, shape, start
@@ -240,7 +239,7 @@ def open_bench(args) -> Bench:
     if args.model.startswith("scratch:"):
         base = pretrain(model, data, hyper, args)
         return Bench(args, data, model, hyper, base, base.name)
-    base_name = name_of_base(own.model, settings_of(own, data, hyper)["model's files"])
+    base_name = str(settings_of(own, data, hyper)["model's files"] or own.model)
     return Bench(args, data, model, hyper, own.model, base_name)
 
 
