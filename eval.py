@@ -38,9 +38,18 @@ from model import (
     where_it_runs,
     world_size,
 )
-from prepare import SAMPLE, SPLITS, ArgumentParser, Bar, Data, InputError, cli, write_json
+from prepare import (
+    FEW_DOCUMENTS,
+    SAMPLE,
+    SPLITS,
+    ArgumentParser,
+    Bar,
+    Data,
+    InputError,
+    cli,
+    write_json,
+)
 
-FEW_DOCUMENTS = 10  # an interval from fewer says little; such a domain is marked
 Losses = dict[str, np.ndarray]  # by domain: the mean loss of every sequence (n,), nats per token
 
 

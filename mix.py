@@ -25,7 +25,6 @@ import torch
 import prepare
 import train
 from eval import (
-    FEW_DOCUMENTS,
     WORST,
     Losses,
     Objective,
@@ -39,7 +38,7 @@ from eval import (
     table,
 )
 from model import GPTNeoX, add_up, barrier, finish, on_all_ranks, rank, say, start, world_size
-from prepare import Data, InputError
+from prepare import FEW_DOCUMENTS, Data, InputError
 from train import Hyperparameters, Mixture, rescale
 
 # ---- the method ----

@@ -42,6 +42,7 @@ FORMAT = 1  # of meta.json and the bins beside it
 SPLITS = ("train", "val", "test")
 END_OF_TEXT = "<|endoftext|>"
 SAMPLE = "data/sample"
+FEW_DOCUMENTS = 10  # an interval from fewer says little; such a domain is marked
 SECONDS_BETWEEN_LINES = 30  # of a log that says how far a stage has come
 
 
@@ -1418,6 +1419,27 @@ def parse_sources(words: list[str], domain_key: str | None) -> Sources:
     return sources
 
 
+def describe(data: Data) -> None:
+    """Say what a data set holds, and where that is too little."""
+    tell(f"{'':<24}{'documents':>12}{'tokens':>16}{'bytes/token':>13}")
+    for name, file in data.meta["files"].items():
+        ratio = file["bytes"] / file["tokens"]
+        tell(f"{name:<24}{file['documents']:>12,}{file['tokens']:>16,}{ratio:>13.2f}")
+    few = [
+        f"{name} {file['documents']}"
+        for name, file in data.meta["files"].items()
+        if not name.endswith(".train") and file["documents"] < FEW_DOCUMENTS
+    ]
+    if few:
+        ways = "a larger --val-fraction and --test-fraction, or shorter documents"
+        tell(f"warning: few documents to measure on: {first_of(few)}; take {ways}")
+    left_out = ", ".join(f"{n:,} {reason}" for reason, n in data.meta["left_out"].items())
+    tell(f"left out: {left_out or 'nothing'}")
+    if data.meta["overlap"]:
+        shares = [f"{domain} {share:.0%}" for domain, share in data.meta["overlap"].items()]
+        tell(f"13-grams of the test split that the train split has too: {', '.join(shares)}")
+
+
 def main():
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # of these, those that this process may use
@@ -1465,15 +1487,7 @@ def main():
         workers=args.workers,
         add=args.add,
     )
-    tell(f"{'':<24}{'documents':>12}{'tokens':>16}{'bytes/token':>13}")
-    for name, file in data.meta["files"].items():
-        ratio = file["bytes"] / file["tokens"]
-        tell(f"{name:<24}{file['documents']:>12,}{file['tokens']:>16,}{ratio:>13.2f}")
-    left_out = ", ".join(f"{n:,} {reason}" for reason, n in data.meta["left_out"].items())
-    tell(f"left out: {left_out or 'nothing'}")
-    if data.meta["overlap"]:
-        shares = [f"{domain} {share:.0%}" for domain, share in data.meta["overlap"].items()]
-        tell(f"13-grams of the test split that the train split has too: {', '.join(shares)}")
+    describe(data)
 
 
 if __name__ == "__main__":

@@ -481,13 +481,24 @@ def test_sources_need_a_tokenizer_and_a_tokenizer_needs_sources(run, tmp_path):
 
 
 def test_small_domains_can_be_left_out(run, tmp_path):
-    many = write_jsonl(tmp_path / "many.jsonl", made_documents("sums", 60))
+    many = write_jsonl(tmp_path / "many.jsonl", made_documents("sums", 160))
     few = write_jsonl(tmp_path / "few.jsonl", made_documents("prose", 9))
     argv = tmp_path / "d", f"many={many}", f"few={few}"
     status, out, err = run(*argv, min_documents=10)
     assert status == 0 and "9 in a small domain" in out, err
+    assert "warning" not in out
     assert Data(tmp_path / "d").domains == ["many"]
     assert sorted(path.stem for path in (tmp_path / "d").glob("few*")) == []
+
+
+def test_too_few_documents_to_measure_on_are_warned_of(run, tmp_path):
+    many = write_jsonl(tmp_path / "many.jsonl", made_documents("sums", 90))
+    few = write_jsonl(tmp_path / "few.jsonl", made_documents("prose", 15))
+    status, out, err = run(tmp_path / "d", f"many={many}", f"few={few}")
+    assert status == 0, err
+    files = Data(tmp_path / "d").meta["files"]
+    said = ", ".join(f"{name} {files[name]['documents']}" for name in ("few.test", "few.val"))
+    assert f"warning: few documents to measure on: {said}; take a larger --val-fraction" in out
 
 
 # ---- the folder ----
