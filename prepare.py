@@ -107,7 +107,7 @@ def check_range(args, names: tuple[str, ...], low: float, high: float = 2**31) -
 
 def is_first_process() -> bool:
     """Under torchrun one process speaks for all."""
-    return os.environ.get("RANK", "0") == "0"
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"
 
 
 def tell(*lines: str) -> None:

@@ -94,6 +94,7 @@ def test_without_a_terminal_a_line_now_and_then_says_how_far_it_is(monkeypatch, 
     assert re.fullmatch(r"read: 25%, web, \d+\.\d min left", lines[3])
     # Under torchrun the others are silent.
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     with notice("compiling (once)"), Bar("train", 10, "step") as bar:
         bar.to(10)
     assert capsys.readouterr().out == ""

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from model import SHAPES, autocast, autocast_dtype, can_compile, load, save, start
-from prepare import Data
+from prepare import ArgumentParser, Data, cli
 from train import Mixture, make_optimizer, micro_batches, sequences_of_step
 
 ROOT = Path(__file__).parents[2]
@@ -360,8 +360,7 @@ def where(device: torch.device) -> str:
 
 
 def main():
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--models", nargs="+", choices=SHAPES, metavar="SIZE")
     sides = [side for side in SIDES if installed(side)]
     parser.add_argument("--sides", nargs="+", default=sides, choices=SIDES, metavar="SIDE")
@@ -391,4 +390,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

@@ -8,7 +8,6 @@ the loading alone, without imports. Memory is what the process holds at most, be
 before, over the size of the fp32 weights.
 """
 
-import argparse
 import multiprocessing
 import re
 import statistics
@@ -22,6 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from model import load, save
+from prepare import ArgumentParser, cli
 
 SIDES = ("reweight", "transformers")
 
@@ -50,8 +50,7 @@ def measure(side: str, folder: str) -> tuple[float, float]:
 
 
 def main():
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--size", default="pythia-410m")
     parser.add_argument("--turns", type=int, default=5)
     args = parser.parse_args()
@@ -71,4 +70,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

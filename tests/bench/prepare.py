@@ -7,7 +7,6 @@ that lies in memory. Where fastokens is installed, prepare.py runs with it and w
 The sides take turns; the table shows the median of each. MB are 10^6 bytes of text in UTF-8.
 """
 
-import argparse
 import functools
 import json
 import os
@@ -23,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from prepare import Tokenizer, prepare
+from prepare import ArgumentParser, Tokenizer, cli, prepare
 
 ENCODE = """
 import json, sys, time
@@ -76,8 +75,7 @@ def standard_library(path: Path) -> Path:
 
 
 def main():
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("files", nargs="*", type=Path, help=".jsonl with a text in every record")
     parser.add_argument("--tokenizer", help="a tokenizer.json or a model")
     parser.add_argument("--turns", type=int, default=3)
@@ -107,4 +105,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

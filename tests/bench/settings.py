@@ -6,7 +6,6 @@ One thing is varied at a time; the rest is mix.py's default. Losses are means ov
 nats per token.
 """
 
-import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,16 +16,14 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from eval import domain_means, evaluate
 from mix import RULES, lopsided, update
 from model import autocast_dtype, can_compile, load, start
-from prepare import SAMPLE, Data
+from prepare import SAMPLE, ArgumentParser, Data, cli
 from train import Hyperparameters, defaults, rescale, this_pass, times_seen, train
 
 EVALUATED = 512  # sequences of a domain
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--data", default=SAMPLE)
     parser.add_argument("--base-sequences", type=int, default=6400)
     parser.add_argument("--sequences", type=int, default=1600)
@@ -97,4 +94,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

@@ -7,7 +7,6 @@ A run that reaches its end must hold, byte for byte, what one that nobody distur
 it stops there.
 """
 
-import argparse
 import random
 import shutil
 import signal
@@ -19,6 +18,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 from conftest import Run, content_of, ends_well, job, made_data, small_model
+
+from prepare import ArgumentParser, cli
 
 SCRIPTS = ("train", "mix", "prepare")
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT")
@@ -105,8 +106,7 @@ def soak(top: Path, minutes: float, rng: random.Random) -> tuple[Counter, Counte
 
 
 def main():
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -121,4 +121,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

@@ -37,6 +37,7 @@ from torch.profiler import ProfilerActivity
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 from model import SHAPES, Config, GPTNeoX, Layer, autocast_dtype, peak_flops, start
+from prepare import ArgumentParser, cli
 from tests.bench.__main__ import Failed, Worker, answer_channel, peak_memory, timed, where
 from train import Hyperparameters, add_gradients, clip_gradients, make_optimizer, micro_batches
 
@@ -372,8 +373,7 @@ def profile(args, device: torch.device, steps: int = 3) -> None:
 
 
 def main():
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--model", default="pythia-1b", choices=SHAPES, metavar="SIZE")
     add("--sequences", type=int, default=8, help="in a micro-batch")
@@ -406,4 +406,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

@@ -8,7 +8,6 @@ but no sample and no base. `ratio` is of the seconds, to this checkout's; the la
 sha256 of the model's weights, by its first digits, which must not change with speed.
 """
 
-import argparse
 import os
 import re
 import subprocess
@@ -20,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from prepare import sha256_of
+from prepare import ArgumentParser, cli, sha256_of
 
 STAGES = ("sample", "base", "search", "comparison")
 
@@ -43,8 +42,7 @@ def run(checkout: Path, folder: Path, cache: Path, options: list[str]) -> tuple[
 
 
 def main():
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("--beside", nargs="+", default=[], type=Path, metavar="CHECKOUT")
     parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("options", nargs="*", help="of mix.py, after --")
@@ -68,4 +66,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)
