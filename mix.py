@@ -934,7 +934,11 @@ def begin_history(runs: Runs, path: Path, objective: Objective) -> History:
     few = [d for d, n in measured.items() if n["documents"] < FEW_DOCUMENTS]
     if few:
         words = f"fewer than {FEW_DOCUMENTS} documents are measured of {prepare.first_of(few)}"
-        say(f"warning: {words}; prepare with a larger --val-fraction, or raise --eval-sequences")
+        ways = "prepare with a larger --val-fraction"
+        windows = [runs.data.windows(d, "val", runs.hyper.seq_len) for d in few]
+        if max(windows) > runs.eval_sequences:
+            ways += ", or raise --eval-sequences"
+        say(f"warning: {words}; {ways}")
     windows = dict(zip(runs.train_on, runs.windows.tolist(), strict=True))
     means = dict(zip(runs.domains, domain_means(untouched).tolist(), strict=True))
     history = History(path, windows, means, objective)
@@ -1076,7 +1080,7 @@ def next_steps(args, result: dict) -> list[str]:
         # docs/scoreboard.md: experts are better than uniform on three data sets. What was asked of
         # this search, they are asked, too.
         parser = make_parser()
-        words = ["python", "mix.py", "--method", "experts", "--out", "out/experts"]
+        words = [*train.launcher(), "mix.py", "--method", "experts", "--out", "out/experts"]
         own = {"method", "out", "resume", "overwrite", *own_options(args)}
         for name, value in vars(args).items():
             if name not in own and value != parser.get_default(name):

@@ -408,7 +408,7 @@ def read_config(path: Path) -> Config:
     settings = {}
     for name, field in Config.__dataclass_fields__.items():
         value = values.get(name, field.default)
-        if type(value) is int and field.type is float and value < 2**53:  # 10000 is 10000.0
+        if type(value) is int and field.type is float and abs(value) < 2**53:  # 10000 is 10000.0
             value = float(value)
         high = {bool: 2, int: 2**20, float: 1e9}[field.type]
         if type(value) is not field.type or not (0 < value < high or value is False):
@@ -825,8 +825,8 @@ def sequences_at_once(
 ) -> int:
     """How many sequences to take at a time, the same on all ranks.
 
-    On a GPU as many as its memory holds by arithmetic, but no more than make 4 GB of logits or a
-    tenth of the memory in fp32; elsewhere some 300 MB, which is 32 sequences of tiny.
+    On a GPU as many as its memory holds by arithmetic, but no more than make 4 GB of logits in
+    fp32 or a tenth of the memory; elsewhere some 300 MB, which is 32 sequences of tiny.
     """
     if device.type != "cuda":
         sequence = seq_len * model.bytes_per_token(False, dtype)
@@ -841,12 +841,8 @@ def sequences_at_once(
     # A tenth stays free, for memory is handed out in pieces that do not fill it.
     sequence = seq_len * model.bytes_per_token(training, dtype)
     fits = (memory * 9 // 10 - state) // sequence
-    # Compiled, they are bf16; eager, fp32.
-    logits = 2**30
-    if model.compiled:
-        logits *= 2
-    logits = min(logits, memory // 40)
-    sequences = max(1, min(fits, logits // (seq_len * model.config.vocab_size)))
+    logits = min(2**30, memory // 40) // (seq_len * model.config.vocab_size)
+    sequences = max(1, min(fits, logits))
     # GPUs may differ; a batch is cut the same way on all of them.
     if dist.is_initialized():
         least = torch.tensor(sequences, device=device)
@@ -911,7 +907,8 @@ def main():
     args = parser.parse_args()
     device = find_device(args.device)
     # What is wrong with any of them is said before the first speaks.
-    prepare.check_range(args, ("tokens", "seed"), 0)
+    prepare.check_range(args, ("tokens",), 0)
+    prepare.check_range(args, ("seed",), 0, 2**63 - 1)
     tokenizers = {}
     for name in args.models:
         size = load(name, "meta").config.vocab_size

@@ -87,7 +87,8 @@ def cli(main, way_on: str = "") -> None:
     except (InputError, OSError, UnicodeError, MemoryError, BrokenExecutor) as e:
         message = str(e)
         if isinstance(e, MemoryError):
-            message = f"out of memory: {e or 'the system has no more'}; ask for less at a time"
+            message = f"out of memory: {message or 'there is no more'}; free some, or ask for less"
+            message += way_on
         if isinstance(e, OSError) and e.filename:
             message = f"{e.filename}: {e.strerror}"
         elif isinstance(e, OSError):
@@ -97,7 +98,7 @@ def cli(main, way_on: str = "") -> None:
         sys.exit(2)
 
 
-def check_range(args, names: tuple[str, ...], low: float, high: float = 2**31) -> None:
+def check_range(args, names: tuple[str, ...], low: float, high: float = 2**31 - 1) -> None:
     """Raise InputError if an option, by its name in Python, is given and out of range."""
     for name in names:
         value = vars(args)[name]
@@ -106,7 +107,7 @@ def check_range(args, names: tuple[str, ...], low: float, high: float = 2**31) -
 
 
 def is_first_process() -> bool:
-    """Under torchrun one process speaks for all."""
+    """Under torchrun one process speaks for all; where it was not that, model.rank knows."""
     return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"
 
 
@@ -732,11 +733,14 @@ def source_files(source: str) -> list[Path | HubFile]:
         pattern = f"{glob.escape(source)}/**"
     elif path.exists():  # whatever characters it has in its name
         pattern = glob.escape(source)
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise InputError(f"{source}: neither a file nor a folder; write what it gives to a file")
     if not hub:
-        found = [file for file in map(Path, glob.glob(pattern, recursive=True)) if file.is_file()]
+        found = [
+            file for file in map(Path, glob.glob(pattern, recursive=True)) if not file.is_dir()
+        ]
     files = sorted(file for file in found if ending(file))
+    for file in files:
+        if isinstance(file, Path) and not file.is_file():
+            raise InputError(f"{file}: a broken link, or no file (a pipe?); put its text there")
     if not files and path.is_file():
         kind = "".join(path.suffixes[-2:]) or "without an ending"
         raise InputError(f"{source}: {kind} is not read; make it .jsonl, .txt or .parquet")
@@ -1431,7 +1435,7 @@ def describe(data: Data) -> None:
         if not name.endswith(".train") and file["documents"] < FEW_DOCUMENTS
     ]
     if few:
-        ways = "a larger --val-fraction and --test-fraction, or shorter documents"
+        ways = "more of them or, without --add, a larger --val-fraction and --test-fraction"
         tell(f"warning: few documents to measure on: {first_of(few)}; take {ways}")
     left_out = ", ".join(f"{n:,} {reason}" for reason, n in data.meta["left_out"].items())
     tell(f"left out: {left_out or 'nothing'}")

@@ -205,8 +205,6 @@ def parse_mixture(
     domains: those that `uniform` and `natural` have; None: all.
     """
     domains = domains or data.domains
-    if sequences is not None and sequences < 1:
-        raise InputError(f"--sequences {sequences}: expected at least 1")
     # Names of mixtures that have proportions alone.
     if text in ("uniform", "natural"):
         if sequences is None:
@@ -367,7 +365,7 @@ def clip_gradients(model: GPTNeoX) -> torch.Tensor:
 
 
 def micro_batch_size(model: GPTNeoX, hyper: Hyperparameters, device: torch.device) -> int:
-    """As asked for, or what fits and leaves few rows that only fill a part up."""
+    """As asked for, but no more than there are, or what fits and leaves few rows idle."""
     rows = math.ceil(hyper.batch_size / world_size())
     if hyper.micro_batch_size:
         return min(rows, hyper.micro_batch_size)
@@ -1108,7 +1106,7 @@ def load_to_train(args, data: Data, dtype: torch.dtype, device: torch.device) ->
     model.activation_checkpointing = args.activation_checkpointing
 
     compiles, how = can_compile(device, args.no_compile)
-    if args.fsdp and device.type == "cpu" and dtype == torch.bfloat16:
+    if compiles and args.fsdp and device.type == "cpu" and dtype == torch.bfloat16:
         compiles = False
         how = "eager (torch.compile fails on a CPU with bfloat16 parameters)"
     if compiles:

@@ -652,17 +652,23 @@ def test_two_searches_do_not_pretrain_one_base_at_the_same_time(data, tmp_path):
     first.kill()
 
 
-def prepare_slowly(words: list[str]) -> None:
+def prepare_slowly(source: Path, words: list[str]) -> None:
     """prepare.py, where text is long in coming."""
-    prepare.read = lambda *how: iter(partial(time.sleep, 600), None)
+
+    def read(*how):
+        Path(source).with_name("reads").touch()
+        time.sleep(600)
+        yield
+
+    prepare.read = read
     run_script("prepare", words)
 
 
 def test_prepare_twice_at_once(tmp_path, script):
     source = write_jsonl(tmp_path / "a.jsonl", made_documents("sums", 60))
     words = [f"a={source}", *options(out=tmp_path / "d", tokenizer="train:300", workers=1)]
-    first = Run(tmp_path, prepare_slowly, words)
-    first.wait_for(lambda: list(tmp_path.glob(".d-*/tokenizer.json")))
+    first = Run(tmp_path, prepare_slowly, source, words)
+    first.wait_for((tmp_path / "reads").exists)
     fails(script("prepare", *words), tmp_path / "d", AT_WORK)
     assert first.process.is_alive()
     assert list(tmp_path.glob(".d-*/tokenizer.json"))

@@ -271,7 +271,7 @@ def test_a_goal_that_is_not_trained_on(search):
         ({"objective": "code=0"}, "every weight is zero"),
         (
             {"method": "experts", "expert_sequences": 0},
-            "--expert-sequences 0: expected 1 to 2,147,483,648",
+            "--expert-sequences 0: expected 1 to 2,147,483,647",
         ),
         (
             {"method": "experts", "spare": "nan"},

@@ -216,7 +216,7 @@ NONSENSE = {
     "num_hidden_layers": [True, 2.5, 10**6],
     "num_attention_heads": [5, True],
     "vocab_size": ["many", 1e300, 2**40],
-    "rotary_pct": [1e308, float("nan"), 10**400],
+    "rotary_pct": [1e308, float("nan"), 10**400, -(10**400)],
     "rotary_emb_base": [-1],
     "layer_norm_eps": [None, float("inf")],
     "rope_parameters": [7, [1], {"rope_type": "yarn"}, {"rope_theta": {}}],

@@ -434,7 +434,8 @@ def test_two_domains_whose_files_some_disks_would_take_for_one_are_an_error(both
     [
         ("a=missing.jsonl", ["missing.jsonl: no file there"]),
         ("a=table.csv", [".csv is not read", ".jsonl"]),
-        ("a=pipe.jsonl", ["pipe.jsonl: neither a file nor a folder"]),
+        ("a=pipe.jsonl", ["pipe.jsonl: a broken link, or no file"]),
+        ("a=links", ["links/gone.jsonl: a broken link"]),
         ("a.jsonl", ["name=path"]),
         ("a=", ["name=path"]),
         ("../x=a.jsonl", ["'../x'"]),
@@ -468,6 +469,9 @@ def test_what_cannot_be_done_is_said_and_leaves_nothing(script, tmp_path, monkey
     for name in ("table.csv", "table.csv.gz"):
         (tmp_path / name).write_text("a,b")
     os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "gone.jsonl").symlink_to("nowhere.jsonl")
+    write_jsonl(tmp_path / "links" / "a.jsonl", made_documents("sums", 60))
     before = sorted(tmp_path.iterdir())
     fails(script("prepare", *arguments("d"), *argv.split()), *said)
     assert sorted(tmp_path.iterdir()) == before
@@ -498,7 +502,9 @@ def test_too_few_documents_to_measure_on_are_warned_of(run, tmp_path):
     assert status == 0, err
     files = Data(tmp_path / "d").meta["files"]
     said = ", ".join(f"{name} {files[name]['documents']}" for name in ("few.test", "few.val"))
-    assert f"warning: few documents to measure on: {said}; take a larger --val-fraction" in out
+    assert (
+        f"warning: few documents to measure on: {said}; take more of them or, without --add" in out
+    )
 
 
 # ---- the folder ----

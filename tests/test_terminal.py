@@ -51,13 +51,16 @@ def test_prepare_too_goes_on_to_its_end(tmp_path, monkeypatch):
     assert Data(tmp_path / "d").domains == ["a"]
 
 
-def test_memory_that_runs_out_anywhere_is_said_in_one_line(capsys):
+@pytest.mark.parametrize("said", [[], ["Unable to allocate 67.1 GiB"]])
+def test_memory_that_runs_out_anywhere_is_said_in_one_line(said, capsys):
     def main():
-        raise MemoryError("Unable to allocate 67.1 GiB")
+        raise MemoryError(*said)
 
     with pytest.raises(SystemExit, match="2"):
-        cli(main)
-    assert capsys.readouterr().err.startswith("error: out of memory: Unable to allocate 67.1 GiB; ")
+        cli(main, "; --resume goes on")
+    words = [*said, "there is no more"][0]
+    expected = f"error: out of memory: {words}; free some, or ask for less; --resume goes on\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_names_of_files_that_are_no_utf8(tmp_path, script):

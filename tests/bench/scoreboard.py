@@ -71,7 +71,6 @@ ROWS = {
     "merge": {"method": "merge"},
     "returns": {"method": "returns"},
     "experts": {"method": "experts"},
-    "experts, half as long": {"method": "experts", "length": 1 / 2},
     "experts worst": {"method": "experts", "objective": "worst"},
 }
 SHAPES["larger"] = shape(7, 256, 8, 4096, 256)  # four times tiny's parameters
@@ -149,9 +148,6 @@ class Bench:
         """
         choice = {"rounds": self.args.rounds, "objective": "mean"} | all_rows()[row]
         choice["sequences"] = self.args.sequences
-        if "length" in choice:
-            default = self.args.sequences // len(self.domains)
-            choice["expert_sequences"] = int(choice["length"] * default)
         method = methods()[choice["method"]]
         args = options_of(method, choice)
         key = name_of(self.settings(seed) | vars(args))
