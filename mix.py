@@ -987,7 +987,8 @@ def parse_args():
             key = option[2:].replace("-", "_")
             if name != args.method and vars(args)[key] != parser.get_default(key):
                 raise InputError(f"{option} is of --method {name}, not of {args.method}")
-    prepare.check_range(args, ("rounds", "base_sequences", "expert_sequences"), 1)
+    prepare.check_range(args, ("rounds", "expert_sequences"), 1)
+    prepare.check_range(args, ("base_sequences",), 1, 10**8)
     prepare.check_range(args, ("rate", "base_lr"), 1e-9, 10**9)
     prepare.check_range(args, ("spare",), -(10**9), 10**9)
     if args.rate is None:

@@ -1435,8 +1435,8 @@ def describe(data: Data) -> None:
         if not name.endswith(".train") and file["documents"] < FEW_DOCUMENTS
     ]
     if few:
-        ways = "more of them or, without --add, a larger --val-fraction and --test-fraction"
-        tell(f"warning: few documents to measure on: {first_of(few)}; take {ways}")
+        ways = "add some, or make it anew with larger fractions"
+        tell(f"warning: few documents to measure on: {first_of(few)}; {ways}")
     left_out = ", ".join(f"{n:,} {reason}" for reason, n in data.meta["left_out"].items())
     tell(f"left out: {left_out or 'nothing'}")
     if data.meta["overlap"]:

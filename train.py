@@ -1059,8 +1059,9 @@ def set_up(args) -> tuple[Data, Hyperparameters]:
 
     Raises InputError. args.model becomes a name that means the same model tomorrow.
     """
-    sizes = ("sequences", "seq_len", "batch_size", "micro_batch_size", "eval_sequences")
+    sizes = ("seq_len", "batch_size", "micro_batch_size", "eval_sequences")
     prepare.check_range(args, sizes, 1)
+    prepare.check_range(args, ("sequences",), 1, 10**8)  # whose order takes 4 GB
     prepare.check_range(args, ("seed", "save_every"), 0)
     prepare.check_range(args, ("lr", "warmup"), 0, 1)
     # Options by themselves, then the folder, the data, the model's shape, and how they fit.

@@ -502,9 +502,7 @@ def test_too_few_documents_to_measure_on_are_warned_of(run, tmp_path):
     assert status == 0, err
     files = Data(tmp_path / "d").meta["files"]
     said = ", ".join(f"{name} {files[name]['documents']}" for name in ("few.test", "few.val"))
-    assert (
-        f"warning: few documents to measure on: {said}; take more of them or, without --add" in out
-    )
+    assert f"warning: few documents to measure on: {said}; add some, or make it anew" in out
 
 
 # ---- the folder ----
