@@ -228,7 +228,7 @@ def test_the_objective_chooses_the_round(search):
     assert rounds["mean"] != rounds["worst"]
 
 
-def test_where_the_rule_found_nothing_the_better_search_is_of_the_same():
+def test_where_the_rule_found_nothing_the_better_search_is_of_the_same(monkeypatch):
     words = ["--data", "my data", "--seq-len", "32", "--objective", "code=1", "--rate", "2"]
     words += ["--base-sequences", "80", "--no-compile", "--out", "out/my run"]
     unsure = {"change": 0.0, "interval": [-1.0, 1.0], "objective": "mean"}
@@ -238,6 +238,11 @@ def test_where_the_rule_found_nothing_the_better_search_is_of_the_same():
     assert first == "next    python model.py 'out/my run' 'def main('"
     same = "--data 'my data' --seq-len 32 --no-compile --objective code=1 --base-sequences 80"
     assert last == f"better  python mix.py --method experts --out out/experts {same}"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    *_, last = next_steps(make_parser().parse_args(["--fsdp"]), result)
+    assert last == (
+        "better  torchrun --nproc_per_node=2 mix.py --method experts --out out/experts --fsdp"
+    )
 
 
 def test_a_goal_that_is_not_trained_on(search):
