@@ -31,6 +31,11 @@ done
 part 50 python tests/bench/variants.py --profile
 part 150 python tests/bench/variants.py --turns 3
 part 120 python tests/bench/variants.py --turns 2 --steps 1 --micro-batches 8 --only "cast once"
+# Whether larger micro-batches than train.py's, 8 of 64 sequences, would pay.
+for rows in 8 16; do
+    part 40 python tests/bench/variants.py --turns 2 --steps 2 --only present --model pythia-70m --sequences "$rows" \
+        --micro-batches $((64 / rows))
+done
 test -d "$data" || part 60 python prepare.py
 part 600 python tests/bench/scoreboard.py --data "$data" --model scratch:pythia-70m --seq-len 1024 --lr 1e-3 \
     --base-sequences 8000 --eval-sequences 200 --seeds 2 --runs 0 --rows experts "reweight multiplicative" "reweight, excess" \
