@@ -172,7 +172,10 @@ def best_weights(
     if v is None:
         v = np.full(len(law.odds), 1 / len(law.odds))
     more = np.zeros(len(v))
-    for step in range(500):
+    steps = 500
+    if bound < np.inf:
+        steps = 1000  # a bound is met later, and then to a thousandth of a nat
+    for step in range(steps):
         w = capped((v + more) @ law.accounts(w), high)
         rate = 10 / law.scale.max() / (1 + step / 50)  # falls, so that v comes to rest
         if objective.weights is None:
@@ -935,8 +938,8 @@ def begin_history(runs: Runs, path: Path, objective: Objective) -> History:
     if few:
         words = f"fewer than {FEW_DOCUMENTS} documents are measured of {prepare.first_of(few)}"
         ways = "prepare with a larger --val-fraction"
-        windows = [runs.data.windows(d, "val", runs.hyper.seq_len) for d in few]
-        if max(windows) > runs.eval_sequences:
+        there_are = [runs.data.windows(d, "val", runs.hyper.seq_len) for d in few]
+        if max(there_are) > runs.eval_sequences:
             ways += ", or raise --eval-sequences"
         say(f"warning: {words}; {ways}")
     windows = dict(zip(runs.train_on, runs.windows.tolist(), strict=True))

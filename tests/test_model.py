@@ -469,7 +469,7 @@ def test_the_memory_of_training_is_reckoned_within_the_tenth_that_stays_free(
     model = load(f"scratch:{name}", "meta", vocab_size=50304)
     state = 16 * PUBLISHED[name]
     activations = sequences * 2048 * model.bytes_per_token(True, torch.bfloat16)
-    assert 0.95 * measured <= state + activations <= 1.2 * measured
+    assert 0.98 * measured <= state + activations <= 1.2 * measured
 
     def at_once(memory: float) -> int:
         gpu = SimpleNamespace(total_memory=int(memory))
