@@ -1081,9 +1081,11 @@ def make_sample(
     """The sample's documents, and {domain: how much of it leaks between splits}."""
     documents = []
     overlap = {}
+    domains = sorted([*SAMPLE_FILES, "manual"])
+    bar = Bar("make the sample", len(domains) * max_bytes, "B")
     # Syntax trees are freed without it: to go through them over and over took a third of the time.
     gc.disable()
-    for domain in sorted([*SAMPLE_FILES, "manual"]):
+    for number, domain in enumerate(domains):
         seen = set()
         in_split = {split: set() for split in SPLITS}
         size = 0
@@ -1100,12 +1102,14 @@ def make_sample(
             in_split[split_of(hash_of(text), fractions)] |= grams
             documents.append(Document(domain, text))
             size += len(text.encode())
+            bar.to(number * max_bytes + size, domain)
             if size > max_bytes:
                 break
         # What leaks is the share of the test split's 13-grams that the train split has too.
         leaked = in_split["test"] & in_split["train"]
         overlap[domain] = len(leaked) / max(1, len(in_split["test"]))
     gc.enable()
+    bar.close()
     return documents, overlap
 
 
@@ -1274,8 +1278,8 @@ def make_tokenizer(
                         yield document.text
 
         trained = ByteLevelBPETokenizer()
-        shown = sys.stderr.isatty()
-        trained.train_from_iterator(texts(), int(size_asked), 0, shown, [END_OF_TEXT])
+        with notice("training the tokenizer"):  # not by the library's bars, which stay when done
+            trained.train_from_iterator(texts(), int(size_asked), 0, False, [END_OF_TEXT])
         trained.save(str(path))
         name = str(path)
     tokenizer = Tokenizer(name)
@@ -1388,7 +1392,8 @@ def prepare(
         full = set()
         placed = place(documents(full), fractions, by_record=domain_key is not None)
         encoded = encode_all(placed, workers, stage / "tokenizer.json")
-        files, left_out = write_bins(stage, encoded, limit_tokens, max_bad, full)
+        with notice("tokenizing the sample", shown=bool(sample)):  # else a bar counts what is read
+            files, left_out = write_bins(stage, encoded, limit_tokens, max_bad, full)
         check_splits(stage, files, left_out, sources, min_documents)
         # What is said of it all in meta.json, without which a folder is no data set.
         named = {d or domain_key: list(map(str, paths)) for d, paths in sources.items()}

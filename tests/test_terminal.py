@@ -1,6 +1,8 @@
 """What a person sees, wherever it goes: a terminal, a log, a closed pipe; and what costs no run."""
 
 import contextlib
+import functools
+import io
 import json
 import os
 import re
@@ -101,6 +103,35 @@ def test_without_a_terminal_a_line_now_and_then_says_how_far_it_is(monkeypatch, 
     with notice("compiling (once)"), Bar("train", 10, "step") as bar:
         bar.to(10)
     assert capsys.readouterr().out == ""
+
+
+class Terminal(io.StringIO):
+    """For stderr: what Python writes there; what a library writes by itself goes past it."""
+
+    def isatty(self):
+        return True
+
+
+def test_on_a_terminal_every_stage_of_prepare_has_a_name(tmp_path, capfd):
+    """Of ours: bars of a library would stay on the screen."""
+    source = write_jsonl(tmp_path / "a.jsonl", made_documents("sums", 80))
+    fractions = {"val_fraction": 0.2, "test_fraction": 0.2}
+    with contextlib.redirect_stderr(Terminal()) as terminal:
+        prepare.prepare(tmp_path / "d", {"a": [source]}, "train:300", **fractions)
+    for title in ("training the tokenizer", "read:"):
+        assert title in terminal.getvalue()
+    assert capfd.readouterr().err == ""
+
+
+def test_on_a_terminal_every_stage_of_the_sample_has_a_name(tmp_path, monkeypatch, capfd):
+    smaller = functools.partial(prepare.make_sample, max_bytes=100_000)
+    monkeypatch.setattr("prepare.make_sample", smaller)
+    fractions = {"val_fraction": 0.3, "test_fraction": 0.3}
+    with contextlib.redirect_stderr(Terminal()) as terminal:
+        prepare.prepare(tmp_path / "d", tokenizer="train:300", **fractions)
+    for title in ("make the sample", "training the tokenizer", "tokenizing the sample"):
+        assert title in terminal.getvalue()
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("K", [3, 5, 7, 8, 40])
