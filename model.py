@@ -287,6 +287,7 @@ class GPTNeoX(nn.Module):
         # that the CPU has, to see that the compiler can, in 10 seconds; one for their C++20 knows
         # AVX-512, and where it does not, all goes on eagerly. AMX and VNNI it tries all the same.
         torch._inductor.config.cpp.vec_isa_ok = True
+        torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled())
         for layer in self.gpt_neox.layers:
             layer.compile(dynamic=False)
         self.token_losses = torch.compile(self.token_losses, dynamic=False)
@@ -663,7 +664,8 @@ def start(device_name: str | None = None) -> torch.device:
             mallopt(-4, 0)
             mallopt(-1, -1)
         # Else a compiled embedding adds up its gradient in the order in which threads arrive.
-        torch.use_deterministic_algorithms(True)
+        # use_deterministic_algorithms imports the compiler, in two seconds; compile_parts tells it.
+        torch.set_deterministic_debug_mode("error")
         torch.utils.deterministic.fill_uninitialized_memory = False
     if dist.is_torchelastic_launched() and not dist.is_initialized():
         # The others wait while one saves.

@@ -1110,13 +1110,13 @@ def load_to_train(args, data: Data, dtype: torch.dtype, device: torch.device) ->
     if compiles and args.fsdp and device.type == "cpu" and dtype == torch.bfloat16:
         compiles = False
         how = "eager (torch.compile fails on a CPU with bfloat16 parameters)"
-    if compiles:
-        model.compile_parts()
-
     tokens = sum(data.size(d, "train")["tokens"] for d in data.domains)
     say(f"data    {args.data}: {tokens:,} training tokens of {len(data.domains)} domains")
     say(f"model   {args.model}: {model.parameter_count():,} parameters")
     say(f"runs    on {where_it_runs(device, dtype, args.dtype)}, {how}")
+    # After these lines, for to import the compiler takes seconds.
+    if compiles:
+        model.compile_parts()
     return model
 
 
