@@ -193,7 +193,7 @@ def experts(runs: "Runs", history: "History", start: dict[str, int], args) -> di
     Expert k is the base trained on 1/K of a pass, with a schedule of its own, in the
     proportions (1 - λ) u + λ e_k, u the start's. Weights w of what they predict stand for the
     mixture (1 - λ) u + λ w. That says how the losses of two mixtures differ; what they are, a run
-    on the start, and how far they differ, one on the best.
+    on the start, and how far they differ, one on the best. Of these two the better one is found.
     """
     u = runs.shares(start)
     begun = runs.measure(start, "the start")
@@ -228,7 +228,9 @@ def experts(runs: "Runs", history: "History", start: dict[str, int], args) -> di
         w = best(history.objective, bound)
         note = f"no domain above {bound:+.4f}"
         history.foretell(counts(w), law.losses(w), note, bound=bound)
-    if args.spare is None or most <= args.spare:
+    if args.spare is None:
+        return history.best()["counts"]  # which may be the start's
+    if most <= args.spare:
         return found
     if least > args.spare:
         say(f"warning: no mixture is predicted to hold --spare {args.spare}; the last is taken")

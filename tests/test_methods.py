@@ -306,6 +306,18 @@ def test_no_expert_counts_for_more_than_four_repeats(tmp_path):
     assert counts["x"] == 200
 
 
+def test_what_is_measured_counts_more_than_what_experts_promise(tmp_path):
+    """By them x is worth the more, the more there is of it; as a run shows, it is not."""
+    runs = Mixed(tmp_path, lambda p: 1 + p, 400, x=999, y=999)
+    runs.token_losses = lambda counts, limit, title, **changes: {
+        d: np.full((1, 1), 2 - runs.shares(counts)[0]) for d in "xy"
+    }
+    args = {"expert_sequences": 10, "spare": None, "objective": "x=1"}
+    counts, history = runs.search(mix.experts, [200, 200], [1, 1], **args)
+    assert history.measured()[1]["counts"] == {"x": 300, "y": 100}
+    assert counts == {"x": 200, "y": 200}
+
+
 def test_where_every_share_is_repeated_too_often_nothing_moves(tmp_path):
     runs = Mixed(tmp_path, lambda p: -LN(p + 1), 400, x=3, y=3)
     counts, _ = runs.search(mix.experts, [200, 200], [1, 1], expert_sequences=9, spare=None)
@@ -314,7 +326,7 @@ def test_where_every_share_is_repeated_too_often_nothing_moves(tmp_path):
 
 def test_a_domain_that_is_not_trained_on_is_a_goal_all_the_same(tmp_path):
     """z is measured alone: what serves it is x, though y has the experts' better mean."""
-    runs = Mixed(tmp_path, lambda p: np.ones(3), 400, ["x", "y"], x=999, y=999, z=999)
+    runs = Mixed(tmp_path, lambda p: 3 - p[[1, 1, 0]], 400, ["x", "y"], x=999, y=999, z=999)
     seen = []
 
     def token_losses(counts, limit, title, **changes):
