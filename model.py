@@ -913,6 +913,8 @@ def main():
     prepare.check_range(args, ("seed",), 0, 2**63 - 1)
     tokenizers = {}
     for name in args.models:
+        if name.startswith("scratch:"):
+            raise InputError(f"{name}: random weights have no tokenizer; name a trained model")
         size = load(name, "meta").config.vocab_size
         tokenizers[name] = Tokenizer(name)
         if tokenizers[name].vocab_size > size:
