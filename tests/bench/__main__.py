@@ -361,6 +361,7 @@ def where(device: torch.device) -> str:
 
 def main():
     parser = ArgumentParser(__doc__)
+    parser.prog = "-m tests.bench"
     parser.add_argument("--models", nargs="+", choices=SHAPES, metavar="SIZE")
     sides = [side for side in SIDES if installed(side)]
     parser.add_argument("--sides", nargs="+", default=sides, choices=SIDES, metavar="SIDE")
