@@ -46,6 +46,7 @@ from prepare import (
     Bar,
     Data,
     InputError,
+    check_range,
     cli,
     write_json,
 )
@@ -107,7 +108,7 @@ def evaluate(
     InputError where a split is shorter than one sequence, or a loss is not finite.
     """
     check_fit(model, data, seq_len)
-    device = next(model.parameters()).device
+    device = model.device
     numbers = {d: evaluated_windows(data, d, split, seq_len, limit) for d in data.domains}
     windows = [(d, number) for d in data.domains for number in numbers[d]]
     if per_token:
@@ -119,17 +120,19 @@ def evaluate(
     # of which the last ones can be empty.
     fits = sequences_at_once(model, seq_len, dtype, device, training=False)
     B = min(fits, math.ceil(len(windows) / world_size()))
-    batches = range(rank() * B, len(windows) + rank() * B, world_size() * B)
+    stride = world_size() * B
+    batches = math.ceil(len(windows) / stride)
     # Losses go to their places in one array; the ranks' arrays, zero elsewhere, are added up.
     what = f"evaluating {B} sequences of {seq_len} tokens"
-    bar = Bar(f"evaluate {split}", len(batches), "batch")
+    bar = Bar(f"evaluate {split}", batches, "batch")
     with enough_memory(what, "try a shorter --seq-len or a smaller model"), bar:
         compile_for(model, B, seq_len, dtype, training=False)
-        for done, i in enumerate(batches, 1):
+        for number in range(batches):
+            i = number * stride + rank() * B
             rows = windows[i : i + B]
             batch = np.zeros((B, seq_len + 1), dtype=np.int64)
-            for row, (domain, number) in zip(batch, rows, strict=False):
-                row[:] = data.window(domain, split, seq_len, number)
+            for row, (domain, window) in zip(batch, rows, strict=False):
+                row[:] = data.window(domain, split, seq_len, window)
             tokens = torch.from_numpy(batch).to(device)
             with autocast(device, dtype):
                 found = model(tokens[:, :-1], tokens[:, 1:])
@@ -138,7 +141,7 @@ def evaluate(
             losses[i : i + len(rows)] = found[: len(rows)].cpu()
             if after_batch:
                 after_batch()
-            bar.to(done)
+            bar.to(number + 1)
     if world_size() > 1:
         losses = add_up(losses.to(device))
 
@@ -249,6 +252,8 @@ def parse_objective(text: str, domains: list[str]) -> Objective:
         if not match or match[1] not in weights:
             expected = f"mean, worst, or weights of {', '.join(domains)}, like {domains[0]}=2"
             raise InputError(f"--objective {text}: expected {expected}")
+        if weights[match[1]]:
+            raise InputError(f"--objective {text}: {match[1]} is named twice; name each once")
         weights[match[1]] = float(match[2])
     total = sum(weights.values())
     if not total:
@@ -422,6 +427,7 @@ def main():
     add("--no-compile", action="store_true", help="do without torch.compile")
     add("--check-data", action="store_true", help="compare the data with its hashes first")
     args = parser.parse_args()
+    check_range(args, ("seq_len",), 1)
     if len(set(args.models)) < len(args.models):
         raise InputError("the same model is named twice")
     if args.baseline:  # it comes first, whether it was named among the models or not
@@ -450,8 +456,7 @@ def main():
         gc.collect()  # a compiled model refers to itself
     if rank() == 0:
         result = results(losses, data, args.split, seq_len)
-        print(f"{args.split} split of {args.data}, {seq_len} tokens a sequence")
-        print(table(result))
+        say(f"{args.split} split of {args.data}, {seq_len} tokens a sequence", table(result))
         if args.json:
             names = {name: pinned(name) for name in args.models}
             write_json(Path(args.json), result | {"names": names})

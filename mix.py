@@ -13,7 +13,6 @@ import json
 import math
 import shlex
 import time
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,7 +86,7 @@ def reweight(runs: "Runs", history: "History", start: dict[str, int], args) -> d
         if number - history.best()["round"] == 2:
             say(f"stopped: the {history.objective.name} has not improved for two rounds")
             break
-        A = update(A, L[runs.trained], args.rate, args.rule)
+        A = update(A, L[runs.trained], args.rate, args.rule)  # of those that may have a share
     return history.best()["counts"]
 
 
@@ -103,9 +102,10 @@ MEASURED = 2**20  # tokens of all domains that are enough for that; each takes 4
 class Law:
     """The losses of mixed experts: L_i(w) = -mean over i's tokens of ln Σ_k w_k exp(-ℓ_k).
 
-    losses: every expert's loss ℓ_k of every token, {domain: (n, T)}, nats. Expert k stands for a
-    domain of its own; w (K,), of sum 1, mixes what they predict (2502.15950, section 3). known:
-    the losses that a run has measured, of every domain, where the weights are `start`.
+    losses: every expert's loss ℓ_k of every token, {domain: (n, T)}, nats, of all D domains that
+    are measured. Each of the K experts stands for a domain that may have a share; w (K,), of sum 1,
+    mixes what they predict (2502.15950, section 3). known: the losses (D,) that a run has measured
+    where the weights are `start`.
     """
 
     def __init__(self, losses: list[Losses], start: np.ndarray, known: np.ndarray):
@@ -117,15 +117,15 @@ class Law:
             self.odds.append(np.exp(of_experts.min(0) - of_experts))
         self.known = known
         self.scale = np.ones(len(known))
-        self.start = self.gains(start)
+        self.gains_at_start = self.gains(start)
 
     def gains(self, w: np.ndarray) -> np.ndarray:
-        """The mean log of the probability that w gives a token, over the best expert's."""
+        """The mean log of the probability that w gives a token, over the best expert's: (D,)."""
         return np.array([np.log(w.astype(np.float32) @ odds).mean() for odds in self.odds])
 
     def losses(self, w: np.ndarray) -> np.ndarray:
-        """Of every domain that is measured."""
-        return self.known - self.scale * (self.gains(w) - self.start)
+        """Of every domain that is measured: (D,), nats per token."""
+        return self.known - self.scale * (self.gains(w) - self.gains_at_start)
 
     def correct(self, w: np.ndarray, measured: np.ndarray) -> None:
         """Learn from a run how far losses go: short experts know which way, but not how far.
@@ -139,7 +139,7 @@ class Law:
         self.scale = scale.clip(1, 5)
 
     def accounts(self, w: np.ndarray) -> np.ndarray:
-        """The share of each domain's tokens (rows) that each expert accounts for: (…, K)."""
+        """The share of each domain's tokens that each expert accounts for: (D, K)."""
         rows = []
         for odds in self.odds:
             mixed = w.astype(np.float32) @ odds
@@ -161,29 +161,33 @@ def capped(w: np.ndarray, high: np.ndarray) -> np.ndarray:
 def best_weights(
     law: Law, objective: Objective, untouched: np.ndarray, high: np.ndarray, bound: float = np.inf
 ) -> np.ndarray:
-    """The experts' weights (K,) of the least objective, none above high.
+    """The experts' weights (K,) of the least objective, none above high (K,).
 
     w_k ← Σ_i v_i · the share of i's tokens that expert k accounts for: expectation-maximisation
-    (Dempster, Laird & Rubin 1977, section 4.3) for domains that count v. They count more, step by
-    step, where a loss exceeds the untouched model's by more than bound or, for `worst`, the most.
+    (Dempster, Laird & Rubin 1977, section 4.3) for domains that count v (D,). They count more,
+    step by step, where a loss exceeds the untouched model's by more than bound or, for `worst`,
+    the most.
     """
+    is_worst = objective.weights is None
+    is_bounded = bound < np.inf and not is_worst
     w = capped(np.ones(len(high)), high)
     v = objective.weights
-    if v is None:
+    if is_worst:
         v = np.full(len(law.odds), 1 / len(law.odds))
-    more = np.zeros(len(v))
+    penalty = np.zeros(len(v))
     steps = 500
-    if bound < np.inf:
+    if is_bounded:
         steps = 1000  # a bound is met later, and then to a thousandth of a nat
     for step in range(steps):
-        w = capped((v + more) @ law.accounts(w), high)
+        w = capped((v + penalty) @ law.accounts(w), high)
         rate = 10 / law.scale.max() / (1 + step / 50)  # falls, so that v comes to rest
-        if objective.weights is None:
+        if is_worst:
             change = law.losses(w) - untouched
             v = v * np.exp(rate * (change - change.max()))
             v = v / v.sum()
-        elif bound < np.inf:
-            more = np.maximum(more + rate * (law.losses(w) - untouched - bound), 0)
+        elif is_bounded:
+            change = law.losses(w) - untouched
+            penalty = np.maximum(penalty + rate * (change - bound), 0)
     return w
 
 
@@ -202,40 +206,43 @@ def experts(runs: "Runs", history: "History", start: dict[str, int], args) -> di
     # No share may grow beyond 4 repeats.
     high = ((runs.cap - (1 - SOFT) * u) / SOFT).clip(0, 1)
 
-    def best(objective: Objective, bound: float = np.inf) -> np.ndarray:
+    def weights_for(objective: Objective, bound: float = np.inf) -> np.ndarray:
         return best_weights(law, objective, history.untouched, high, bound)
 
-    def counts(w: np.ndarray) -> dict[str, int]:
+    def mixture_of(w: np.ndarray) -> dict[str, int]:
         return runs.counts((1 - SOFT) * u + SOFT * w)
 
-    w = best(history.objective)
-    found = counts(w)
+    w = weights_for(history.objective)
+    found = mixture_of(w)
     history.foretell(found, law.losses(w), "the best by the law")
     measured = runs.measure(found, "the best by the law")
-    history.add(found, measured, bound=(measured - history.untouched).max())
+    most = (measured - history.untouched).max()
+    history.add(found, measured, bound=most)
     law.correct(w, measured)
 
-    # From there to the mixture by which the domain that pays most pays least.
-    most = (measured - history.untouched).max()
-    w = best(WORST)
-    sparing = counts(w)
-    least = (law.losses(w) - history.untouched).max()
+    # With the law corrected, the mixture by which the domain that pays most pays least.
+    w_sparing = weights_for(WORST)
+    sparing = mixture_of(w_sparing)
+    least = (law.losses(w_sparing) - history.untouched).max()
     if history.objective is WORST:
-        history.foretell(sparing, law.losses(w), "the best by the law, corrected")
-        history.add(sparing, runs.measure(sparing, "the best by the law, corrected"))
+        note = "the best by the law, corrected"
+        history.foretell(sparing, law.losses(w_sparing), note)
+        history.add(sparing, runs.measure(sparing, note))
         return history.best()["counts"]
+
+    # The trade-off: from the one mixture to the other.
     for bound in np.linspace(most, least, 5)[1:]:
-        w = best(history.objective, bound)
+        w = weights_for(history.objective, bound)
         note = f"no domain above {bound:+.4f}"
-        history.foretell(counts(w), law.losses(w), note, bound=bound)
+        history.foretell(mixture_of(w), law.losses(w), note, bound=bound)
     if args.spare is None:
         return history.best()["counts"]  # which may be the start's
-    if most <= args.spare:
-        return found
-    if least > args.spare:
-        say(f"warning: no mixture is predicted to hold --spare {args.spare}; the last is taken")
+    if args.spare >= most:
+        return history.best(args.spare)["counts"]
+    if args.spare < least:
+        say(f"warning: no mixture is predicted to hold --spare {args.spare}; the nearest is taken")
         return sparing
-    return counts(best(history.objective, args.spare))
+    return mixture_of(weights_for(history.objective, args.spare))
 
 
 def losses_of_experts(
@@ -355,7 +362,7 @@ def doremi(runs: "Runs", history: "History", start: dict[str, int], args) -> dic
     proxy = Proxy(reference, np.array(domains), runs.shares(uniform))
     train.fill(runs.model, runs.base)
     runs.train_further(uniform, seen, "proxy", proxy.weigh)
-    proxy.end_step(next(runs.model.parameters()).device)
+    proxy.end_step(runs.model.device)
 
     # The mixture is the mean of α over the pass; ten lines show how that went.
     means = np.cumsum(proxy.path, axis=0) / np.arange(1, len(proxy.path) + 1)[:, None]
@@ -423,30 +430,33 @@ def train_once(
     """
     weights = run.folder / "model.safetensors"
     path = run.folder / "run.json"
-    passes = [*run.passes, train.this_pass(data, run.hyper, run.counts)]
-    record = {"settings": run.settings, "passes": passes}
+    known = {}  # of what was kept before
     if rank() == 0:
         run.folder.mkdir(parents=True, exist_ok=True)
-        known = record
         if path.is_file():
             known = prepare.load_json(path)
-        if known.get("settings") != run.settings:
-            raise InputError(f"{run.folder}: its run.json is of another run; remove the folder")
-        if weights.is_file() and known.get("sha256") != prepare.sha256_of(weights):
+            if known.get("settings") != run.settings:
+                raise InputError(f"{run.folder}: its run.json is of another run; remove the folder")
+        # Weights appear whole; those without a hash are of a run that was killed at its very end.
+        sha256 = known.get("sha256")
+        if weights.is_file() and sha256 not in (None, prepare.sha256_of(weights)):
             say(f"{weights} is damaged, and made anew")
             weights.unlink()
+            known = {}
     barrier()
-    if on_all_ranks(weights.is_file(), next(model.parameters()).device):
+    if on_all_ranks(weights.is_file(), model.device):
         train.fill(model, run.folder)
-        return
-    if base is not None:
-        train.fill(model, base)
-    seen = train.times_seen(data, run.hyper.seq_len, run.passes)
-    more = {"out": run.folder, "save_every": save_every, "title": title}
-    train.train(model, data, run.counts, run.hyper, seen=seen, **more)
+    else:
+        if base is not None:
+            train.fill(model, base)
+        seen = train.times_seen(data, run.hyper.seq_len, run.passes)
+        more = {"out": run.folder, "save_every": save_every, "title": title}
+        train.train(model, data, run.counts, run.hyper, seen=seen, **more)
     if keep:
         train.keep(model, data, run.folder)
-    if rank() == 0:
+    if rank() == 0 and not known.get("sha256"):
+        record = {"settings": run.settings}
+        record["passes"] = [*run.passes, train.this_pass(data, run.hyper, run.counts)]
         if keep:
             record["sha256"] = prepare.sha256_of(weights)
         prepare.write_json(path, record)
@@ -515,14 +525,14 @@ class Runs:
         self.tokens["trained"] += sum(counts.values()) * hyper.seq_len
 
     def stop_if_asked(self) -> None:
-        train.stop_if_asked(next(self.model.parameters()).device)
+        train.stop_if_asked(self.model.device)
 
     def evaluate(self, limit: int | None = None, per_token: bool = False) -> Losses:
         """The model's losses on the validation split, as `evaluate` of eval.py gives them."""
         how = (self.hyper.dtype, limit or self.eval_sequences, self.stop_if_asked, per_token)
         return evaluate(self.model, self.data, "val", self.hyper.seq_len, *how)
 
-    def measured(self, run: Run, limit: int, title: str, per_token: bool = False) -> Losses:
+    def losses_of(self, run: Run, limit: int, title: str, per_token: bool = False) -> Losses:
         """A run's losses, of at most `limit` windows a domain, which are kept; it is trained only
         if they are not there yet. What that costs is counted all the same. per_token: for these
         alone is it trained, and its weights are not kept."""
@@ -534,9 +544,9 @@ class Runs:
         if per_token:
             kind = "tokens"
         path = run.folder / f"{kind}-{limit}.npz"
-        losses = self.known(path)
+        losses = self.kept_losses(path)
         # All do the same; and none writes before all have looked.
-        if not on_all_ranks(losses is not None, next(self.model.parameters()).device):
+        if not on_all_ranks(losses is not None, self.model.device):
             how = (run, self.save_every, title)
             train_once(self.model, self.base, self.data, *how, keep=not per_token)
             losses = self.evaluate(limit, per_token)
@@ -547,23 +557,23 @@ class Runs:
         barrier()
         return losses
 
-    def known(self, path: Path) -> Losses | None:
+    def kept_losses(self, path: Path) -> Losses | None:
         """The losses in a file, if it is there, sound, and of the run in whose folder it lies."""
-        unsound = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
-        with contextlib.suppress(*unsound), np.load(path) as found:
+        # A damaged file may raise anything; such losses are measured again.
+        with contextlib.suppress(Exception), np.load(path) as found:
             if found["run"] == path.parent.name:
                 return {d: found[f"{d}.val"] for d in self.domains}
         return None
 
     def measure(self, counts: dict[str, int], title: str = "run") -> np.ndarray:
         """The mixture's losses (K,), its training under a title. Weights stay until keep_only."""
-        return domain_means(self.measured(self.run(counts), self.eval_sequences, title))
+        return domain_means(self.losses_of(self.run(counts), self.eval_sequences, title))
 
     def token_losses(self, counts: dict[str, int], limit: int, title: str, **changes) -> Losses:
         """The mixture's loss of every token; its weights are not kept. changes: of
         hyperparameters."""
         run = self.run(counts, **changes)
-        losses = self.measured(run, limit, title, per_token=True)
+        losses = self.losses_of(run, limit, title, per_token=True)
         if rank() == 0:
             for checkpoint in train.checkpoints(run.folder):
                 prepare.remove(checkpoint)
@@ -705,9 +715,13 @@ class History:
             losses = list(line["losses"].values())
         return np.array(losses) - self.untouched
 
-    def best(self) -> dict:
-        """The line with the lowest objective; the earlier one of equals."""
-        return min(self.measured(), key=lambda line: line["objective"])
+    def best(self, bound: float = np.inf) -> dict:
+        """The line with the lowest objective; the earlier one of equals.
+
+        bound: of those by which no domain's loss rises by more.
+        """
+        lines = [line for line in self.measured() if line["worst"] <= bound]
+        return min(lines, key=lambda line: line["objective"])
 
     def round_of(self, counts: dict[str, int]) -> int | None:
         """The first round that measured this mixture."""
@@ -833,6 +847,8 @@ def draw(out: Path, objective: Objective, is_path: bool) -> None:
     history = History.read(out / "history.jsonl", objective)
     found = prepare.load_json(out / "mix.json")["round"]
     spared = [line for line in history.lines if "bound" in line]
+    if history.objective is WORST:  # which has no trade-off
+        spared = []
     panels = 3 if spared else 2
     # Not by pyplot, which keeps every figure that is not closed.
     figure = Figure(figsize=(5 * panels, 4.2), layout="constrained")
@@ -917,7 +933,8 @@ def write_results(
     passes = [*runs.passes, train.this_pass(runs.data, runs.hyper, counts)]
     prepare.write_json(out / "run.json", prepare.load_json(out / "run.json") | {"passes": passes})
     with train.decorating(out / "README.md"):
-        card = train.model_card(out.name, args.model, runs.data, counts, runs.hyper, result)
+        words = (out.name, args.model, runs.passes, runs.data, counts, runs.hyper, result)
+        card = train.model_card(*words)
         prepare.write_text(out / "README.md", card)
 
 
@@ -925,9 +942,13 @@ def write_results(
 
 
 def own_options(args) -> dict:
-    """The options of the method that was chosen, by name."""
-    names = [option[2:].replace("-", "_") for option in METHODS[args.method].options]
-    return {name: vars(args)[name] for name in names}
+    """The options of the method that was chosen, by their names in Python."""
+    return {name: vars(args)[name] for name in map(attribute, METHODS[args.method].options)}
+
+
+def attribute(option: str) -> str:
+    """An option's name in Python: of --expert-sequences, expert_sequences."""
+    return option[2:].replace("-", "_")
 
 
 def begin_history(runs: Runs, path: Path, objective: Objective) -> History:
@@ -975,11 +996,14 @@ def make_parser() -> prepare.ArgumentParser:
     pretraining = "to pretrain scratch:SIZE on"
     add("--base-sequences", type=int, metavar="N", default=6400, help=pretraining)
     add("--base-lr", type=float, help="peak learning rate of that; default: the model's")
+    added = set()
     for name, method in METHODS.items():
-        if method.options:
+        new = {option: how for option, how in method.options.items() if option not in added}
+        if new:
             group = parser.add_argument_group(f"of --method {name}")
-            for option, settings in method.options.items():
-                group.add_argument(option, **settings)
+        for option, how in new.items():
+            group.add_argument(option, **how)
+        added |= new.keys()
     parser.set_defaults(sequences=1600)
     return parser
 
@@ -988,9 +1012,8 @@ def parse_args():
     parser = make_parser()
     args = train.parse_args(parser)
     for name, method in METHODS.items():
-        for option in method.options:
-            key = option[2:].replace("-", "_")
-            if name != args.method and vars(args)[key] != parser.get_default(key):
+        for option in method.options.keys() - METHODS[args.method].options.keys():
+            if vars(args)[attribute(option)] != parser.get_default(attribute(option)):
                 raise InputError(f"{option} is of --method {name}, not of {args.method}")
     prepare.check_range(args, ("rounds", "expert_sequences"), 1)
     prepare.check_range(args, ("base_sequences",), 1, 10**8)
@@ -1015,7 +1038,9 @@ def main():
     data, hyper = train.set_up(args)
     objective = parse_objective(args.objective, data.domains)
     train_on = parse_train_on(args.train_on, data)
-    first = train.parse_mixture(args.start, data, args.sequences, hyper.seq_len, train_on)
+    first = train.parse_mixture(
+        args.start, data, args.sequences, hyper.seq_len, train_on, option="--start"
+    )
     if not any(first.get(d) for d in train_on) or any(first[d] for d in first.keys() - train_on):
         raise InputError(f"--start {args.start}: name no other domains there than --train-on")
 
@@ -1079,8 +1104,13 @@ def next_steps(args, result: dict) -> list[str]:
     """Commands that are worth a try now."""
     steps = [f"next    python model.py {shlex.quote(args.out)} 'def main('"]
     if not args.model.startswith("scratch:"):
-        larger = ["--data", args.data, "--model", "pythia-1b", "--mix", f"{args.out}/mix.json"]
+        model = args.model
+        if model.startswith("EleutherAI/pythia-"):
+            model = "pythia-1b"
+        larger = ["--data", args.data, "--model", model, "--mix", f"{args.out}/mix.json"]
         larger += ["--sequences", str(args.sequences), "--out", "out/larger"]
+        if args.seq_len:
+            larger += ["--seq-len", str(args.seq_len)]
         steps = [f"next    python train.py {shlex.join(larger)}"]
     if args.method == "reweight" and "better than" not in verdict(result):
         # docs/scoreboard.md: experts are better than uniform on three data sets. What was asked of

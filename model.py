@@ -99,7 +99,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of the last T of S tokens: q (B, H, T, D), k, v (B, H, S, D) -> like q."""
+    """Causal attention of the last T of S tokens: q (B, H, T, D), k, v (B, H, S, D) -> like q.
+
+    T is S, or 1.
+    """
     T = q.size(2)
     S = k.size(2)
     in_blocks = q.device.type == "cpu" and torch.compiler.is_compiling() and T == S
@@ -116,8 +119,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = (queries @ k[:, :, :n].transpose(-2, -1)).float() * q.size(-1) ** -0.5
         # A query sees no later key. int32 is as wide as a score, so vectors need no conversion; and
         # of masked_fill inductor would keep all blocks' exp but the first's in fp32.
-        place = torch.arange(n, dtype=torch.int32)
-        later = place > place[i:, None]
+        keys = torch.arange(n, dtype=torch.int32)
+        later = keys > keys[i:, None]  # a row is a query of this block
         scores = scores - 1e30 * later
         # The softmax's division comes last, on D numbers a query instead of n.
         p = (scores - scores.amax(-1, keepdim=True).detach()).exp().to(v.dtype)
@@ -251,7 +254,7 @@ class GPTNeoX(nn.Module):
         """tokens (B, T) int64 -> logits (B, T, V), or with targets the loss of every token.
 
         targets: (B, T) int64, too; losses: (B, T), fp32, nats. cache: (L, 2, B, H, S, D), keys and
-        values of S tokens in each of L layers; those of these T, the last, are filled in.
+        values of S tokens in each of L layers; those of these T (S or 1), the last, are filled in.
         """
         T = tokens.size(1)
         # Positions begin at 0, or after the tokens that are in the cache.
@@ -348,6 +351,10 @@ class GPTNeoX(nn.Module):
                 return
             tokens = torch.cat((tokens, token), dim=1)
             yield token.item()
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_out.weight.device
 
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.parameters())
@@ -771,7 +778,7 @@ def compile_for(
         return
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    device = next(model.parameters()).device
+    device = model.device
     tokens = torch.zeros(rows, seq_len, dtype=torch.int64, device=device)
     removed = set()
     with prepare.notice("compiling (once)"):
@@ -880,21 +887,21 @@ def enough_memory(what: str, way_out: str):
 
 def speak(model: GPTNeoX, tokenizer: Tokenizer, prompt: str, args) -> None:
     """Print the prompt and what the model says, as it comes."""
-    device = next(model.parameters()).device
+    device = model.device
     generator = torch.Generator(device).manual_seed(args.seed)
     ids = tokenizer.encode(prompt or "\n").tolist()
     tokens = torch.tensor([ids], device=device)
     said = tokenizer.decode(ids)
-    print(said, end="", flush=True)
+    prepare.tell(said, end="")
     end = tokenizer.end_of_text
     for token in model.generate(tokens, args.tokens, args.temperature, end, generator):
         ids.append(token)
         text = tokenizer.decode(ids)
         # The bytes of a character may come one by one.
         if not text.endswith("\ufffd"):
-            print(text[len(said) :], end="", flush=True)
+            prepare.tell(text[len(said) :], end="")
             said = text
-    print(tokenizer.decode(ids)[len(said) :])
+    prepare.tell(tokenizer.decode(ids)[len(said) :])
 
 
 def main():
@@ -911,6 +918,8 @@ def main():
     # What is wrong with any of them is said before the first speaks.
     prepare.check_range(args, ("tokens",), 0)
     prepare.check_range(args, ("seed",), 0, 2**63 - 1)
+    if args.temperature != 0:
+        prepare.check_range(args, ("temperature",), 0.001, 100)
     tokenizers = {}
     for name in args.models:
         if name.startswith("scratch:"):
@@ -924,7 +933,7 @@ def main():
         with prepare.notice(f"loading {name}", shown=sys.stderr.isatty()):
             model = load(name, device)
         if len(args.models) > 1:
-            print(f"---- {name}")
+            prepare.tell(f"---- {name}")
         speak(model, tokenizers[name], args.prompt, args)
 
 

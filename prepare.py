@@ -111,10 +111,10 @@ def is_first_process() -> bool:
     return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"
 
 
-def tell(*lines: str) -> None:
+def tell(*lines: str, end: str = "\n") -> None:
     """Print lines at once. Where nobody reads any more (`| head`), go on without a word."""
     try:
-        print(*lines, sep="\n", flush=True)
+        print(*lines, sep="\n", end=end, flush=True)
     except BrokenPipeError:
         # Nor is Python to complain of it when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -463,8 +463,8 @@ def rank_encoding(spec: dict, tokenizer):
     from tokenizers.pre_tokenizers import ByteLevel
 
     try:
-        vocab = spec["model"].pop("vocab")
-        merges = [m.split(" ") if isinstance(m, str) else m for m in spec["model"].pop("merges")]
+        vocab = spec["model"]["vocab"]
+        merges = [m.split(" ") if isinstance(m, str) else m for m in spec["model"]["merges"]]
         special = {token["content"] for token in spec["added_tokens"] if token["special"]}
         # What is added and not special can only be runs of spaces, which Pythia's tokenizer has.
         runs = [token["content"] for token in spec["added_tokens"] if not token["special"]]
@@ -536,7 +536,7 @@ def fastokens_ids(encoder, text: str) -> np.ndarray:
 
 
 def is_plain_byte_level_bpe(spec: dict, runs: list[str]) -> bool:
-    """Whether a tokenizer.json, less its vocabulary, has nothing that ranks do not know."""
+    """Whether a tokenizer.json has, beside its vocabulary, nothing that ranks do not know."""
     for token in spec["added_tokens"]:
         if token["lstrip"] or token["rstrip"] or token["single_word"]:
             return False
@@ -544,8 +544,10 @@ def is_plain_byte_level_bpe(spec: dict, runs: list[str]) -> bool:
         if not token["special"] and not token["normalized"]:
             return False
     pre = spec["pre_tokenizer"]
+    known = ("vocab", "merges")
+    rest = {key: value for key, value in spec["model"].items() if value and key not in known}
     return (
-        {key: value for key, value in spec["model"].items() if value} == {"type": "BPE"}
+        rest == {"type": "BPE"}
         and spec["normalizer"] in (None, {"type": "NFC"})
         and (pre["type"], pre["add_prefix_space"]) == ("ByteLevel", False)
         and pre.get("use_regex", True)
@@ -937,6 +939,7 @@ def read(
 
 def hash_of(text: str) -> int:
     """64 bits of the text alone, which tell exact duplicates and choose the split."""
+    # The last 8 bytes of 16: of any others, documents of data sets that exist would move.
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest()[8:], "little")
 
 
@@ -982,7 +985,7 @@ def place(
             known = labels.setdefault(domain.lower(), label)
             if known != label:
                 both = f"{known!r} and {label!r} would both be called {domain.lower()}"
-                raise InputError(f"{both}; rename one of them")
+                raise InputError(f"{both}; rename one of them, or give their records one spelling")
             key = hash_of(text)
             if not text.strip():
                 item = LeftOut(domain, "empty")
@@ -1221,11 +1224,11 @@ def write_bins(
 
 
 def check_splits(
-    folder: Path, files: dict[str, Counter], left_out: Counter, domains: Sources, least: int
+    folder: Path, files: dict[str, Counter], left_out: Counter, sources: Sources, least: int
 ) -> None:
     """Leave out domains of fewer documents than `least`; raise InputError for an empty split."""
     # Those that were asked for are domains even if their sources hold nothing.
-    documents = Counter({domain: 0 for domain in domains if domain})
+    documents = Counter({domain: 0 for domain in sources if domain})
     for name, file in files.items():
         documents[name.rpartition(".")[0]] += file["documents"]
     most = max(documents.values(), default=0)
@@ -1240,7 +1243,9 @@ def check_splits(
         empty = [name for name in names if name not in files or not files[name]["documents"]]
         if empty:
             ways = "a document is in one split: cut long ones up (a paragraph each), add some"
-            ways += ", raise --limit-tokens if given or, without --add, --val- and --test-fraction"
+            change = "lower" if empty[0].endswith(".train") else "raise"
+            ways += f", raise --limit-tokens if given or, without --add, {change} --val- and"
+            ways += " --test-fraction"
             if n < most:
                 ways += f"; --min-documents {n + 1} leaves the domain out"
             raise InputError(f"{empty[0]} is left empty, of {n} documents; {ways}")

@@ -198,9 +198,14 @@ def rescale(weights: dict[str, float], sequences: int) -> dict[str, int]:
 
 
 def parse_mixture(
-    text: str, data: Data, sequences: int | None, seq_len: int, domains: list[str] | None = None
+    text: str,
+    data: Data,
+    sequences: int | None,
+    seq_len: int,
+    domains: list[str] | None = None,
+    option: str = "--mix",
 ) -> dict[str, int]:
-    """--mix as counts. Raises InputError for what is not a mixture of this data.
+    """--mix, or another option, as counts. Raises InputError for what is no mixture of this data.
 
     domains: those that `uniform` and `natural` have; None: all.
     """
@@ -208,7 +213,8 @@ def parse_mixture(
     # Names of mixtures that have proportions alone.
     if text in ("uniform", "natural"):
         if sequences is None:
-            raise InputError(f"--mix {text} needs --sequences, the number of sequences to train on")
+            length = "--sequences, the number of sequences to train on"
+            raise InputError(f"{option} {text} needs {length}")
         weights = dict.fromkeys(domains, 1)
         if text == "natural":
             weights = {d: data.size(d, "train")["tokens"] for d in domains}
@@ -229,10 +235,12 @@ def parse_mixture(
         pairs = [re.fullmatch(r"([^=]+)=(-?\d+)", pair.strip()) for pair in text.split(",")]
         if not all(pairs):
             expected = "uniform, natural, horizon, FILE.json or arxiv=608,github=226"
-            raise InputError(f"--mix {text}: expected {expected}")
+            raise InputError(f"{option} {text}: expected {expected}")
         counts = {pair[1]: int(pair[2]) for pair in pairs}
+        if len(counts) < len(pairs):
+            raise InputError(f"{option} {text}: a domain is named twice; name each once")
     if not isinstance(counts, dict):
-        raise InputError(f"--mix {text}: expected counts by domain")
+        raise InputError(f"{option} {text}: expected counts by domain")
     # This says what is wrong with them.
     Mixture(data, counts, seq_len)
     if sequences is None:
@@ -372,8 +380,11 @@ def micro_batch_size(model: GPTNeoX, hyper: Hyperparameters, device: torch.devic
     fits = sequences_at_once(model, hyper.seq_len, hyper.dtype, device, training=True)
     # Where 10 fit, 64 rows make 8 parts of 8, not 7 of 10; but parts are not much smaller for it.
     most = min(rows, fits)
-    sizes = range(most, most * 3 // 4, -1)
-    return min(sizes, key=lambda size: size * math.ceil(rows / size))
+    best = most
+    for size in range(most, most * 3 // 4, -1):
+        if size * math.ceil(rows / size) < best * math.ceil(rows / best):
+            best = size
+    return best
 
 
 def memory_words(micro_batch_size: int, seq_len: int) -> tuple[str, str]:
@@ -406,7 +417,7 @@ def check_skipped(
     if skipped == 3:
         first = step - 2
         where = f"steps {first} to {step}, sequences {first * hyper.batch_size} to {batch[-1]}"
-        lower = f"a lower --lr, now {hyper.learning_rate:g}"
+        lower = f"a lower --lr (of a base: --base-lr), now {hyper.learning_rate:g}"
         way_out = f"look at these, or --overwrite with {lower}"
         raise InputError(f"{title}: loss or gradient not finite in {where}; {way_out}")
 
@@ -414,18 +425,11 @@ def check_skipped(
 def speed_words(model: GPTNeoX, hyper: Hyperparameters, tokens_per_second: int) -> str:
     """How fast it is and, on GPUs whose peak is known, what share of that (MFU)."""
     words = f"{tokens_per_second:,} tok/s"
-    peak = peak_flops(next(model.parameters()).device, hyper.dtype)
+    peak = peak_flops(model.device, hyper.dtype)
     if peak:
         used = tokens_per_second * model.flops_per_token(hyper.seq_len)
         words += f", MFU {used / (peak * world_size()):.0%}"
     return words
-
-
-def say_duration(title: str, steps: int, seconds: float) -> None:
-    """Say what so many steps of so many seconds will take, if it is long and no bar shows it."""
-    minutes = steps * seconds / 60
-    if minutes > 1 and not sys.stderr.isatty():
-        say(f"{title}: about {minutes:,.0f} min for {steps:,} steps")
 
 
 def over_ranks(model: GPTNeoX) -> torch.nn.Module:
@@ -460,7 +464,7 @@ def train(
     InputError for bad counts and after three such steps in a row, Stopped after a signal.
     """
     check_fit(model, data, hyper.seq_len)
-    device = next(model.parameters()).device
+    device = model.device
     mixture = Mixture(data, counts, hyper.seq_len, hyper.seed, seen)
     steps = math.ceil(len(mixture) / hyper.batch_size)
     M = micro_batch_size(model, hyper, device)
@@ -490,10 +494,10 @@ def train(
         with enough_memory(*memory):
             parts = list(micro_batches(mixture, batch, M))
             part = add_gradients(network, parts, step, len(batch), hyper, weigh)
-            asked = torch.full_like(part, len(stop_signals))
-            sums = add_up(torch.stack((part, asked)))  # one exchange for both
+            signals = torch.full_like(part, len(stop_signals))
+            loss, stop = add_up(torch.stack((part, signals)))  # one exchange for both
             norm = clip_gradients(model)
-            loss, stop, grad_norm = torch.cat((sums, norm[None])).tolist()  # one wait for all
+            loss, stop, grad_norm = torch.stack((loss, stop, norm)).tolist()  # one wait for all
             finite = math.isfinite(loss) and math.isfinite(grad_norm)
             if finite:
                 optimizer.step()
@@ -511,8 +515,6 @@ def train(
             say(f"\nstep {step}: {found}: no update from sequences {batch[0]} to {batch[-1]}")
         speed = speed_words(model, hyper, line["tokens_per_second"])
         bar.to(step + 1, f"loss {loss:.3f}, lr {rate:.1e}, {speed}")
-        if step == first + 2:
-            say_duration(title, steps - first, seconds)
 
         # A signal that comes in the evaluation, or before it, leaves it to the run that goes on.
         losses = None
@@ -594,7 +596,7 @@ def check_finite(tensors: dict[str, torch.Tensor]) -> None:
         # also be too large.
         if not tensor.sum().isfinite() and not tensor.isfinite().all():
             kept = "what was saved before is as it was"
-            way_out = "try --overwrite with a lower --lr"
+            way_out = "try --overwrite with a lower --lr (of a base: --base-lr)"
             if tensor.dtype == torch.float16:
                 way_out = "try --resume with --save-dtype float32"
             raise InputError(f"{name} is not finite and not saved; {kept}; {way_out}")
@@ -665,11 +667,16 @@ def save_checkpoint(
     weights = state_dicts().get_model_state_dict(model, options=gather())
     moments = optimizer_tensors(model, optimizer)
     check_finite(weights | moments)
-    if rank() > 0:
-        return
     # A file holds no two names of one tensor.
-    if model.config.tie_word_embeddings:
+    if model.config.tie_word_embeddings and weights:
         weights["embed_out.weight"] = weights["embed_out.weight"].clone()
+    if rank() == 0:
+        write_checkpoint(out, steps, skipped, weights, moments)
+    # None ends before: torchrun would soon end the others, too.
+    barrier()
+
+
+def write_checkpoint(out: Path, steps: int, skipped: int, weights: dict, moments: dict) -> None:
     final = out / f"checkpoint-{steps:08d}"
     with prepare.replacing(final) as folder:
         folder.mkdir()
@@ -711,10 +718,12 @@ def load_checkpoint(
     if out is None:
         return 0, 0
     # The first rank looks, for the others may see the folder later than it does.
-    found = torch.tensor(0, device=next(model.parameters()).device)
-    if rank() == 0 and (newest := newest_checkpoint(out)):
-        found += int(newest.name[-8:])
-    step = add_up(found).item()
+    step = 0
+    if rank() == 0:
+        newest = newest_checkpoint(out)
+        if newest:
+            step = int(newest.name[-8:])
+    step = add_up(torch.tensor(step, device=model.device)).item()
     if step == 0:
         return 0, 0
     folder = out / f"checkpoint-{step:08d}"
@@ -726,7 +735,7 @@ def load_checkpoint(
         moments = load_file(folder / "optimizer.safetensors")
     state_dicts().set_model_state_dict(model, weights, options=spread(model))
     # If there are any, every rank takes part in setting them, also one that read nothing.
-    if add_up(torch.full_like(found, len(moments))) > 0:
+    if add_up(torch.tensor(len(moments), device=model.device)) > 0:
         set_optimizer_tensors(model, optimizer, moments)
     return step, prepare.load_json(folder / "state.json")["skipped"]
 
@@ -794,24 +803,28 @@ def launcher() -> list[str]:
         for i, word in enumerate(called):
             if word == "torch.distributed.run" or Path(word).name == "torchrun":
                 return ["torchrun", *called[i + 1 :]]
-    # Elsewhere what it told this process has to do.
-    told = ["torchrun", f"--nproc_per_node={ranks}"]
-    if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
-        told += [f"--nnodes={os.environ['GROUP_WORLD_SIZE']}"]
-        told += [f"--node_rank={os.environ['GROUP_RANK']}"]
-        told += [f"--master_addr={os.environ['MASTER_ADDR']}"]
-        told += [f"--master_port={os.environ['MASTER_PORT']}"]
-    return told
+    return ["torchrun", f"--nproc_per_node={ranks}"]
+
+
+# The code that determines a run and its losses: of these files all, or these parts.
+DETERMINES = {
+    "prepare.py": ["Data"],
+    "model.py": None,
+    "eval.py": ["evaluated_windows", "evaluate"],
+    "train.py": None,
+}
 
 
 @functools.cache  # the code that runs is that which was read first
 def source_digest() -> str:
-    """Of the code that determines a run, model.py and this file, less comments and layout."""
-    # An edit of either may change the weights that come out; of what it changes, nothing is kept.
+    """Of that code, less its comments and its layout."""
+    # An edit of it may change the weights that come out; of what it changes, nothing is kept.
     digest = hashlib.sha256()
-    for name in ("model.py", "train.py"):
+    for name, parts in DETERMINES.items():
         source = Path(__file__).with_name(name).read_text(encoding="utf-8")
-        digest.update(ast.dump(ast.parse(source)).encode())
+        for node in ast.parse(source).body:
+            if parts is None or getattr(node, "name", "") in parts:
+                digest.update(ast.dump(node).encode())
     return digest.hexdigest()[:16]
 
 
@@ -871,13 +884,15 @@ def check_folder(out: Path, args) -> None:
 # What a run leaves in its folder: first what makes it a finished one.
 OWN_FILES = ("model.safetensors", "checkpoint-*", "log.jsonl", "result.json", "train.png")
 
-# What a command says of itself, and what depends on where it runs: no option of the run.
+# What a command says of itself, and where it runs: no option of the run.
 NOT_KEPT = ("out", "resume", "overwrite", "dry_run", "check_data", "device", "fsdp")
 
 
 def parse_args(parser: prepare.ArgumentParser):
     """The command line; with --resume, what it leaves out is as it was when the run was begun."""
     args = parser.parse_args()
+    if args.resume and args.overwrite:
+        raise InputError("--resume goes on and --overwrite starts anew: give one of them")
     record = Path(args.out) / "run.json"
     if args.resume and record.is_file():
         parser.set_defaults(**prepare.load_json(record).get("options", {}))
@@ -968,11 +983,18 @@ def draw(log: Path, path: Path) -> None:
 
 
 def model_card(
-    title: str, model: str, data: Data, counts: dict[str, int], hyper: Hyperparameters, result: dict
+    title: str,
+    model: str,
+    earlier: list[dict],
+    data: Data,
+    counts: dict[str, int],
+    hyper: Hyperparameters,
+    result: dict,
 ) -> str:
     """The README.md of a trained model's folder, in the hub's format.
 
-    What made it, and what came of it; of a folder of this machine no more than the name.
+    What made it, and what came of it; of a folder of this machine no more than the name. earlier:
+    passes that the model had before this one.
     """
     # A model of the hub is named with its commit, and linked to.
     on_hub = re.fullmatch("([^/]+/[^/]+)@([0-9a-f]{40})", model)
@@ -981,6 +1003,8 @@ def model_card(
     if on_hub:
         base = f"`{on_hub[1]}`, commit `{on_hub[2]}`"
         front += f"\nbase_model: {on_hub[1]}"
+    for one in earlier:
+        base += f", after a pass over {sum(one['counts'].values()):,} sequences"
     width = max(map(len, counts))
     total = sum(counts.values())
     shares = "\n".join(f"{d:<{width}}{n:>12,}{n / total:>8.1%}" for d, n in counts.items())
@@ -1066,7 +1090,7 @@ def set_up(args) -> tuple[Data, Hyperparameters]:
     prepare.check_range(args, ("lr", "warmup"), 0, 1)
     # Options by themselves, then the folder, the data, the model's shape, and how they fit.
     if args.fsdp and not dist.is_torchelastic_launched():
-        start_it = "torchrun --nproc_per_node=GPUS train.py --fsdp …"
+        start_it = f"torchrun --nproc_per_node=GPUS {Path(sys.argv[0]).name} --fsdp …"
         raise InputError(f"--fsdp needs torchrun: {start_it}")
     check_folder(Path(args.out), args)
     data = Data(args.data)
@@ -1203,7 +1227,7 @@ def main():
                 result = results(losses, data, "val", T)
                 prepare.write_json(out / "result.json", result)
                 with decorating(out / "README.md"):
-                    card = model_card(out.name, args.model, data, counts, hyper, result)
+                    card = model_card(out.name, args.model, earlier, data, counts, hyper, result)
                     prepare.write_text(out / "README.md", card)
         keep(model, data, out, getattr(torch, args.save_dtype))
     # Of a run that was finished before, too.
@@ -1214,6 +1238,8 @@ def main():
         say(f"validation losses, {T} tokens a sequence", table(result))
         say(f"model, log and train.png in {out}")
         words = [args.model, args.out, "--data", args.data]
+        if args.seq_len:
+            words += ["--seq-len", str(args.seq_len)]
         # Of another seed, eval.py would draw other random weights.
         if args.model.startswith("scratch:") and args.seed:
             del words[0]

@@ -43,8 +43,9 @@ OPTIONS = [  # and what is said of them
     ({"seed": "9" * 20}, ["--seed"]),
     ({"mixture": "web=3"}, ["'web'", "code, prose, sums"]),
     ({"mixture": "code=-3"}, ["-3"]),
+    ({"mixture": "code=3,sums=1,code=2"}, ["named twice"]),
     ({"mixture": "code=0,sums=0"}, ["zero"]),
-    ({"mixture": "code"}, ["--mix code"]),
+    ({"mixture": "code"}, [" code: expected uniform"]),
     ({"mixture": "missing.json"}, ["missing.json"]),
     ({"mixture": "horizon"}, ["'arxiv'"]),
 ]

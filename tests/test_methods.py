@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import bins, log_of
-from excess import EXCESS
-from returns import RETURNS, descend, emphasis
 
 import mix
 from eval import WORST, parse_objective
+from excess import EXCESS
 from mix import History, Law, Proxy, Runs, best_weights, doremi_step
 from model import load
+from returns import RETURNS, descend, emphasis
 from train import Hyperparameters, Mixture, train
 
 LN = np.log
@@ -306,13 +306,14 @@ def test_no_expert_counts_for_more_than_four_repeats(tmp_path):
     assert counts["x"] == 200
 
 
-def test_what_is_measured_counts_more_than_what_experts_promise(tmp_path):
+@pytest.mark.parametrize("spare", [None, 99])
+def test_what_is_measured_counts_more_than_what_experts_promise(tmp_path, spare):
     """By them x is worth the more, the more there is of it; as a run shows, it is not."""
     runs = Mixed(tmp_path, lambda p: 1 + p, 400, x=999, y=999)
     runs.token_losses = lambda counts, limit, title, **changes: {
         d: np.full((1, 1), 2 - runs.shares(counts)[0]) for d in "xy"
     }
-    args = {"expert_sequences": 10, "spare": None, "objective": "x=1"}
+    args = {"expert_sequences": 10, "spare": spare, "objective": "x=1"}
     counts, history = runs.search(mix.experts, [200, 200], [1, 1], **args)
     assert history.measured()[1]["counts"] == {"x": 300, "y": 100}
     assert counts == {"x": 200, "y": 200}

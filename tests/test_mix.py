@@ -22,7 +22,18 @@ from conftest import (
 )
 
 from eval import evaluate
-from mix import METHODS, RULES, Method, Runs, lopsided, make_parser, next_steps, update, verdict
+from mix import (
+    METHODS,
+    REWEIGHT_OPTIONS,
+    RULES,
+    Method,
+    Runs,
+    lopsided,
+    make_parser,
+    next_steps,
+    update,
+    verdict,
+)
 from model import can_compile, load
 from prepare import InputError, prepare
 from train import Hyperparameters
@@ -238,6 +249,10 @@ def test_where_the_rule_found_nothing_the_better_search_is_of_the_same(monkeypat
     assert first == "next    python model.py 'out/my run' 'def main('"
     same = "--data 'my data' --seq-len 32 --no-compile --objective code=1 --base-sequences 80"
     assert last == f"better  python mix.py --method experts --out out/experts {same}"
+    pythia = ["--model", "EleutherAI/pythia-70m@abc", "--seq-len", "512"]
+    first, _ = next_steps(make_parser().parse_args(pythia), result)
+    assert "--model pythia-1b --mix out/mix/mix.json --sequences 1600" in first
+    assert first.endswith("--seq-len 512")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     *_, last = next_steps(make_parser().parse_args(["--fsdp"]), result)
     assert last == (
@@ -274,6 +289,10 @@ def test_a_goal_that_is_not_trained_on(search):
         ({"objective": "best"}, "expected mean, worst, or weights of code, prose, sums, like code"),
         ({"objective": "code=1,web=1"}, "expected mean, worst, or weights"),
         ({"objective": "code=0"}, "every weight is zero"),
+        ({"objective": "code=1,code=2"}, "code is named twice"),
+        ({"start": "code"}, "--start code: expected"),
+        ({"start": "code=3,code=4"}, "--start code=3,code=4: a domain is named twice"),
+        ({"resume": True, "overwrite": True}, "--resume goes on and --overwrite starts anew"),
         (
             {"method": "experts", "expert_sequences": 0},
             "--expert-sequences 0: expected 1 to 2,147,483,647",
@@ -419,16 +438,41 @@ DAMAGED = {
 }
 
 
+def test_whatever_is_damaged_in_kept_losses_nothing_is_raised(runs):
+    runs.measure(ONE)
+    path = runs.run(ONE).folder / "sequences-5.npz"
+    whole = path.read_bytes()
+    losses = runs.kept_losses(path)
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << at % 8)]) + whole[at + 1 :])
+        found = runs.kept_losses(path)
+        assert found is None or all((found[d] == losses[d]).all() for d in losses)
+
+
+def test_weights_that_were_kept_last_of_all_are_not_trained_again(runs, monkeypatch):
+    """Killed before their hash was written, and before the checkpoints had gone."""
+    losses = runs.measure(ONE)
+    run = runs.run(ONE)
+    record = (run.folder / "run.json").read_text()
+    (run.folder / "run.json").unlink()
+    (run.folder / "sequences-5.npz").unlink()
+    (run.folder / "checkpoint-00000001").mkdir()
+    monkeypatch.setattr("train.train", None)
+    assert (runs.measure(ONE) == losses).all()
+    assert (run.folder / "run.json").read_text() == record
+    assert not (run.folder / "checkpoint-00000001").exists()
+
+
 @pytest.mark.parametrize("damage", DAMAGED)
 @pytest.mark.parametrize("per_token", [False, True])
 def test_losses_that_are_not_this_runs_are_measured_anew(damage, per_token, runs):
     first, other = (runs.run(counts) for counts in (ONE, TWO))
-    losses, _ = (runs.measured(run, 5, "run", per_token) for run in (first, other))
+    losses, _ = (runs.losses_of(run, 5, "run", per_token) for run in (first, other))
     kind = "tokens" if per_token else "sequences"
     mine, its = (run.folder / f"{kind}-5.npz" for run in (first, other))
     before = mine.read_bytes()
     mine.write_bytes(DAMAGED[damage](before, its.read_bytes()))
-    again = runs.measured(first, 5, "run", per_token)
+    again = runs.losses_of(first, 5, "run", per_token)
     assert all((again[d] == losses[d]).all() for d in losses)
     assert again["code"].shape == ((5, 32) if per_token else (5,))
     assert mine.read_bytes() == before
@@ -490,7 +534,8 @@ def test_a_rule_and_a_method_are_added_by_one_entry_each(
     words, other, counts, search, data, small, script, monkeypatch
 ):
     towards = {"choices": data.domains, "default": "code", "help": "a domain"}
-    monkeypatch.setitem(METHODS, "lean", Method(lean, options={"--towards": towards}))
+    own = {"--towards": towards, "--rounds": REWEIGHT_OPTIONS["--rounds"]}
+    monkeypatch.setitem(METHODS, "lean", Method(lean, options=own))
     monkeypatch.setitem(RULES, "reversed", (lambda A, S, r: A[::-1] * r, 2.0))
     out, text = search("run", **words)
     history = (out / "history.jsonl").read_text()
@@ -523,6 +568,9 @@ def test_the_base_is_used_again(searches, search):
     folder = searches("whole")[0].parent
     [base] = folder.glob("base-tiny-*")
     stamp = (base / "model.safetensors").stat().st_mtime_ns
-    search("second", "scratch:tiny", folder, base_sequences=128, rounds=1)
+    out, _ = search("second", "scratch:tiny", folder, base_sequences=128, rounds=1)
+    assert (
+        "from `scratch:tiny`, after a pass over 128 sequences." in (out / "README.md").read_text()
+    )
     assert [*folder.glob("base-tiny-*")] == [base]
     assert (base / "model.safetensors").stat().st_mtime_ns == stamp

@@ -300,6 +300,7 @@ def test_a_model_that_does_not_know_all_of_its_tokenizer_does_not_speak(script, 
     said = [f"has {size:,} tokens, it knows {size - 1:,}"]
     fails(script("model", tmp_path / "m", "the old", "--device", "cpu"), *said)
     fails(script("model", small, "the old", "--seed", "9" * 20), "--seed 9999")
+    fails(script("model", small, "the old", "--temperature", 1e-39), "--temperature 1e-39")
     fails(script("model", "scratch:tiny", "the old"), "scratch:tiny", "a trained model")
 
 

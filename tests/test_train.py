@@ -6,7 +6,6 @@ import os
 import re
 import runpy
 import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -117,27 +116,6 @@ def test_no_more_rows_than_must_be_only_fill_a_micro_batch_up(rows, fit, size, m
     monkeypatch.setattr("train.sequences_at_once", lambda *setting, training: fit)
     hyper = replace(STEPS_OF_4, batch_size=rows)
     assert micro_batch_size(None, hyper, torch.device("cpu")) == size
-
-
-@pytest.mark.parametrize(
-    "sequences, last, said", [(40_000, 2, 0), (40_000, 5, 1), (48, 5, 0)], ids=["early", "long", ""]
-)
-def test_a_long_pass_says_after_its_third_step_how_long_it_will_take(
-    data, small, capsys, sequences, last, said
-):
-    """Once: of 5,000 steps that take a twentieth of a second or a little more."""
-
-    def slow(step, rows, losses, weights):
-        time.sleep(0.05)
-        if step == last:
-            raise KeyboardInterrupt
-        return weights
-
-    with pytest.raises(KeyboardInterrupt):
-        train(load(small), data, {"sums": sequences}, STEPS_OF_8, weigh=slow)
-    text = capsys.readouterr().out
-    assert len(re.findall(r"^train: about [4-9] min for 5,000 steps$", text, re.M)) == said
-    assert text.count("about") == said
 
 
 # ---- a signal in an evaluation ----
@@ -313,12 +291,15 @@ def test_every_setting_but_the_micro_batch_size_names_a_run():
     [
         ("train.py", "betas=(0.9, 0.95)", "betas=(0.9, 0.99)", False),
         ("model.py", "F.gelu(self", "F.relu(self", False),
+        ("prepare.py", "start = number * seq_len", "start = number * seq_len + 1", False),
+        ("eval.py", "np.arange(n) * count // n", "np.arange(n)", False),
+        ("eval.py", '"bits per byte", "",', '"bits a byte", "",', True),
         ("train.py", "# ---- train ----", "# ---- the loop ----", True),
         ("model.py", "F.gelu(self", "F.gelu(  # exact\n            self", True),
     ],
 )
 def test_code_names_a_run_but_its_comments_and_its_layout_do_not(tmp_path, name, old, new, same):
-    for script in ("model.py", "train.py"):
+    for script in ("prepare.py", "model.py", "eval.py", "train.py"):
         text = (ROOT / script).read_text()
         if script == name:
             assert old in text

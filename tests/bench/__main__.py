@@ -41,7 +41,8 @@ EAGER = "transformers eager"
 LITGPT = "litgpt compiled"
 SIDES = ("reweight", EAGER, "transformers compiled", LITGPT)
 TASKS = ("train", "evaluate", "generate")
-PROMPT, NEW = 32, 64  # tokens
+PROMPT = 32  # tokens
+NEW = 64  # tokens
 ROWS = {"tiny": 16, "pythia-14m": 2, "pythia-70m": 1}  # sequences in a step on a CPU
 GPU_ROWS = {"pythia-70m": 8, "pythia-160m": 8, "pythia-410m": 8, "pythia-1b": 4}
 

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from returns import descend, emphasis
 from torch.nn.utils import parameters_to_vector
 
 from eval import domain_means, evaluate, evaluated_windows
 from mix import History, Method, Runs
 from model import autocast, enough_memory, sequences_at_once
+from returns import descend, emphasis
 from train import fill
 
 

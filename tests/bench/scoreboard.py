@@ -26,10 +26,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from excess import EXCESS
-from returns import RETURNS
-
 from eval import Losses, compare, domain_means, evaluate, parse_objective, signed
+from excess import EXCESS
 from merge import MERGE, stand_in
 from mix import (
     METHODS,
@@ -44,7 +42,18 @@ from mix import (
     pretrain,
 )
 from model import SHAPES, GPTNeoX, say, shape, start
-from prepare import SAMPLE, ArgumentParser, Data, cli, load_json, prepare, replacing, write_json
+from prepare import (
+    SAMPLE,
+    ArgumentParser,
+    Data,
+    InputError,
+    cli,
+    load_json,
+    prepare,
+    replacing,
+    write_json,
+)
+from returns import RETURNS
 from train import (
     Hyperparameters,
     add_options,
@@ -576,7 +585,12 @@ def parse_args():
     few = "uniform and these alone"
     add("--rows", choices=all_rows(), nargs="+", default=[*all_rows()], metavar="ROW", help=few)
     parser.set_defaults(sequences=1600)
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name in ("dry_run", "resume", "overwrite"):
+        if vars(args)[name]:
+            option = name.replace("_", "-")
+            raise InputError(f"--{option}: what is in --out is used again by itself; leave it out")
+    return args
 
 
 def main():
