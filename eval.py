@@ -89,6 +89,16 @@ def evaluated_windows(
     return np.arange(n) * count // n
 
 
+def batch_of(
+    data: Data, split: str, seq_len: int, rows: list[tuple[str, int]], B: int
+) -> torch.Tensor:
+    """These windows, (domain, number) each, and zeros for what lacks to B: (B, T + 1) int64."""
+    batch = np.zeros((B, seq_len + 1), dtype=np.int64)
+    for row, (domain, number) in zip(batch, rows, strict=False):
+        row[:] = data.window(domain, split, seq_len, number)
+    return torch.from_numpy(batch)
+
+
 @torch.no_grad()
 def evaluate(
     model: GPTNeoX,
@@ -130,10 +140,7 @@ def evaluate(
         for number in range(batches):
             i = number * stride + rank() * B
             rows = windows[i : i + B]
-            batch = np.zeros((B, seq_len + 1), dtype=np.int64)
-            for row, (domain, window) in zip(batch, rows, strict=False):
-                row[:] = data.window(domain, split, seq_len, window)
-            tokens = torch.from_numpy(batch).to(device)
+            tokens = batch_of(data, split, seq_len, rows, B).to(device)
             with autocast(device, dtype):
                 found = model(tokens[:, :-1], tokens[:, 1:])
                 if not per_token:

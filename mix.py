@@ -983,6 +983,15 @@ def parse_train_on(text: str | None, data: Data) -> list[str]:
     return domains
 
 
+def parse_start(args, data: Data, seq_len: int, train_on: list[str]) -> dict[str, int]:
+    """--start as counts of these domains. Raises InputError."""
+    how = (args.sequences, seq_len, train_on, "--start")
+    first = train.parse_mixture(args.start, data, *how)
+    if not any(first.get(d) for d in train_on) or any(first[d] for d in first.keys() - train_on):
+        raise InputError(f"--start {args.start}: name no other domains there than --train-on")
+    return first
+
+
 def make_parser() -> prepare.ArgumentParser:
     parser = prepare.ArgumentParser(__doc__)
     train.add_options(parser, "out/mix")
@@ -1038,11 +1047,7 @@ def main():
     data, hyper = train.set_up(args)
     objective = parse_objective(args.objective, data.domains)
     train_on = parse_train_on(args.train_on, data)
-    first = train.parse_mixture(
-        args.start, data, args.sequences, hyper.seq_len, train_on, option="--start"
-    )
-    if not any(first.get(d) for d in train_on) or any(first[d] for d in first.keys() - train_on):
-        raise InputError(f"--start {args.start}: name no other domains there than --train-on")
+    first = parse_start(args, data, hyper.seq_len, train_on)
 
     # What a resumed search must have in common with the one that was begun.
     own = {"start": first, "train_on": train_on, **own_options(args)}

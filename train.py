@@ -810,7 +810,7 @@ def launcher() -> list[str]:
 DETERMINES = {
     "prepare.py": ["Data"],
     "model.py": None,
-    "eval.py": ["evaluated_windows", "evaluate"],
+    "eval.py": ["evaluated_windows", "batch_of", "evaluate"],
     "train.py": None,
 }
 

@@ -569,8 +569,7 @@ def test_the_base_is_used_again(searches, search):
     [base] = folder.glob("base-tiny-*")
     stamp = (base / "model.safetensors").stat().st_mtime_ns
     out, _ = search("second", "scratch:tiny", folder, base_sequences=128, rounds=1)
-    assert (
-        "from `scratch:tiny`, after a pass over 128 sequences." in (out / "README.md").read_text()
-    )
+    card = (out / "README.md").read_text()
+    assert "from `scratch:tiny`, after a pass over 128 sequences." in card
     assert [*folder.glob("base-tiny-*")] == [base]
     assert (base / "model.safetensors").stat().st_mtime_ns == stamp
