@@ -1,6 +1,7 @@
 """The README and the pages beside it: their commands parse, their links lead somewhere."""
 
 import re
+import runpy
 import shlex
 import sys
 import textwrap
@@ -26,23 +27,53 @@ def commands(text: str) -> list[list[str]]:
     return found
 
 
+def benches(text: str) -> list[list[str]]:
+    """Of every command that runs a benchmark and is there in full: its file, and its words."""
+    found = []
+    calls = re.findall(
+        r"python (?:-m )?(tests[./]bench[\w/.]*)([^`\n#]*)", text.replace("\\\n", " ")
+    )
+    for name, words in calls:
+        path = {"tests.bench": "tests/bench/__main__.py"}.get(name, name)
+        if "…" not in words:
+            found.append([path, *shlex.split(words)])
+    return found
+
+
 class Parsed(Exception):
     """The command line was understood."""
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-def test_commands_parse(page, monkeypatch):
+@pytest.fixture
+def parses(monkeypatch):
+    """parses(main, argv): whether a script understands its command line, at which it ends."""
     plain = prepare.ArgumentParser.parse_args
 
-    def parse(self):
-        plain(self)
+    def parse(self, *args):
+        plain(self, *args)
         raise Parsed
 
-    monkeypatch.setattr(prepare.ArgumentParser, "parse_args", parse)
-    for script, *words in commands(page.read_text(encoding="utf-8")):
-        monkeypatch.setattr(sys, "argv", [script, *words])
+    def call(main, argv):
+        monkeypatch.setattr(sys, "argv", argv)
         with pytest.raises(Parsed):
-            __import__(script.removesuffix(".py")).main()
+            main()
+
+    monkeypatch.setattr(prepare.ArgumentParser, "parse_args", parse)
+    return call
+
+
+def test_commands_parse(parses):
+    found = [words for page in PAGES for words in commands(page.read_text(encoding="utf-8"))]
+    assert len(found) > 15
+    for script, *words in found:
+        parses(__import__(script.removesuffix(".py")).main, [script, *words])
+
+
+def test_commands_of_benchmarks_parse(parses):
+    found = [words for page in PAGES for words in benches(page.read_text(encoding="utf-8"))]
+    assert len({path for path, *_ in found}) > 7
+    for path, *words in found:
+        parses(runpy.run_path(str(ROOT / path))["main"], [path, *words])
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
