@@ -30,10 +30,8 @@ def commands(text: str) -> list[list[str]]:
 def benches(text: str) -> list[list[str]]:
     """Of every command that runs a benchmark and is there in full: its file, and its words."""
     found = []
-    calls = re.findall(
-        r"python (?:-m )?(tests[./]bench[\w/.]*)([^`\n#]*)", text.replace("\\\n", " ")
-    )
-    for name, words in calls:
+    text = text.replace("\\\n", " ")
+    for name, words in re.findall(r"python (?:-m )?(tests[./]bench[\w/.]*)([^`\n#]*)", text):
         path = {"tests.bench": "tests/bench/__main__.py"}.get(name, name)
         if "…" not in words:
             found.append([path, *shlex.split(words)])
