@@ -121,8 +121,8 @@ MOMENTS = {
     "rename .*/checkpoint-00000006, rmdir .*/checkpoint-00000002, remove state.json, "
     "rename .*/result.json, rename .*/README.md, rename .*/run/model.safetensors, "
     "rmdir .*/checkpoint-00000046, remove manif",
-    "mix": "rename .*/base-[^/]*/run.json, rename .*/base-[^/]*/checkpoint-00000004, "
-    "rename .*/base-[^/]*/model.safetensors, rename .*/base-[^/]*/run.json, "
+    "mix": "rename .*/base-[^/]*/checkpoint-00000004, rename .*/base-[^/]*/model.safetensors, "
+    "rename .*/base-[^/]*/run.json, rename .*/base-[^/]*/run.json, "
     "rename .*/history.jsonl, open .*/runs/.*00004.partial/.manifest, "
     "rename .*/runs/[^/]*/run.json, rename .*/sequences-[0-9]*.npz, "
     "remove .*/runs/[^/]*/model.safetensors, rename .*/result.json, "
@@ -491,7 +491,7 @@ def test_three_poisoned_batches_in_a_row_end_it_with_the_last_good_checkpoint(
     words = [
         "not finite in steps 4 to 6",
         "sequences 32 to 55",
-        "--overwrite with a lower --lr, now 0.001",
+        "--overwrite with a lower --lr (of a base: --base-lr), now 0.001",
     ]
     fails(script("train", *run()), *words)
     assert sound(out) == [5, 6]
