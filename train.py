@@ -975,7 +975,7 @@ def draw(log: Path, path: Path) -> None:
             style = "k--" if domain == "mean" else ".-"
             axes[1].plot(steps, [line["val"][domain] for line in measured], style, label=domain)
         axes[1].set(title="Validation", xlabel="step", ylabel="loss, nats per token")
-        axes[1].legend(frameon=False)
+        figure.legend(loc="outside lower center", ncols=7, frameon=False)
     for panel in axes:
         panel.xaxis.get_major_locator().set_params(integer=True)
     with prepare.replacing(path) as partial:
