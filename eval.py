@@ -1,6 +1,6 @@
 """How well models predict each domain: a table of losses, with intervals, beside a baseline.
 
-    python eval.py out/base out/mix --data data/sample
+    python eval.py scratch:tiny out/mix --data data/sample
     python eval.py pythia-1b out/uniform out/found --baseline out/uniform --data data/pile
     torchrun --nproc_per_node=8 eval.py pythia-1b out/horizon --data data/pile --json losses.json
 
@@ -46,6 +46,7 @@ from prepare import (
     Bar,
     Data,
     InputError,
+    check_place,
     check_range,
     cli,
     write_json,
@@ -134,9 +135,10 @@ def evaluate(
     batches = math.ceil(len(windows) / stride)
     # Losses go to their places in one array; the ranks' arrays, zero elsewhere, are added up.
     what = f"evaluating {B} sequences of {seq_len} tokens"
-    bar = Bar(f"evaluate {split}", batches, "batch")
-    with enough_memory(what, "try a shorter --seq-len or a smaller model"), bar:
+    memory = (what, "try a shorter --seq-len or a smaller model")
+    with enough_memory(*memory):
         compile_for(model, B, seq_len, dtype, training=False)
+    with enough_memory(*memory), Bar(f"evaluate {split}", batches, "batch") as bar:
         for number in range(batches):
             i = number * stride + rank() * B
             rows = windows[i : i + B]
@@ -439,6 +441,8 @@ def main():
         raise InputError("the same model is named twice")
     if args.baseline:  # it comes first, whether it was named among the models or not
         args.models = [args.baseline, *(name for name in args.models if name != args.baseline)]
+    if args.json:
+        check_place(Path(args.json), "--json")
     data = Data(args.data)
     device = start(args.device)
     if args.check_data:
@@ -455,8 +459,7 @@ def main():
     losses = {}
     for name in args.models:
         model = load(name, device, vocab_size=data.vocab_size)
-        if compiles:
-            model.compile_parts()
+        model.to_compile = compiles
         losses[name] = evaluate(model, data, args.split, seq_len, dtype)
         say(f"{name}: {domain_means(losses[name]).mean():.4f} nats per token in the mean")
         del model

@@ -33,6 +33,7 @@ from eval import (
     judge,
     parse_objective,
     results,
+    shortened,
     signed,
     table,
 )
@@ -617,11 +618,12 @@ class History:
         """The head of the table, and the untouched model's line."""
         say("", "share of the mixture and validation loss, nats per token")
         K = len(self.domains)
-        head = "".join(f"{d[:16]:>17}" for d in self.domains)
+        width = 17
+        if K > 5:
+            width = 11
+        head = "".join(f"{d:>{width}}" for d in shortened(self.domains, width - 1).values())
         if K > 8:
             head = "  the largest moves from the first mixture"
-        elif K > 5:
-            head = "".join(f"{d[:10]:>11}" for d in self.domains)
         say(f"{'round':>5}{self.objective.name:>7}{head}")
         self.add(None, self.untouched)
 
@@ -653,9 +655,9 @@ class History:
 
     def words(self, line: dict) -> str:
         """A line of the table, within 100 columns, and below it what else there is to say."""
-        text = f"{line['round']:>5}{'':>7}"
+        text = f"{line['round']:>4}{'':>8}"
         if line["losses"]:
-            text = f"{line['round']:>5}{line['objective']:>7.4f}"
+            text = f"{line['round']:>4}{line['objective']:>8.4f}"
         counts = line["counts"] or {}
         if len(self.domains) <= 8:
             text += "".join(self.cell(line, d) for d in self.domains)
@@ -702,7 +704,8 @@ class History:
         share = {d: counts.get(d, 0) / sum(counts.values()) for d in self.domains}
         moved = {d: share[d] - first.get(d, 0) / sum(first.values()) for d in self.domains}
         largest = sorted(moved, key=lambda d: -abs(moved[d]))[:4]
-        return "".join(f"  {d[:12]} {share[d]:.1%}" for d in largest)
+        short = shortened(self.domains, 12)
+        return "".join(f"  {short[d]} {share[d]:.1%}" for d in largest)
 
     def measured(self) -> list[dict]:
         """The lines of mixtures whose losses are known."""
@@ -753,7 +756,7 @@ def pretrain(model: GPTNeoX, data: Data, hyper: Hyperparameters, args) -> Path:
     size = args.model.removeprefix("scratch:")
     folder = Path(args.out).parent / f"base-{size}-{train.name_of(settings)}"
     say(f"base    {folder}, lr {peak:g}, from {args.base_sequences:,} sequences:")
-    say("        " + ", ".join(f"{d} {n:,}" for d, n in counts.items()))
+    say("        " + prepare.first_of([f"{d} {n:,}" for d, n in counts.items()], 6))
     with contextlib.ExitStack() as stack:
         if rank() == 0 and not (folder / "model.safetensors").is_file():
             folder.mkdir(parents=True, exist_ok=True)
@@ -857,6 +860,7 @@ def draw(out: Path, objective: Objective, is_path: bool) -> None:
     for axes in (left, right):
         axes.set_xlabel("round")
         axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_xlim(0.5, len(history.lines) - 0.5)
         axes.axvline(found, color="0.88", linewidth=10, zorder=0, label="mixture found")
     if spared:
         right.set_xlabel("round (hollow: predicted)")
@@ -1089,7 +1093,7 @@ def main():
         say("", f"test split, {result['seq_len']} tokens a sequence", table(result))
         say(verdict(result), *whether_spared(result, args), "")
         say(f"{out} holds the mixture (mix.json), the picture (mix.png) and the model")
-        say(wall_time(clock), *next_steps(args, result))
+        say(wall_time(clock, args.resume), *next_steps(args, result))
     finish()
 
 
@@ -1132,13 +1136,16 @@ def next_steps(args, result: dict) -> list[str]:
     return steps
 
 
-def wall_time(clock: dict[str, float]) -> str:
-    """What the stages took, of the times at which each ended."""
+def wall_time(clock: dict[str, float], resumed: bool) -> str:
+    """What the stages took, of the times at which each ended; if resumed, since then."""
     ends = list(clock.values())
     stages = zip(list(clock)[1:], np.diff(ends), strict=True)
     # A stage that took no time did not take place.
     parts = "".join(f"{name} {seconds:.0f} s, " for name, seconds in stages if seconds >= 0.5)
-    return f"wall time: {parts}all {ends[-1] - ends[0]:.0f} s"
+    since = ""
+    if resumed:
+        since = " since it was resumed"
+    return f"wall time{since}: {parts}all {ends[-1] - ends[0]:.0f} s"
 
 
 if __name__ == "__main__":

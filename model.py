@@ -207,7 +207,9 @@ class GPTNeoX(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
+        self.to_compile = False  # by compile_for, when it is first used
         self.compiled = False
+        self.compiled_for = set()  # shapes of batches; see compile_for
         # Of activations: keep only what enters a layer, compute the rest anew for the gradient.
         self.activation_checkpointing = False
         self.gpt_neox = nn.ModuleDict(
@@ -295,7 +297,7 @@ class GPTNeoX(nn.Module):
             layer.compile(dynamic=False)
         self.token_losses = torch.compile(self.token_losses, dynamic=False)
         self.compiled = True
-        self.compiled_for = set()  # shapes of batches; see compile_for
+        self.compiled_for = set()
 
     def run_eagerly(self) -> None:
         """Take compile_parts back."""
@@ -303,6 +305,7 @@ class GPTNeoX(nn.Module):
             layer._compiled_call_impl = None
         del self.token_losses
         self.compiled = False
+        self.to_compile = False
 
     def without_compiler(self):
         """A context for calls that each have another shape.
@@ -774,14 +777,16 @@ def compile_for(
     Whatever a compiler, its cache or the linker raises, the model goes on, if need be eagerly.
     """
     shape = (rows, seq_len, training)
-    if not model.compiled or shape in model.compiled_for:
+    if not (model.to_compile or model.compiled) or shape in model.compiled_for:
         return
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
     device = model.device
     tokens = torch.zeros(rows, seq_len, dtype=torch.int64, device=device)
     removed = set()
     with prepare.notice("compiling (once)"):
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+        if not model.compiled:
+            model.compile_parts()
         while model.compiled and shape not in model.compiled_for:
             try:
                 with autocast(device, dtype), torch.set_grad_enabled(training):

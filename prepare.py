@@ -1,4 +1,4 @@
-"""Text in, token bins out: a raw uint16 file per domain and split, and what reads them back.
+r"""Text in, token bins out: a raw uint16 file per domain and split, and what reads them back.
 
     python prepare.py             # data/sample, from text that pip has just installed, in seconds
     python prepare.py --out data/mine arxiv=papers/ web='crawl/*.jsonl.gz' --tokenizer train:4096
@@ -22,6 +22,7 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -113,8 +114,12 @@ def is_first_process() -> bool:
 
 def tell(*lines: str, end: str = "\n") -> None:
     """Print lines at once. Where nobody reads any more (`| head`), go on without a word."""
+    bars = contextlib.nullcontext()
+    if "tqdm" in sys.modules:  # which clears its bars, and draws them again below the lines
+        bars = sys.modules["tqdm"].tqdm.external_write_mode()
     try:
-        print(*lines, sep="\n", end=end, flush=True)
+        with bars:
+            print(*lines, sep="\n", end=end, flush=True)
     except BrokenPipeError:
         # Nor is Python to complain of it when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -248,6 +253,17 @@ def naming(path: Path) -> Iterator[None]:
         yield
     except OSError as e:
         raise OSError(e.errno, e.strerror, str(path)) from None
+
+
+def check_place(path: Path, option: str = "--out") -> None:
+    """Raise InputError if a file or folder cannot be made there, with what is missing above it."""
+    above = path.absolute().parent
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir():
+        raise InputError(f"{path}: {above} is a file, not a folder; choose another {option}")
+    if not os.access(above, os.W_OK):
+        raise InputError(f"{path}: {above} cannot be written to; choose another {option}")
 
 
 def sha256_of(path: Path) -> str:
@@ -592,6 +608,8 @@ class Data:
         path = self.folder / "meta.json"
         if not path.is_file():
             make = "prepare.py makes one in a new folder, --out"
+            if str(folder) == SAMPLE:
+                make = "python prepare.py makes it"
             raise InputError(f"{folder}: not a data set (no meta.json); {make}")
         self.meta = load_json(path)
         if not is_meta(self.meta):
@@ -734,7 +752,13 @@ def source_files(source: str) -> list[Path | HubFile]:
     elif path.is_dir():
         pattern = f"{glob.escape(source)}/**"
     elif path.exists():  # whatever characters it has in its name
-        pattern = glob.escape(source)
+        pattern = glob.escape(str(path))
+    elif source.startswith(("http://", "https://")):
+        raise InputError(
+            f"{source}: fetch it first, and give its path; of the hub: hf://datasets/…"
+        )
+    elif not glob.has_magic(source):
+        raise InputError(f"{source}: no such file or folder")
     if not hub:
         found = [
             file for file in map(Path, glob.glob(pattern, recursive=True)) if not file.is_dir()
@@ -809,9 +833,10 @@ def records(path: Path, file, keys: list[str]) -> Iterator[bytes | dict]:
             parquet = ParquetFile(file)
             # Where a column is missing, an error is to tell of the others.
             there = {*parquet.schema_arrow.names}
-            if not all(key in there or key.split(".")[0] in there for key in keys):
-                keys = None
-            for batch in parquet.iter_batches(16, columns=keys):
+            columns = [key if key in there else key.split(".")[0] for key in keys]
+            if not there.issuperset(columns):
+                columns = None
+            for batch in parquet.iter_batches(16, columns=columns):
                 yield from batch.to_pylist()
             return
         if kind.endswith(".gz"):
@@ -1173,6 +1198,9 @@ def encode_all(
     context = multiprocessing.get_context("spawn")
     # A few batches wait for every worker, so that memory stays bounded and none is idle.
     with ProcessPoolExecutor(workers, context, start_worker, (tokenizer,)) as pool:
+        # Workers begin here, and Ctrl-C is none of theirs from their beginning.
+        with on_interrupt(signal.SIG_IGN):
+            pool.submit(int)
         waiting = deque()
         for batch in batches:
             waiting.append(pool.submit(encode_in_worker, batch))
@@ -1243,9 +1271,13 @@ def check_splits(
         empty = [name for name in names if name not in files or not files[name]["documents"]]
         if empty:
             ways = "a document is in one split: cut long ones up (a paragraph each), add some"
-            change = "lower" if empty[0].endswith(".train") else "raise"
-            ways += f", raise --limit-tokens if given or, without --add, {change} --val- and"
-            ways += " --test-fraction"
+            if n == 0:
+                ways = "its sources hold no text: name others"
+            change = "raise"
+            if empty[0].endswith(".train"):
+                change = "lower"
+            ways += ", raise --limit-tokens if given or, without --add,"
+            ways += f" {change} --val- and --test-fraction"
             if n < most:
                 ways += f"; --min-documents {n + 1} leaves the domain out"
             raise InputError(f"{empty[0]} is left empty, of {n} documents; {ways}")
@@ -1259,12 +1291,31 @@ def check_splits(
 # ---- prepare ----
 
 
+@contextlib.contextmanager
+def on_interrupt(action: signal.Handlers) -> Iterator[None]:
+    """What Ctrl-C does in this block: SIG_DFL, it ends the process at once; SIG_IGN, nothing."""
+    if threading.current_thread() is not threading.main_thread():  # another one cannot
+        yield
+        return
+    before = signal.signal(signal.SIGINT, action)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def make_tokenizer(
-    name: str, documents: Iterable[Document | LeftOut], fractions: dict, size: int, path: Path
+    name: str,
+    documents: Iterable[Document | LeftOut],
+    fractions: dict,
+    size: int,
+    path: Path,
+    max_bad: int | None = None,
 ) -> Tokenizer:
     """The tokenizer of that name, or one that is trained on the documents, written to `path`.
 
-    name: what Tokenizer takes, or train:N. size: of all the files, in bytes. Raises InputError.
+    name: what Tokenizer takes, or train:N. size: of all the files, in bytes. max_bad: bad lines
+    that may pass; None: all. Raises InputError.
     """
     if name.startswith("train:"):
         size_asked = name.removeprefix("train:")
@@ -1276,14 +1327,20 @@ def make_tokenizer(
         every = 1 + size // 2**27
 
         def texts():
+            bad = 0
             for document in documents:
-                if isinstance(document, Document):
-                    key = hash_of(document.text)
-                    if split_of(key, fractions) == "train" and key % every == 0:
-                        yield document.text
+                if isinstance(document, LeftOut):
+                    bad += document.reason == "bad"
+                    if max_bad is not None and bad > max_bad:
+                        raise InputError(document.message)
+                    continue
+                key = hash_of(document.text)
+                if split_of(key, fractions) == "train" and key % every == 0:
+                    yield document.text
 
         trained = ByteLevelBPETokenizer()
-        with notice("training the tokenizer"):  # not by the library's bars, which stay when done
+        # Not by the library's bars, which stay when done. It hears no Ctrl-C, either.
+        with notice("training the tokenizer"), on_interrupt(signal.SIG_DFL):
             trained.train_from_iterator(texts(), int(size_asked), 0, False, [END_OF_TEXT])
         trained.save(str(path))
         name = str(path)
@@ -1313,7 +1370,9 @@ def publish(stage: Path, out: Path, meta: dict, add: bool) -> None:
         if add:  # as another process may do, too
             stack.enter_context(locked(out / "tokenizer.json", out, wait=True))
             old = Data(out).meta
-            twice = old["files"].keys() & meta["files"].keys()
+            # Not every disk tells upper case from lower.
+            known = {name.lower() for name in old["files"]}
+            twice = [name for name in meta["files"] if name.lower() in known]
             if twice:
                 raise InputError(f"{out} has {min(twice)} already; give what is added another name")
             left_out = Counter(old.get("left_out", {})) + Counter(meta["left_out"])
@@ -1336,6 +1395,7 @@ def fractions_of(
 ) -> dict[str, float]:
     """The share of the documents of two splits: as given, or those of the data set to add to."""
     # Before any work is done, it is clear that there is a place for it.
+    check_place(out)
     if add and not out.exists():
         raise InputError(f"{out} is not there to add to; without --add it is made")
     if add:
@@ -1392,12 +1452,17 @@ def prepare(
     name = hashlib.sha256(repr((sources, domain_key)).encode()).hexdigest()[:8]
     with staged(out, name) as stage:
         size = sum(size_of(file) for files in sources.values() for file in files)
-        loaded = make_tokenizer(tokenizer, documents(), fractions, size, stage / "tokenizer.json")
+        path = stage / "tokenizer.json"
+        # A bad line behind a domain's limit is none, and where that is only the bins tell.
+        most = None if limit_tokens else max_bad
+        loaded = make_tokenizer(tokenizer, documents(), fractions, size, path, most)
         # From text to bins, as a stream: nothing is read before there is room for it.
         full = set()
         placed = place(documents(full), fractions, by_record=domain_key is not None)
-        encoded = encode_all(placed, workers, stage / "tokenizer.json")
-        with notice("tokenizing the sample", shown=bool(sample)):  # else a bar counts what is read
+        # Closed, so that the workers end before their files go.
+        encoding = contextlib.closing(encode_all(placed, workers, path))
+        # Of other sources a bar counts what is read.
+        with encoding as encoded, notice("tokenizing the sample", shown=bool(sample)):
             files, left_out = write_bins(stage, encoded, limit_tokens, max_bad, full)
         check_splits(stage, files, left_out, sources, min_documents)
         # What is said of it all in meta.json, without which a folder is no data set.
@@ -1434,11 +1499,12 @@ def parse_sources(words: list[str], domain_key: str | None) -> Sources:
 
 
 def describe(data: Data) -> None:
-    """Say what a data set holds, and where that is too little."""
-    tell(f"{'':<24}{'documents':>12}{'tokens':>16}{'bytes/token':>13}")
+    """Say what a data set holds, where that is too little, and what to do with it."""
+    width = max(24, *map(len, data.meta["files"]))
+    tell(f"{'':<{width}}{'documents':>12}{'tokens':>16}{'bytes/token':>13}")
     for name, file in data.meta["files"].items():
         ratio = file["bytes"] / file["tokens"]
-        tell(f"{name:<24}{file['documents']:>12,}{file['tokens']:>16,}{ratio:>13.2f}")
+        tell(f"{name:<{width}}{file['documents']:>12,}{file['tokens']:>16,}{ratio:>13.2f}")
     few = [
         f"{name} {file['documents']}"
         for name, file in data.meta["files"].items()
@@ -1452,6 +1518,8 @@ def describe(data: Data) -> None:
     if data.meta["overlap"]:
         shares = [f"{domain} {share:.0%}" for domain, share in data.meta["overlap"].items()]
         tell(f"13-grams of the test split that the train split has too: {', '.join(shares)}")
+    tell(f"{data.folder} holds the data set")
+    tell(f"next    python mix.py --data {shlex.quote(str(data.folder))}")
 
 
 def main():

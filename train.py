@@ -512,7 +512,7 @@ def train(
         if not finite:
             line |= {"loss": None, "grad_norm": None, "skipped": list(batch)}
             found = f"loss {loss}, gradient norm {grad_norm}"
-            say(f"\nstep {step}: {found}: no update from sequences {batch[0]} to {batch[-1]}")
+            say(f"step {step}: {found}: no update from sequences {batch[0]} to {batch[-1]}")
         speed = speed_words(model, hyper, line["tokens_per_second"])
         bar.to(step + 1, f"loss {loss:.3f}, lr {rate:.1e}, {speed}")
 
@@ -535,6 +535,7 @@ def train(
         if out and (stop or due):
             save_checkpoint(out, model, optimizer, step + 1, skipped)
         if stop:
+            bar.close()
             saved = "and saved " if out else ""
             raise Stopped(f"{title}: stopped {saved}after step {step + 1} of {steps}")
     bar.close()
@@ -760,7 +761,10 @@ def stop_if_asked(device: torch.device) -> None:
 def note_signal(number: int, frame) -> None:
     """By os.write, for it may have interrupted a print."""
     if not stop_signals and rank() == 0:
-        os.write(2, b"\nstopping when this step, or batch, is done\n")
+        begin = b"\n"
+        if sys.stderr.isatty():
+            begin = b"\r\x1b[K"  # over the bar, which comes again below
+        os.write(2, begin + b"stopping when this step, batch or compilation is done\n")
     stop_signals.append(number)
 
 
@@ -868,17 +872,25 @@ def is_run(out: Path) -> bool:
 
 def check_folder(out: Path, args) -> None:
     """Raise InputError if --out holds something that neither goes on nor may go."""
-    if args.resume and is_run(out) or not out.exists():
+    prepare.check_place(out)
+    if not out.exists():
         return
+    if not out.is_dir():
+        raise InputError(f"{out} is a file, not a folder; choose another --out")
     if not {path.name for path in out.iterdir()} - {".lock", ".run.json.partial"}:
         return
     if not is_run(out):
         raise InputError(f"{out} holds other files than a run's; choose another --out")
-    if not args.overwrite:
+    if args.overwrite and Path(args.model).resolve().is_relative_to(out.resolve()):
+        raise InputError(f"{out}: --overwrite would remove {args.model}; choose another --out")
+    is_search = "method" in prepare.load_json(out / "run.json").get("settings", {})
+    if is_search and not hasattr(args, "method"):
+        raise InputError(f"{out} holds a search of mix.py's; choose another --out")
+    if hasattr(args, "method") and not is_search:
+        raise InputError(f"{out} holds a run of train.py's; choose another --out")
+    if not (args.resume or args.overwrite):
         ways = "--resume continues the run there, --overwrite starts it anew"
         raise InputError(f"{out} is not empty; {ways}")
-    if Path(args.model).resolve().is_relative_to(out.resolve()):
-        raise InputError(f"{out}: --overwrite would remove {args.model}; choose another --out")
 
 
 # What a run leaves in its folder: first what makes it a finished one.
@@ -922,6 +934,8 @@ def claim(
                         changed.append(f"{key} was {known.get(key)}, is {settings.get(key)}")
                 if changed:
                     raise InputError(f"{out}: --resume with other settings: {'; '.join(changed)}")
+            if args.resume and not resuming:
+                say(f"{out} holds no run to go on with: this is a new one")
             # From here on the folder changes.
             out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(prepare.locked(out / ".lock", out))
@@ -1138,9 +1152,7 @@ def load_to_train(args, data: Data, dtype: torch.dtype, device: torch.device) ->
     say(f"data    {args.data}: {tokens:,} training tokens of {len(data.domains)} domains")
     say(f"model   {args.model}: {model.parameter_count():,} parameters")
     say(f"runs    on {where_it_runs(device, dtype, args.dtype)}, {how}")
-    # After these lines, for to import the compiler takes seconds.
-    if compiles:
-        model.compile_parts()
+    model.to_compile = compiles
     return model
 
 
@@ -1164,8 +1176,10 @@ def say_cost(model: GPTNeoX, hyper: Hyperparameters, sequences: int, device: tor
     say(takes)
 
 
-def say_repeats(mixture: Mixture) -> None:
-    """Say which domains a pass goes through more than once."""
+def say_mixture(mixture: Mixture) -> None:
+    """Say what a pass is made of, and which domains it goes through more than once."""
+    sizes = sorted(mixture.counts.items(), key=lambda item: -item[1])
+    say(f"mixture {prepare.first_of([f'{d} {n:,}' for d, n in sizes], 6)}")
     repeats = {d: count / mixture.windows[d] for d, count in mixture.counts.items()}
     ranked = sorted(repeats, key=repeats.get, reverse=True)
     often = [f"{d} {repeats[d]:.1f}" for d in ranked if repeats[d] > 1]
@@ -1208,10 +1222,11 @@ def main():
         if not due:
             return None
         means = domain_means(losses["after"])
+        say(f"step {steps_done}: validation loss {means.mean():.4f} in the mean")
         return {**dict(zip(data.domains, means.tolist(), strict=True)), "mean": float(means.mean())}
 
     say_cost(model, hyper, sum(counts.values()), device)
-    say_repeats(Mixture(data, counts, T))
+    say_mixture(Mixture(data, counts, T))
     if args.dry_run:
         finish()
         return

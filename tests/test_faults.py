@@ -589,7 +589,7 @@ def test_a_full_disk_and_one_that_became_read_only(data, small, whole, disk, scr
     before = sound(out)
     assert before
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-    fails(script("train", *words), out, "Read-only file system")
+    fails(script("train", *words), out, "cannot be written to")
     assert sound(out) == before
     subprocess.run(["mount", "-o", "remount,rw,size=3m", disk], check=True)
     assert script("train", *words)[0] == 0

@@ -432,7 +432,7 @@ def test_two_domains_whose_files_some_disks_would_take_for_one_are_an_error(both
 @pytest.mark.parametrize(
     "argv, said",
     [
-        ("a=missing.jsonl", ["missing.jsonl: no file there"]),
+        ("a=missing.jsonl", ["missing.jsonl: no such file or folder"]),
         ("a=table.csv", [".csv is not read", ".jsonl"]),
         ("a=pipe.jsonl", ["pipe.jsonl: a broken link, or no file"]),
         ("a=links", ["links/gone.jsonl: a broken link"]),
