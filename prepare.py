@@ -83,7 +83,8 @@ def cli(main, way_on: str = "") -> None:
     try:
         main()
     except KeyboardInterrupt:
-        print(f"\ninterrupted{way_on}", file=sys.stderr)
+        with bars_aside():
+            print(f"\ninterrupted{way_on}", file=sys.stderr)
         sys.exit(130)
     except (InputError, OSError, UnicodeError, MemoryError, BrokenExecutor) as e:
         message = str(e)
@@ -95,7 +96,8 @@ def cli(main, way_on: str = "") -> None:
         elif isinstance(e, OSError):
             message += way_on
         # One line, whatever a library said.
-        print("error:", " ".join(message.split()), file=sys.stderr)
+        with bars_aside():
+            print("error:", " ".join(message.split()), file=sys.stderr)
         sys.exit(2)
 
 
@@ -112,13 +114,17 @@ def is_first_process() -> bool:
     return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"
 
 
+def bars_aside():
+    """A context in which what is written finds no bar; those there are come again below it."""
+    if "tqdm" in sys.modules:
+        return sys.modules["tqdm"].tqdm.external_write_mode()
+    return contextlib.nullcontext()
+
+
 def tell(*lines: str, end: str = "\n") -> None:
     """Print lines at once. Where nobody reads any more (`| head`), go on without a word."""
-    bars = contextlib.nullcontext()
-    if "tqdm" in sys.modules:  # which clears its bars, and draws them again below the lines
-        bars = sys.modules["tqdm"].tqdm.external_write_mode()
     try:
-        with bars:
+        with bars_aside():
             print(*lines, sep="\n", end=end, flush=True)
     except BrokenPipeError:
         # Nor is Python to complain of it when it ends.
@@ -1197,10 +1203,12 @@ def encode_all(
     # Libraries' threads do not outlive a fork.
     context = multiprocessing.get_context("spawn")
     # A few batches wait for every worker, so that memory stays bounded and none is idle.
-    with ProcessPoolExecutor(workers, context, start_worker, (tokenizer,)) as pool:
+    pool = ProcessPoolExecutor(workers, context, start_worker, (tokenizer,))
+    try:
         # Workers begin here, and Ctrl-C is none of theirs from their beginning.
         with on_interrupt(signal.SIG_IGN):
-            pool.submit(int)
+            for _ in range(workers):
+                pool.submit(int)
         waiting = deque()
         for batch in batches:
             waiting.append(pool.submit(encode_in_worker, batch))
@@ -1208,6 +1216,8 @@ def encode_all(
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def write_bins(
@@ -1340,7 +1350,7 @@ def make_tokenizer(
 
         trained = ByteLevelBPETokenizer()
         # Not by the library's bars, which stay when done. It hears no Ctrl-C, either.
-        with notice("training the tokenizer"), on_interrupt(signal.SIG_DFL):
+        with on_interrupt(signal.SIG_DFL), notice("training the tokenizer"):
             trained.train_from_iterator(texts(), int(size_asked), 0, False, [END_OF_TEXT])
         trained.save(str(path))
         name = str(path)
@@ -1498,7 +1508,7 @@ def parse_sources(words: list[str], domain_key: str | None) -> Sources:
     return sources
 
 
-def describe(data: Data) -> None:
+def describe(data: Data, out: str) -> None:
     """Say what a data set holds, where that is too little, and what to do with it."""
     width = max(24, *map(len, data.meta["files"]))
     tell(f"{'':<{width}}{'documents':>12}{'tokens':>16}{'bytes/token':>13}")
@@ -1518,8 +1528,8 @@ def describe(data: Data) -> None:
     if data.meta["overlap"]:
         shares = [f"{domain} {share:.0%}" for domain, share in data.meta["overlap"].items()]
         tell(f"13-grams of the test split that the train split has too: {', '.join(shares)}")
-    tell(f"{data.folder} holds the data set")
-    tell(f"next    python mix.py --data {shlex.quote(str(data.folder))}")
+    tell(f"{out} holds the data set")
+    tell(f"next    python mix.py --data {shlex.quote(out)}")
 
 
 def main():
@@ -1569,7 +1579,7 @@ def main():
         workers=args.workers,
         add=args.add,
     )
-    describe(data)
+    describe(data, args.out)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -259,6 +260,8 @@ def test_a_parquet_becomes_many_domains_by_a_key(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "all.parquet")
     made = prepared(tmp_path / "d", {None: [tmp_path / "all.parquet"]}, domain_key="meta.set")
     assert all_texts(made, "b") == sorted(f"b {i}" for i in range(80))
+    bad, *_ = read({None: [tmp_path / "all.parquet"]}, "text", "meta.nope")
+    assert "no text under 'meta.nope'; there are 'text', 'meta'" in bad.message
 
 
 def test_four_hundred_domains_need_no_more_open_files_than_one(tmp_path, run):
@@ -433,6 +436,10 @@ def test_two_domains_whose_files_some_disks_would_take_for_one_are_an_error(both
     "argv, said",
     [
         ("a=missing.jsonl", ["missing.jsonl: no such file or folder"]),
+        ("a=https://x/y.jsonl", ["https://x/y.jsonl: fetch it first"]),
+        ("a=empty.jsonl", ["of 0 documents; its sources hold no text"]),
+        ("a=a.jsonl --out=few.jsonl/d", ["few.jsonl is a file, not a folder"]),
+        ("a=a.jsonl b=cut.jsonl.gz --text-key=body", ["a.jsonl:1: no text under 'body'"]),
         ("a=table.csv", [".csv is not read", ".jsonl"]),
         ("a=pipe.jsonl", ["pipe.jsonl: a broken link, or no file"]),
         ("a=links", ["links/gone.jsonl: a broken link"]),
@@ -465,6 +472,7 @@ def test_what_cannot_be_done_is_said_and_leaves_nothing(script, tmp_path, monkey
     write_jsonl(tmp_path / "a.jsonl", made_documents("sums", 60))
     write_jsonl(tmp_path / "few.jsonl", made_documents("sums", 2))
     (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "cut.jsonl.gz").write_bytes(DAMAGED["cut.jsonl.gz"])
     (tmp_path / "named.jsonl").write_text('{"text": "some", "set": "\u65e5\u672c"}', "utf-8")
     for name in ("table.csv", "table.csv.gz"):
         (tmp_path / name).write_text("a,b")
@@ -540,6 +548,8 @@ def test_a_domain_is_added_as_if_it_had_been_there_from_the_start(tmp_path, run,
 
     fails(run(two, sources["prose"]), "exists", "--add domains to it")
     fails(script("prepare", sources["prose"], *add), "has prose.test already", "another name")
+    upper = sources["prose"].replace("prose=", "Prose=")
+    fails(script("prepare", upper, *add), "has Prose.test already", "another name")
     (tmp_path / "bad.jsonl").write_text((tmp_path / "code.jsonl").read_text() + "{broken\n")
     fails(script("prepare", f"more={tmp_path}/bad.jsonl", *add), "bad.jsonl:121")
     assert Data(two).meta == Data(three).meta
@@ -559,6 +569,20 @@ def test_two_processes_may_add_at_the_same_time(tmp_path):
     running = [subprocess.Popen([*argv, f"{d}={path}"], **quiet) for d, path in paths.items()]
     assert [process.wait() for process in running] == [0, 0]
     assert Data(tmp_path / "d").domains == ["a", "b", "first"]
+
+
+def test_ctrl_c_ends_the_training_of_a_tokenizer_at_once(tmp_path):
+    """Which by itself takes many seconds, and hears nothing."""
+    source = tmp_path / "a.jsonl"
+    line = json.dumps({"text": " ".join(made_documents("prose", 500))}) + "\n"
+    source.write_text("".join(line.replace("the", f"t{i}") for i in range(1000)))
+    words = arguments(tmp_path / "d", f"a={source}")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, ROOT / "prepare.py", *words], **pipes)
+    assert process.stdout.readline() == "training the tokenizer\n"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=5) == -signal.SIGINT
+    assert not (tmp_path / "d").exists()
 
 
 def test_killed_half_way_it_leaves_no_data_and_no_process_and_a_second_run_succeeds(

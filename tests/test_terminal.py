@@ -153,6 +153,11 @@ def test_lines_of_a_search_keep_to_100_columns(K, tmp_path, capsys):
     assert max(map(len, text.splitlines())) <= 100
     assert "a probe, a_domain_with_a_name_0 3.0 times" in text
     assert text.count("as round 1") == 1
+    rows = [line for line in text.splitlines() if re.match(" {0,3}[0-9]", line)]
+    assert [row.split()[0] for row in rows] == ["0", "1", "2", "3", "4"]
+    if K <= 8:
+        head = next(line for line in text.splitlines() if line.startswith("round"))
+        assert len(set(head.split())) == K + 2
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["round"] for line in lines] == [0, 1, 2, 3, 4]
     assert lines[2]["note"] == "a probe"

@@ -252,6 +252,17 @@ def test_overwrite_starts_anew_and_removes_only_what_a_run_leaves(data, small, t
     assert (out / "notes.txt").read_text() == "my own"
 
 
+def test_a_search_and_a_run_do_not_take_one_another_for_their_own(data, small, tmp_path, script):
+    for name, other in (("train", "mix"), ("mix", "train")):
+        out = tmp_path / name
+        (out).mkdir()
+        settings = {"method": "uniform"} if name == "mix" else {}
+        (out / "run.json").write_text(json.dumps({"settings": settings}))
+        for way in ("--resume", "--overwrite"):
+            words = train_options(data, small, out, mix=False)
+            fails(script(other, *words, way), f"of {name}.py's; choose another --out")
+
+
 def test_overwrite_touches_no_folder_that_holds_no_run(data, small, tmp_path, script):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "model.safetensors").write_text("my own")
