@@ -257,7 +257,7 @@ def parse_objective(text: str, domains: list[str]) -> Objective:
         return Objective(text, np.full(len(domains), 1 / len(domains)))
     weights = dict.fromkeys(domains, 0.0)
     for pair in text.split(","):
-        match = re.fullmatch(r"([^=]+)=(\d+(?:\.\d+)?)", pair.strip())
+        match = re.fullmatch(r"([^=]+)=(\d{1,9}(?:\.\d{1,9})?)", pair.strip())
         if not match or match[1] not in weights:
             expected = f"mean, worst, or weights of {', '.join(domains)}, like {domains[0]}=2"
             raise InputError(f"--objective {text}: expected {expected}")
@@ -307,6 +307,10 @@ def judge(
 
 
 # ---- results ----
+
+
+# What a result.json has, for one thing, if it is sound.
+RESULT = {"split": str, "seq_len": int, "domains": dict, "models": dict}
 
 
 def results(

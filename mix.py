@@ -24,6 +24,7 @@ import torch
 import prepare
 import train
 from eval import (
+    RESULT,
     WORST,
     Losses,
     Objective,
@@ -434,13 +435,16 @@ def train_once(
     known = {}  # of what was kept before
     if rank() == 0:
         run.folder.mkdir(parents=True, exist_ok=True)
-        if path.is_file():
-            known = prepare.load_json(path)
-            if known.get("settings") != run.settings:
-                raise InputError(f"{run.folder}: its run.json is of another run; remove the folder")
+        # A record that is damaged is made anew.
+        with contextlib.suppress(InputError, FileNotFoundError):
+            known = train.read_record(run.folder)
+        if known and known["settings"] != run.settings:
+            raise InputError(f"{run.folder}: its run.json is of another run; remove the folder")
         # Weights appear whole; those without a hash are of a run that was killed at its very end.
-        sha256 = known.get("sha256")
-        if weights.is_file() and sha256 not in (None, prepare.sha256_of(weights)):
+        is_whole = (run.folder / "config.json").is_file()
+        if weights.is_file() and is_whole and known.get("sha256"):
+            is_whole = known["sha256"] == prepare.sha256_of(weights)
+        if weights.is_file() and not is_whole:
             say(f"{weights} is damaged, and made anew")
             weights.unlink()
             known = {}
@@ -775,7 +779,7 @@ def base_of(model: GPTNeoX, data: Data, hyper: Hyperparameters, args) -> tuple[s
         return folder, folder.name
     # A folder is what its files hold, which the first rank has hashed for all; a model of the hub
     # has its commit in its name.
-    settings = prepare.load_json(Path(args.out) / "run.json")["settings"]
+    settings = train.read_record(args.out)["settings"]
     return args.model, str(settings["model's files"] or args.model)
 
 
@@ -893,12 +897,15 @@ def draw_rounds(history: History, is_path: bool, left, right) -> None:
     first = np.array(list(measured[0]["losses"].values()))
     changes = np.array([list(line["losses"].values()) for line in measured]) - first
     rounds = [line["round"] for line in measured]
+    # A legend has room for so many names: those of the domains that changed most.
+    most = np.argsort(-np.abs(changes).max(0), kind="stable")[:20]
+    labels = shortened(history.domains, 20)
     for k, d in enumerate(history.domains):
         style = {"color": f"C{k % 10}", "marker": "os^Dv"[k // 10 % 5]}
         style["linestyle"] = "-" if is_path else ""
         shares = [100 * m["counts"].get(d, 0) / sum(m["counts"].values()) for m in mixtures]
         left.plot([line["round"] for line in mixtures], shares, **style)
-        right.plot(rounds, changes[:, k], label=d, **style)
+        right.plot(rounds, changes[:, k], label=labels[d] if k in most else None, **style)
         guesses = [line["predicted"][k] - first[k] for line in foretold]
         right.plot([line["round"] for line in foretold], guesses, mfc="none", **style)
     right.plot(rounds, changes.mean(1), "k--" if is_path else "k_", lw=2, label="mean")
@@ -935,7 +942,7 @@ def write_results(
     prepare.write_json(out / "mix.json", mixture | own_options(args))
     prepare.write_json(out / "result.json", result)
     passes = [*runs.passes, train.this_pass(runs.data, runs.hyper, counts)]
-    prepare.write_json(out / "run.json", prepare.load_json(out / "run.json") | {"passes": passes})
+    prepare.write_json(out / "run.json", train.read_record(out) | {"passes": passes})
     with train.decorating(out / "README.md"):
         words = (out.name, args.model, runs.passes, runs.data, counts, runs.hyper, result)
         card = train.model_card(*words)
@@ -1089,7 +1096,7 @@ def main():
     if rank() == 0:
         with train.decorating(out / "mix.png"):
             draw(out, objective, METHODS[args.method].is_path)
-        result = prepare.load_json(out / "result.json")
+        result = prepare.load_json(out / "result.json", RESULT)
         say("", f"test split, {result['seq_len']} tokens a sequence", table(result))
         say(verdict(result), *whether_spared(result, args), "")
         say(f"{out} holds the mixture (mix.json), the picture (mix.png) and the model")

@@ -488,6 +488,13 @@ def weight_files(name: str) -> list[Path]:
 BUFFERS = (".attention.bias", ".attention.masked_bias", ".attention.rotary_emb.inv_freq")
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether every number is."""
+    # A sum is not finite if one of its terms is not, and takes a tenth of the time; but it may also
+    # be too large.
+    return bool(tensor.sum(dtype=torch.float32).isfinite() or tensor.isfinite().all())
+
+
 def read_tensors(path: Path, shapes: dict[str, list[int]], device, dtype) -> dict:
     """{name: tensor} of a file, which must be of these shapes. Raises InputError."""
     tensors = {}
@@ -507,6 +514,8 @@ def read_tensors(path: Path, shapes: dict[str, list[int]], device, dtype) -> dic
             tensor = file.get_tensor(name)
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise InputError(f"{path}: {name} is {tensor.dtype}, expected a floating-point type")
+        if not all_finite(tensor):
+            raise InputError(f"{path}: {name} is not finite; take another model")
         tensors[name] = tensor.to(device=device, dtype=dtype)
     return tensors
 
@@ -650,6 +659,8 @@ def find_device(name: str | None) -> torch.device:
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] not in ("cpu", "cuda", "mps", "xpu"):
+        raise InputError(f"--device {name}: expected cpu, cuda, cuda:N, mps or xpu")
     try:
         device = torch.device(name)
         if name == "cuda":

@@ -243,11 +243,11 @@ def write_json(path: Path, value) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def load_json(path: Path) -> dict:
-    """The JSON object in a file; anything else is an InputError."""
+def load_json(path: Path, shape: dict | type = dict) -> dict:
+    """The JSON object in a file, of that shape (see `fits`); anything else is an InputError."""
     with contextlib.suppress(ValueError, RecursionError):
         value = json.loads(path.read_bytes())
-        if isinstance(value, dict):
+        if fits(value, shape):
             return value
     raise InputError(f"{path}: damaged, or not what it should be (a JSON object); make it anew")
 
@@ -651,7 +651,11 @@ class Data:
     def window(self, domain: str, split: str, seq_len: int, number: int) -> np.ndarray:
         """Window `number` of the split: (T + 1,) uint16, copied: a view keeps its file open."""
         start = number * seq_len
-        return np.array(self.tokens(domain, split)[start : start + seq_len + 1])
+        window = np.array(self.tokens(domain, split)[start : start + seq_len + 1])
+        if window.max() >= self.vocab_size:
+            damaged = "damaged: it has tokens that its tokenizer does not have"
+            raise InputError(f"{self.folder / domain}.{split}.bin: {damaged}; {AGAIN}")
+        return window
 
     def documents_of(self, domain: str, split: str, seq_len: int, numbers) -> np.ndarray:
         """For each of these windows (n,), the number of the document it begins in: (n,) int64."""
@@ -1352,10 +1356,12 @@ def make_tokenizer(
         # Not by the library's bars, which stay when done. It hears no Ctrl-C, either.
         with on_interrupt(signal.SIG_DFL), notice("training the tokenizer"):
             trained.train_from_iterator(texts(), int(size_asked), 0, False, [END_OF_TEXT])
-        trained.save(str(path))
+        with naming(path):
+            path.write_text(trained.to_str(pretty=True), encoding="utf-8", newline="\n")
         name = str(path)
     tokenizer = Tokenizer(name)
-    path.write_text(tokenizer.json, encoding="utf-8", newline="\n")
+    with naming(path):
+        path.write_text(tokenizer.json, encoding="utf-8", newline="\n")
     return tokenizer
 
 

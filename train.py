@@ -32,12 +32,21 @@ from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
 import prepare
-from eval import check_fit, domain_means, evaluate, results, table, warn_of_another_tokenizer
+from eval import (
+    RESULT,
+    check_fit,
+    domain_means,
+    evaluate,
+    results,
+    table,
+    warn_of_another_tokenizer,
+)
 from model import (
     SHAPES,
     Config,
     GPTNeoX,
     add_up,
+    all_finite,
     autocast,
     autocast_dtype,
     barrier,
@@ -67,6 +76,7 @@ RESUME_HINT = "; the same command with --resume goes on"
 # ---- the order of the pass ----
 
 
+MOST_SEQUENCES = 10**8  # of a pass, whose order takes 4 GB
 HORIZON = {"arxiv": 608, "books": 613, "github": 226, "web": 8516, "wikipedia": 1438}  # the post's
 
 
@@ -88,6 +98,19 @@ def places(count: int) -> np.ndarray:
     return (high << word) | (rest << word) // n
 
 
+def check_counts(data: Data, counts: dict[str, int]) -> None:
+    """Raise InputError for counts, come from where they may, that are no mixture of the data."""
+    for domain, count in counts.items():
+        if domain not in data.domains:
+            has = f"it has {', '.join(data.domains)}"
+            raise InputError(f"mixture: {data.folder} has no domain {domain!r}; {has}")
+        if type(count) is not int or not 0 <= count < 2**31:
+            expected = "expected a whole number from 0 to 2^31 - 1"
+            raise InputError(f"mixture: {domain} has {count!r} sequences; {expected}")
+    if not any(counts.values()):
+        raise InputError("mixture: every count is zero; there is nothing to train on")
+
+
 class Mixture:
     """The sequences of one pass over `counts`, {domain: number of sequences}, in their order.
 
@@ -105,16 +128,10 @@ class Mixture:
         seed: int = 0,
         seen: dict[str, np.ndarray] | None = None,
     ):
-        # Counts may come from anywhere: a file, the command line, a method.
-        for domain, count in counts.items():
-            if domain not in data.domains:
-                has = f"it has {', '.join(data.domains)}"
-                raise InputError(f"mixture: {data.folder} has no domain {domain!r}; {has}")
-            if type(count) is not int or not 0 <= count < 2**31:
-                expected = "expected a whole number from 0 to 2^31 - 1"
-                raise InputError(f"mixture: {domain} has {count!r} sequences; {expected}")
-        if not any(counts.values()):
-            raise InputError("mixture: every count is zero; there is nothing to train on")
+        check_counts(data, counts)
+        if sum(counts.values()) > MOST_SEQUENCES:
+            most = f"a pass has at most {MOST_SEQUENCES:,}"
+            raise InputError(f"mixture: {sum(counts.values()):,} sequences; {most}")
         self.data = data
         self.seq_len = seq_len
         self.seed = seed
@@ -188,6 +205,8 @@ def rescale(weights: dict[str, float], sequences: int) -> dict[str, int]:
     """
     names = sorted(weights)
     total = sum(weights.values())
+    if not 0 < total < math.inf or min(weights.values()) < 0:
+        raise InputError(f"mixture: there are no shares in {weights}; they are above 0, or 0")
     exact = {d: weights[d] * sequences / total for d in names}
     counts = {d: math.floor(exact[d]) for d in names}
     # What rounding down left over goes where it took most.
@@ -232,7 +251,7 @@ def parse_mixture(
                 raise InputError(f"{text}: {made}; give --sequences too")
             counts = counts["counts"]
     else:
-        pairs = [re.fullmatch(r"([^=]+)=(-?\d+)", pair.strip()) for pair in text.split(",")]
+        pairs = [re.fullmatch(r"([^=]+)=(-?\d{1,15})", pair.strip()) for pair in text.split(",")]
         if not all(pairs):
             expected = "uniform, natural, horizon, FILE.json or arxiv=608,github=226"
             raise InputError(f"{option} {text}: expected {expected}")
@@ -241,8 +260,7 @@ def parse_mixture(
             raise InputError(f"{option} {text}: a domain is named twice; name each once")
     if not isinstance(counts, dict):
         raise InputError(f"{option} {text}: expected counts by domain")
-    # This says what is wrong with them.
-    Mixture(data, counts, seq_len)
+    check_counts(data, counts)
     if sequences is None:
         return dict(counts)
     return rescale(counts, sequences)
@@ -372,9 +390,14 @@ def clip_gradients(model: GPTNeoX) -> torch.Tensor:
 # ---- train ----
 
 
-def micro_batch_size(model: GPTNeoX, hyper: Hyperparameters, device: torch.device) -> int:
-    """As asked for, but no more than there are, or what fits and leaves few rows idle."""
-    rows = math.ceil(hyper.batch_size / world_size())
+def micro_batch_size(
+    model: GPTNeoX, hyper: Hyperparameters, device: torch.device, sequences: int
+) -> int:
+    """As asked for, but no more than a step of the pass has, or what fits and leaves few rows idle.
+
+    sequences: of the pass.
+    """
+    rows = math.ceil(min(hyper.batch_size, sequences) / world_size())
     if hyper.micro_batch_size:
         return min(rows, hyper.micro_batch_size)
     fits = sequences_at_once(model, hyper.seq_len, hyper.dtype, device, training=True)
@@ -467,7 +490,7 @@ def train(
     device = model.device
     mixture = Mixture(data, counts, hyper.seq_len, hyper.seed, seen)
     steps = math.ceil(len(mixture) / hyper.batch_size)
-    M = micro_batch_size(model, hyper, device)
+    M = micro_batch_size(model, hyper, device, len(mixture))
     memory = memory_words(M, hyper.seq_len)
     # State is set before DDP makes the parameters' gradients views of its buckets.
     optimizer = make_optimizer(model, device)
@@ -593,9 +616,7 @@ def reads_state(model: GPTNeoX) -> bool:
 def check_finite(tensors: dict[str, torch.Tensor]) -> None:
     """Raise InputError if one of them is not."""
     for name, tensor in tensors.items():
-        # A sum is not finite if one of its terms is not, and takes a tenth of the time; but it may
-        # also be too large.
-        if not tensor.sum().isfinite() and not tensor.isfinite().all():
+        if not all_finite(tensor):
             kept = "what was saved before is as it was"
             way_out = "try --overwrite with a lower --lr (of a base: --base-lr)"
             if tensor.dtype == torch.float16:
@@ -610,11 +631,18 @@ def optimizer_tensors(model: GPTNeoX, optimizer: torch.optim.Optimizer) -> dict[
         return {}
     state = state_dicts().get_optimizer_state_dict(model, optimizer, options=gather())
     return {
-        f"{name}.{key}": value
+        f"{name}.{key}": tensor_of(value)
         for name, values in state.get("state", {}).items()
         for key, value in values.items()
-        if isinstance(value, torch.Tensor)
+        if isinstance(value, (torch.Tensor, int, float))
     }
+
+
+def tensor_of(value: torch.Tensor | float) -> torch.Tensor:
+    """A tensor as it is; a number, which some optimizers have, as one of all its digits."""
+    if isinstance(value, float):
+        return torch.tensor(value, dtype=torch.float64)
+    return torch.as_tensor(value)
 
 
 def set_optimizer_tensors(
@@ -625,8 +653,11 @@ def set_optimizer_tensors(
     options = gather() if is_sharded(model) else spread(model)
     state = state_dicts().get_optimizer_state_dict(model, optimizer, options=options)
     for name, values in state.get("state", {}).items():
-        for key in values:
-            values[key] = tensors.get(f"{name}.{key}", values[key])
+        for key, made in values.items():
+            saved = tensors.get(f"{name}.{key}", made)
+            if isinstance(saved, torch.Tensor) and not isinstance(made, torch.Tensor):
+                saved = saved.item()
+            values[key] = saved
     state_dicts().set_optimizer_state_dict(model, optimizer, state, options=spread(model))
 
 
@@ -838,10 +869,22 @@ def name_of(settings: dict) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def read_record(folder: str | Path) -> dict:
+    """The run.json of a run's folder: what it is. Raises InputError if it is damaged."""
+    path = Path(folder) / "run.json"
+    record = {"settings": {}, "passes": [], "options": {}} | prepare.load_json(path)
+    one = {"data": str, "seq_len": int, "seed": int, "counts": dict}
+    sound = prepare.fits(record, {"settings": dict, "passes": list, "options": dict})
+    if not sound or not all(prepare.fits(each, one) for each in record["passes"]):
+        raise InputError(f"{path}: damaged; remove it, or the whole folder")
+    return record
+
+
 def passes_of(model: str | Path) -> list[dict]:
     """The passes that a model's folder says it was trained on."""
-    record = Path(model) / "run.json"
-    return prepare.load_json(record).get("passes", []) if record.is_file() else []
+    if not (Path(model) / "run.json").is_file():
+        return []
+    return read_record(model)["passes"]
 
 
 def this_pass(data: Data, hyper: Hyperparameters, counts: dict[str, int]) -> dict:
@@ -883,7 +926,12 @@ def check_folder(out: Path, args) -> None:
         raise InputError(f"{out} holds other files than a run's; choose another --out")
     if args.overwrite and Path(args.model).resolve().is_relative_to(out.resolve()):
         raise InputError(f"{out}: --overwrite would remove {args.model}; choose another --out")
-    is_search = "method" in prepare.load_json(out / "run.json").get("settings", {})
+    try:
+        is_search = "method" in read_record(out)["settings"]
+    except InputError:
+        if args.overwrite:
+            return
+        raise
     if is_search and not hasattr(args, "method"):
         raise InputError(f"{out} holds a search of mix.py's; choose another --out")
     if hasattr(args, "method") and not is_search:
@@ -907,7 +955,7 @@ def parse_args(parser: prepare.ArgumentParser):
         raise InputError("--resume goes on and --overwrite starts anew: give one of them")
     record = Path(args.out) / "run.json"
     if args.resume and record.is_file():
-        parser.set_defaults(**prepare.load_json(record).get("options", {}))
+        parser.set_defaults(**read_record(args.out)["options"])
         args = parser.parse_args()
     return args
 
@@ -927,13 +975,15 @@ def claim(
             check_folder(out, args)
             resuming = args.resume and is_run(out)
             if resuming:
-                known = prepare.load_json(record).get("settings", {})
+                known = read_record(out)["settings"]
                 changed = []
                 for key in {**known, **settings}:
                     if known.get(key) != settings.get(key):
                         changed.append(f"{key} was {known.get(key)}, is {settings.get(key)}")
                 if changed:
                     raise InputError(f"{out}: --resume with other settings: {'; '.join(changed)}")
+                if read_record(out).get("code") != source_digest():
+                    say(f"warning: the code is not what it was when the run in {out} began")
             if args.resume and not resuming:
                 say(f"{out} holds no run to go on with: this is a new one")
             # From here on the folder changes.
@@ -945,7 +995,7 @@ def claim(
                         prepare.remove(path)
                 options = {name: x for name, x in vars(args).items() if name not in NOT_KEPT}
                 known = {"settings": settings, "passes": passes, "options": options}
-                prepare.write_json(record, known)
+                prepare.write_json(record, known | {"code": source_digest()})
         # The others look only now.
         barrier()
         if not record.is_file():
@@ -1099,7 +1149,7 @@ def set_up(args) -> tuple[Data, Hyperparameters]:
     """
     sizes = ("seq_len", "batch_size", "micro_batch_size", "eval_sequences")
     prepare.check_range(args, sizes, 1)
-    prepare.check_range(args, ("sequences",), 1, 10**8)  # whose order takes 4 GB
+    prepare.check_range(args, ("sequences",), 1, MOST_SEQUENCES)
     prepare.check_range(args, ("seed", "save_every"), 0)
     prepare.check_range(args, ("lr", "warmup"), 0, 1)
     # Options by themselves, then the folder, the data, the model's shape, and how they fit.
@@ -1167,7 +1217,7 @@ def say_cost(model: GPTNeoX, hyper: Hyperparameters, sequences: int, device: tor
     takes = f"takes   {disk:.2f} GB on the disk for a checkpoint, of which two stay"
     # Training has their gradient as well; a model that is sharded has its part of all that.
     if device.type == "cuda":
-        M = micro_batch_size(model, hyper, device)
+        M = micro_batch_size(model, hyper, device, sequences)
         tokens = M * T * model.bytes_per_token(True, hyper.dtype)
         state = 16 * parameters
         if is_sharded(model):
@@ -1249,7 +1299,7 @@ def main():
     if rank() == 0:
         with decorating(out / "train.png"):
             draw(out / "log.jsonl", out / "train.png")
-        result = prepare.load_json(out / "result.json")
+        result = prepare.load_json(out / "result.json", RESULT)
         say(f"validation losses, {T} tokens a sequence", table(result))
         say(f"model, log and train.png in {out}")
         words = [args.model, args.out, "--data", args.data]

@@ -44,6 +44,8 @@ OPTIONS = [  # and what is said of them
     ({"mixture": "web=3"}, ["'web'", "code, prose, sums"]),
     ({"mixture": "code=-3"}, ["-3"]),
     ({"mixture": "code=3,sums=1,code=2"}, ["named twice"]),
+    ({"mixture": f"code={'9' * 5000}"}, ["expected uniform"]),
+    ({"device": "meta"}, ["--device meta: expected cpu, cuda"]),
     ({"mixture": "code=0,sums=0"}, ["zero"]),
     ({"mixture": "code"}, [" code: expected uniform"]),
     ({"mixture": "missing.json"}, ["missing.json"]),
@@ -208,7 +210,7 @@ def train_in(more: float, words: list[str]) -> None:
 def test_out_of_memory_names_what_was_asked_for_and_what_to_try(data, tmp_path, more, words):
     """Logits take it: 0.15 GB, and their softmax as much, in evaluation; 1.1 GB in training."""
     save(GPTNeoX(Config(8192, 32, 2, 4, 64, 256)), tmp_path / "m")
-    sizes = {"batch_size": 128, "micro_batch_size": 128}
+    sizes = {"sequences": 128, "batch_size": 128, "micro_batch_size": 128}
     run = short_run(data, tmp_path / "m", tmp_path / "run", **sizes)
     done = Run(tmp_path, train_in, more, run).end()
     fails(done, "out of memory: ", *words, "it asked for ", " bytes more")

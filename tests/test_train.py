@@ -115,7 +115,7 @@ def test_a_gpu_gets_as_many_sequences_as_its_memory_holds(monkeypatch):
 def test_no_more_rows_than_must_be_only_fill_a_micro_batch_up(rows, fit, size, monkeypatch):
     monkeypatch.setattr("train.sequences_at_once", lambda *setting, training: fit)
     hyper = replace(STEPS_OF_4, batch_size=rows)
-    assert micro_batch_size(None, hyper, torch.device("cpu")) == size
+    assert micro_batch_size(None, hyper, torch.device("cpu"), 999) == size
 
 
 # ---- a signal in an evaluation ----
