@@ -69,6 +69,13 @@ def check_fit(model: GPTNeoX, data: Data, seq_len: int) -> None:
         raise InputError(f"{data.folder}: {sizes}; prepare the data with the model's tokenizer")
 
 
+def check_tokens(tokens: torch.Tensor, model: GPTNeoX, data: Data) -> None:
+    """Raise InputError if there are some, in a batch of the data, that the model does not know."""
+    if tokens.max() >= model.config.vocab_size:
+        damaged = "a bin is damaged, it has tokens beyond the vocabulary"
+        raise InputError(f"{data.folder}: {damaged}; --check-data tells which")
+
+
 def warn_of_another_tokenizer(model: str, data: Data) -> None:
     """Say so where a model comes with another tokenizer than the data was made with."""
     if model.startswith("scratch:"):
@@ -91,13 +98,15 @@ def evaluated_windows(
 
 
 def batch_of(
-    data: Data, split: str, seq_len: int, rows: list[tuple[str, int]], B: int
+    model: GPTNeoX, data: Data, split: str, seq_len: int, rows: list[tuple[str, int]], B: int
 ) -> torch.Tensor:
     """These windows, (domain, number) each, and zeros for what lacks to B: (B, T + 1) int64."""
     batch = np.zeros((B, seq_len + 1), dtype=np.int64)
     for row, (domain, number) in zip(batch, rows, strict=False):
         row[:] = data.window(domain, split, seq_len, number)
-    return torch.from_numpy(batch)
+    tokens = torch.from_numpy(batch)
+    check_tokens(tokens, model, data)
+    return tokens
 
 
 @torch.no_grad()
@@ -142,7 +151,7 @@ def evaluate(
         for number in range(batches):
             i = number * stride + rank() * B
             rows = windows[i : i + B]
-            tokens = batch_of(data, split, seq_len, rows, B).to(device)
+            tokens = batch_of(model, data, split, seq_len, rows, B).to(device)
             with autocast(device, dtype):
                 found = model(tokens[:, :-1], tokens[:, 1:])
                 if not per_token:

@@ -488,13 +488,6 @@ def weight_files(name: str) -> list[Path]:
 BUFFERS = (".attention.bias", ".attention.masked_bias", ".attention.rotary_emb.inv_freq")
 
 
-def all_finite(tensor: Tensor) -> bool:
-    """Whether every number is."""
-    # A sum is not finite if one of its terms is not, and takes a tenth of the time; but it may also
-    # be too large.
-    return bool(tensor.sum(dtype=torch.float32).isfinite() or tensor.isfinite().all())
-
-
 def read_tensors(path: Path, shapes: dict[str, list[int]], device, dtype) -> dict:
     """{name: tensor} of a file, which must be of these shapes. Raises InputError."""
     tensors = {}
@@ -514,8 +507,6 @@ def read_tensors(path: Path, shapes: dict[str, list[int]], device, dtype) -> dic
             tensor = file.get_tensor(name)
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise InputError(f"{path}: {name} is {tensor.dtype}, expected a floating-point type")
-        if not all_finite(tensor):
-            raise InputError(f"{path}: {name} is not finite; take another model")
         tensors[name] = tensor.to(device=device, dtype=dtype)
     return tensors
 

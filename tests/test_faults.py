@@ -152,6 +152,22 @@ def test_resume_alone_goes_on_with_the_options_of_the_run(argv, out, whole, tmp_
     assert content_of(out) == content_of(whole)
 
 
+class Fading(torch.optim.Optimizer):
+    """Its state is numbers, and no tensor: how many steps it took, and a rate that falls."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                state["taken"] = state.get("taken", 0) + 1
+                state["share"] = 0.9 * state.get("share", 1.0)
+                p -= group["lr"] * state["share"] / state["taken"] * p.grad
+
+
 @pytest.mark.parametrize(
     "optimizer, settings, state",
     [
@@ -159,6 +175,7 @@ def test_resume_alone_goes_on_with_the_options_of_the_run(argv, out, whole, tmp_
         (torch.optim.SGD, {}, set()),
         (torch.optim.NAdam, {}, {"exp_avg", "exp_avg_sq", "mu_product", "step"}),
         (torch.optim.Adagrad, {}, {"sum", "step"}),
+        (Fading, {}, {"taken", "share"}),
     ],
 )
 def test_another_optimizer_is_resumed_to_the_same_weights(
@@ -295,18 +312,41 @@ def test_what_changed_before_a_resume_is_named(
     assert content_of(out) == before
 
 
+def test_code_that_changed_before_a_resume_is_said(whole, argv, out, script):
+    shutil.copytree(whole, out)
+    record = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps(record | {"code": "another"}))
+    status, text, _ = script("train", *argv(**LONG, resume=True))
+    assert status == 0
+    assert f"warning: the code is not what it was when the run in {out} began" in text
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_tokens_beyond_the_vocabulary_are_named(data, argv, tmp_path, script, split):
+    copy = Data(shutil.copytree(data.folder, tmp_path / "d"))
+    path = copy.folder / f"sums.{split}.bin"
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    fails(script("train", *argv(data=copy)), "a bin is damaged", "--check-data tells which")
+
+
 @pytest.mark.parametrize("damaged", ["run/runs/*", "base-*"])
-def test_a_damaged_model_of_an_earlier_run_is_made_anew(data, out, tmp_path, script, damaged):
+@pytest.mark.parametrize("part", ["model.safetensors", "config.json", "run.json"])
+def test_a_damaged_model_of_an_earlier_run_is_made_anew(data, out, tmp_path, script, damaged, part):
     words = options(data=data.folder, out=out, **SEARCH, rounds=2, eval_sequences=20) + SMALL
     assert script("mix", *words)[0] == 0
     expected = content_of(out)
     for name in ("model.safetensors", "history.jsonl", "result.json"):  # as if it had been killed
         (out / name).unlink()
     weights = next(tmp_path.glob(f"{damaged}/model.safetensors"))
-    flip_a_bit(weights)
+    if part == "model.safetensors":
+        flip_a_bit(weights)
+    elif part == "config.json":
+        weights.with_name(part).unlink()
+    else:
+        weights.with_name(part).write_text("{")
     status, text, err = script("mix", *words, "--resume")
     assert status == 0, err
-    assert f"{weights} is damaged, and made anew" in text
+    assert (f"{weights} is damaged, and made anew" in text) == (part != "run.json")
     assert content_of(out) == expected
 
 
