@@ -329,11 +329,21 @@ def test_tokens_beyond_the_vocabulary_are_named(data, argv, tmp_path, script, sp
     fails(script("train", *argv(data=copy)), "a bin is damaged", "--check-data tells which")
 
 
+@pytest.fixture(scope="module")
+def search(data, tmp_path_factory):
+    """A folder with a search and its base, and the options of it, but for --out."""
+    folder = tmp_path_factory.mktemp("search")
+    words = options(data=data.folder, **SEARCH, rounds=2, eval_sequences=20) + SMALL
+    ends_well(Run(folder, "mix", *words, "--out", folder / "run"))
+    return folder, words
+
+
 @pytest.mark.parametrize("damaged", ["run/runs/*", "base-*"])
 @pytest.mark.parametrize("part", ["model.safetensors", "config.json", "run.json"])
-def test_a_damaged_model_of_an_earlier_run_is_made_anew(data, out, tmp_path, script, damaged, part):
-    words = options(data=data.folder, out=out, **SEARCH, rounds=2, eval_sequences=20) + SMALL
-    assert script("mix", *words)[0] == 0
+def test_a_damaged_model_of_an_earlier_run_is_made_anew(search, tmp_path, script, damaged, part):
+    folder, words = search
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    out = tmp_path / "run"
     expected = content_of(out)
     for name in ("model.safetensors", "history.jsonl", "result.json"):  # as if it had been killed
         (out / name).unlink()
@@ -344,7 +354,7 @@ def test_a_damaged_model_of_an_earlier_run_is_made_anew(data, out, tmp_path, scr
         weights.with_name(part).unlink()
     else:
         weights.with_name(part).write_text("{")
-    status, text, err = script("mix", *words, "--resume")
+    status, text, err = script("mix", *words, "--out", out, "--resume")
     assert status == 0, err
     assert (f"{weights} is damaged, and made anew" in text) == (part != "run.json")
     assert content_of(out) == expected
