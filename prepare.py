@@ -263,7 +263,9 @@ def naming(path: Path) -> Iterator[None]:
 
 def check_place(path: Path, option: str = "--out") -> None:
     """Raise InputError if a file or folder cannot be made there, with what is missing above it."""
-    above = path.absolute().parent
+    above = path.absolute()
+    if not above.is_dir():  # a folder that is there need only be writable itself
+        above = above.parent
     while not above.exists():
         above = above.parent
     if not above.is_dir():

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, SMALL, Run, bins, command, fails, made_data, options, run_script
 
 from model import Config, GPTNeoX, save
-from prepare import Data, InputError, make_sample
+from prepare import Data, InputError, check_place, make_sample
 
 both = pytest.mark.parametrize("name", ["train", "mix"])
 
@@ -215,6 +215,14 @@ def test_out_of_memory_names_what_was_asked_for_and_what_to_try(data, tmp_path, 
     done = Run(tmp_path, train_in, more, run).end()
     fails(done, "out of memory: ", *words, "it asked for ", " bytes more")
     assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_a_folder_that_is_there_need_not_lie_in_a_writable_one(tmp_path, monkeypatch):
+    (tmp_path / "there").mkdir()
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    check_place(tmp_path / "there")
+    with pytest.raises(InputError, match=f"{tmp_path} cannot be written to"):
+        check_place(tmp_path / "new")
 
 
 # ---- what no script does ----
