@@ -762,9 +762,7 @@ def source_files(source: str) -> list[Path | HubFile]:
     elif path.exists():  # whatever characters it has in its name
         pattern = glob.escape(str(path))
     elif source.startswith(("http://", "https://")):
-        raise InputError(
-            f"{source}: fetch it first, and give its path; of the hub: hf://datasets/…"
-        )
+        raise InputError(f"{source}: fetch it, and give its path; of the hub: hf://datasets/…")
     elif not glob.has_magic(source):
         raise InputError(f"{source}: no such file or folder")
     if not hub:

@@ -959,7 +959,9 @@ def parse_args(parser: prepare.ArgumentParser):
         raise InputError("--resume goes on and --overwrite starts anew: give one of them")
     record = Path(args.out) / "run.json"
     if args.resume and record.is_file():
-        parser.set_defaults(**read_record(args.out)["options"])
+        options = read_record(args.out)["options"]
+        # Those of another script's run are not this one's: check_folder says whose it is.
+        parser.set_defaults(**{name: x for name, x in options.items() if name in vars(args)})
         args = parser.parse_args()
     return args
 

@@ -436,7 +436,7 @@ def test_two_domains_whose_files_some_disks_would_take_for_one_are_an_error(both
     "argv, said",
     [
         ("a=missing.jsonl", ["missing.jsonl: no such file or folder"]),
-        ("a=https://x/y.jsonl", ["https://x/y.jsonl: fetch it first"]),
+        ("a=https://x/y.jsonl", ["https://x/y.jsonl: fetch it, and give"]),
         ("a=empty.jsonl", ["of 0 documents; its sources hold no text"]),
         ("a=a.jsonl --out=few.jsonl/d", ["few.jsonl is a file, not a folder"]),
         ("a=a.jsonl b=cut.jsonl.gz --text-key=body", ["a.jsonl:1: no text under 'body'"]),

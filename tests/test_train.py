@@ -255,9 +255,9 @@ def test_overwrite_starts_anew_and_removes_only_what_a_run_leaves(data, small, t
 def test_a_search_and_a_run_do_not_take_one_another_for_their_own(data, small, tmp_path, script):
     for name, other in (("train", "mix"), ("mix", "train")):
         out = tmp_path / name
-        (out).mkdir()
-        settings = {"method": "uniform"} if name == "mix" else {}
-        (out / "run.json").write_text(json.dumps({"settings": settings}))
+        out.mkdir()
+        own = {"method": "uniform"} if name == "mix" else {"mix": "uniform"}
+        (out / "run.json").write_text(json.dumps({"settings": own, "options": own}))
         for way in ("--resume", "--overwrite"):
             words = train_options(data, small, out, mix=False)
             fails(script(other, *words, way), f"of {name}.py's; choose another --out")
