@@ -798,31 +798,6 @@ def matches(name: list[str], pattern: list[str]) -> bool:
     return bool(name) and fnmatchcase(name[0], pattern[0]) and matches(name[1:], pattern[1:])
 
 
-class Gunzip(io.RawIOBase):
-    """What a gzip holds; as the program gzip does, it leaves out what follows and is none."""
-
-    def __init__(self, path: Path, file):
-        self.path = path
-        self.stream = gzip.GzipFile(fileobj=file)
-        self.begins_well = file.peek(2)[:2] == b"\x1f\x8b"
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        try:
-            content = self.stream.read1(len(buffer))
-        except gzip.BadGzipFile as e:
-            # A checksum that fails is another matter.
-            if not self.begins_well or not str(e).startswith("Not a gzipped file"):
-                raise
-            tell(f"warning: {self.path}: what follows its packed text is no gzip, and left out")
-            self.stream = io.BytesIO()
-            return 0
-        buffer[: len(content)] = content
-        return len(content)
-
-
 def records(path: Path, file, keys: list[str]) -> Iterator[bytes | dict]:
     """The lines of an open file as bytes, of which a .txt has one; a .parquet's rows as dicts.
 
@@ -846,7 +821,7 @@ def records(path: Path, file, keys: list[str]) -> Iterator[bytes | dict]:
                 yield from batch.to_pylist()
             return
         if kind.endswith(".gz"):
-            stream = io.BufferedReader(Gunzip(path, file), 2**17)
+            stream = io.BufferedReader(gzip.GzipFile(fileobj=file), 2**17)
         elif kind.endswith(".zst"):
             library = "backports.zstd"
             if sys.version_info >= (3, 14):

@@ -381,6 +381,7 @@ DAMAGED = {
     "cut.jsonl.gz": gzip.compress(LINES * 99)[:-9],
     "cut.jsonl.zst": zstd.compress(LINES * 99)[:-9],
     "cut.parquet": SOURCES["a.parquet"][:-9],
+    "longer.jsonl.gz": gzip.compress(LINES) + b"no such format",
     "changed.jsonl.gz": gzip.compress(LINES, 0).replace(b"sums", b"suns"),
     **{f"other.{kind}": b"\0 no such format" * 10 for kind in ("jsonl.gz", "txt.zst", "parquet")},
     "pointer.jsonl.gz": b"version https://git-lfs.github.com/spec/v1\n",
@@ -394,15 +395,6 @@ def test_a_file_that_cannot_be_read_to_its_end(run, tmp_path, name):
     result = run(tmp_path / "d", f"a={tmp_path / name}")
     fails(result, f"{tmp_path / name}: cannot be read", way_out)
     assert [path.name for path in tmp_path.iterdir()] == [name]
-
-
-@pytest.mark.parametrize("name, text", [("a.jsonl.gz", "some text"), ("a.txt.gz", GOOD.decode())])
-def test_what_follows_a_gzip_and_is_none_is_left_out_and_said(tmp_path, capsys, name, text):
-    """The last line before it counts, whether an end of line ends it or not."""
-    for content in (GOOD, GOOD.strip()):
-        (tmp_path / name).write_bytes(gzip.compress(content) + b"\0" * 9 + b"signature" * 9)
-        assert [found.strip() for found in read_texts(tmp_path / name)] == [text.strip()]
-        assert f"{name}: what follows" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
