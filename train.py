@@ -308,15 +308,16 @@ def learning_rate_at(step: int, steps: int, peak: float, warmup: float) -> float
     return peak * 0.5 * (1 + math.cos(math.pi * (x - warmup) / (1 - warmup)))
 
 
-def make_optimizer(model: GPTNeoX, device: torch.device) -> torch.optim.Optimizer:
+def make_optimizer(model: GPTNeoX, hyper: Hyperparameters) -> torch.optim.Optimizer:
     """Pythia's AdamW (2304.01373, appendix); matrices decay, biases and norms do not.
 
-    Its learning rate is set before every step; its state is saved whatever it is.
+    Its learning rate is set before every step; its state is saved whatever it is. Two optimizers
+    in one are a subclass of torch's.
     """
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    fused = device.type in ("cuda", "cpu")
+    fused = matrices[0].device.type in ("cuda", "cpu")
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=fused)
 
 
@@ -493,7 +494,7 @@ def train(
     M = micro_batch_size(model, hyper, device, len(mixture))
     memory = memory_words(M, hyper.seq_len)
     # State is set before DDP makes the parameters' gradients views of its buckets.
-    optimizer = make_optimizer(model, device)
+    optimizer = make_optimizer(model, hyper)
     with enough_memory(*memory):
         stop_if_asked(device)
         compile_for(model, M, hyper.seq_len, hyper.dtype, training=True)
@@ -628,41 +629,27 @@ def check_finite(tensors: dict[str, torch.Tensor]) -> None:
             raise InputError(f"{name} is not finite and not saved; {kept}; {way_out}")
 
 
-def optimizer_tensors(model: GPTNeoX, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """{"PARAMETER.KEY": tensor} of whatever state the optimizer has, on the first rank."""
-    # Before its first step it has none, and to ask for it would take a step.
-    if not optimizer.state:
-        return {}
-    state = state_dicts().get_optimizer_state_dict(model, optimizer, options=gather())
-    return {
-        f"{name}.{key}": tensor_of(value)
-        for name, values in state.get("state", {}).items()
-        for key, value in values.items()
-        if isinstance(value, (torch.Tensor, int, float))
-    }
+def split_tensors(state, tensors: dict[str, torch.Tensor], path: str = "state"):
+    """Nested state as JSON has it; its tensors go into `tensors`, and their names into the JSON."""
+    if isinstance(state, torch.Tensor):
+        tensors[path] = state.contiguous()
+        return {"tensor": path}
+    if isinstance(state, dict):
+        return {key: split_tensors(x, tensors, f"{path}.{key}") for key, x in state.items()}
+    if isinstance(state, (list, tuple)):
+        return [split_tensors(x, tensors, f"{path}.{i}") for i, x in enumerate(state)]
+    return state
 
 
-def tensor_of(value: torch.Tensor | float) -> torch.Tensor:
-    """A tensor as it is; a number, which some optimizers have, as one of all its digits."""
-    if isinstance(value, float):
-        return torch.tensor(value, dtype=torch.float64)
-    return torch.as_tensor(value)
-
-
-def set_optimizer_tensors(
-    model: GPTNeoX, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
-) -> None:
-    """What optimizer_tensors gave becomes the state of an optimizer that is as yet without one."""
-    # A state of the right form, made by a step of size 0, on every rank that sets one.
-    options = gather() if is_sharded(model) else spread(model)
-    state = state_dicts().get_optimizer_state_dict(model, optimizer, options=options)
-    for name, values in state.get("state", {}).items():
-        for key, made in values.items():
-            saved = tensors.get(f"{name}.{key}", made)
-            if isinstance(saved, torch.Tensor) and not isinstance(made, torch.Tensor):
-                saved = saved.item()
-            values[key] = saved
-    state_dicts().set_optimizer_state_dict(model, optimizer, state, options=spread(model))
+def join_tensors(state, tensors: dict[str, torch.Tensor]):
+    """What split_tensors took apart; a tuple has become a list."""
+    if isinstance(state, list):
+        return [join_tensors(x, tensors) for x in state]
+    if not isinstance(state, dict):
+        return state
+    if state.keys() == {"tensor"}:
+        return tensors[state["tensor"]]
+    return {key: join_tensors(x, tensors) for key, x in state.items()}
 
 
 def fill(model: GPTNeoX, name: str | Path, **scratch) -> None:
@@ -701,25 +688,30 @@ def save_checkpoint(
     whole. The newest two stay.
     """
     weights = state_dicts().get_model_state_dict(model, options=gather())
-    moments = optimizer_tensors(model, optimizer)
+    known = {"step": steps, "skipped": skipped, "optimizer": {}}
+    moments = {}
+    # Before its first step an optimizer has no state, and to ask for it would take a step.
+    if optimizer.state:
+        state = state_dicts().get_optimizer_state_dict(model, optimizer, options=gather())
+        known["optimizer"] = split_tensors(state, moments)
     check_finite(weights | moments)
     # A file holds no two names of one tensor.
     if model.config.tie_word_embeddings and weights:
         weights["embed_out.weight"] = weights["embed_out.weight"].clone()
     if rank() == 0:
-        write_checkpoint(out, steps, skipped, weights, moments)
+        write_checkpoint(out, weights, moments, known)
     # None ends before: torchrun would soon end the others, too.
     barrier()
 
 
-def write_checkpoint(out: Path, steps: int, skipped: int, weights: dict, moments: dict) -> None:
-    final = out / f"checkpoint-{steps:08d}"
+def write_checkpoint(out: Path, weights: dict, moments: dict, known: dict) -> None:
+    final = out / f"checkpoint-{known['step']:08d}"
     with prepare.replacing(final) as folder:
         folder.mkdir()
         # Each of these is on the disk before the manifest, and that before the folder's name.
         write_safetensors(folder / "model.safetensors", weights)
         write_safetensors(folder / "optimizer.safetensors", moments)
-        prepare.write_json(folder / "state.json", {"step": steps, "skipped": skipped})
+        prepare.write_json(folder / "state.json", known)
         hashes = {path.name: prepare.sha256_of(path) for path in sorted(folder.iterdir())}
         prepare.write_json(folder / "manifest.json", hashes)
         prepare.sync(out / "log.jsonl")
@@ -764,16 +756,18 @@ def load_checkpoint(
         return 0, 0
     folder = out / f"checkpoint-{step:08d}"
     say(f"going on from {folder}")
+    known = prepare.load_json(folder / "state.json", {"skipped": int, "optimizer": dict})
     weights = {}
-    moments = {}
+    state = {}
     if reads_state(model):
         weights = load_file(folder / "model.safetensors")
         moments = load_file(folder / "optimizer.safetensors")
+        state = join_tensors(known["optimizer"], moments)
     state_dicts().set_model_state_dict(model, weights, options=spread(model))
-    # If there are any, every rank takes part in setting them, also one that read nothing.
-    if add_up(torch.tensor(len(moments), device=model.device)) > 0:
-        set_optimizer_tensors(model, optimizer, moments)
-    return step, prepare.load_json(folder / "state.json")["skipped"]
+    # Every rank takes part in setting it, also one that read nothing.
+    if known["optimizer"]:
+        state_dicts().set_optimizer_state_dict(model, optimizer, state, options=spread(model))
+    return step, known["skipped"]
 
 
 # ---- the run's folder ----

@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 
 from model import SHAPES, autocast, autocast_dtype, can_compile, load, save, start
 from prepare import ArgumentParser, Data, cli
-from train import Mixture, make_optimizer, micro_batches, sequences_of_step
+from train import Hyperparameters, Mixture, make_optimizer, micro_batches, sequences_of_step
 
 ROOT = Path(__file__).parents[2]
 EAGER = "transformers eager"
@@ -198,8 +198,9 @@ def work(side: str, folder: str, rows: int) -> None:
         model, mean_loss, continued = transformers(folder, side != EAGER)
     device = next(model.parameters()).device
     dtype = autocast_dtype(None, device)
-    optimizer = make_optimizer(model, device)
     config = load(folder, "meta").config
+    hyper = Hyperparameters(config.max_position_embeddings, rows, learning_rate=0.0)
+    optimizer = make_optimizer(model, hyper)
     shape = (rows, config.max_position_embeddings + 1)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, shape, generator=generator).to(device)

@@ -51,7 +51,7 @@ class Training:
             self.model = GPTNeoX(config)
         self.device = device
         self.hyper = hyper
-        self.optimizer = make_optimizer(self.model, device)
+        self.optimizer = make_optimizer(self.model, hyper)
         size = (hyper.batch_size, hyper.seq_len + 1)
         self.tokens = np.random.default_rng(0).integers(config.vocab_size, size=size)
         self.compile = self.model.compile_parts
