@@ -45,12 +45,17 @@ from train import Hyperparameters, Mixture, rescale
 # ---- the method ----
 
 
+def softmax(x: np.ndarray) -> np.ndarray:
+    raised = np.exp(x - x.max())
+    return raised / raised.sum()
+
+
 # The post's `A=A+sm(LA×r` lost at least a bracket. Its three readings: what is added to the
-# quantities A, S being the softmax of the losses; and a rate r that was found by trying.
+# quantities A, by the losses L and a rate r; and a rate that was found by trying.
 RULES = {
-    "multiplicative": (lambda A, S, r: S * A * r, 1.0),
-    "additive": (lambda A, S, r: S * r, 400.0),
-    "share": (lambda A, S, r: S * A.sum() * r, 0.25),
+    "multiplicative": (lambda A, L, r: softmax(L) * A * r, 1.0),
+    "additive": (lambda A, L, r: softmax(L) * r, 400.0),
+    "share": (lambda A, L, r: softmax(L) * A.sum() * r, 0.25),
 }
 
 
@@ -66,9 +71,8 @@ def update(
         raise InputError(f"--rule {rule}: choose {', '.join(RULES)}")
     A = np.asarray(quantities, dtype=np.float64)
     L = np.asarray(losses, dtype=np.float64)
-    softmax = np.exp(L - L.max()) / np.exp(L - L.max()).sum()
     added, _ = RULES[rule]
-    return A + added(A, softmax, rate)
+    return A + added(A, L, rate)
 
 
 def reweight(runs: "Runs", history: "History", start: dict[str, int], args) -> dict[str, int]:

@@ -133,7 +133,7 @@ class Linear(nn.Linear):
         # A GPU's matrix product adds the bias on its way to memory, and the bias's gradient, a sum,
         # then comes after the products that need what it sums in memory: added apart it came first,
         # and inductor computed that twice. On a CPU, apart, it fuses with what follows.
-        if x.is_cuda:
+        if x.is_cuda or self.bias is None:
             return super().forward(x)
         y = F.linear(x, self.weight)
         return y + self.bias.to(y.dtype)
@@ -280,7 +280,7 @@ class GPTNeoX(nn.Module):
         return losses.view_as(tokens).clone()
 
     def token_losses(self, x: Tensor, targets: Tensor) -> Tensor:
-        """The last layer's output (N, C) and targets (N,) -> losses (N,)."""
+        """The last layer's output (N, C) and targets (N,) -> losses (N,), of tables as well."""
         logits = self.embed_out(self.gpt_neox.final_layer_norm(x))
         return F.cross_entropy(logits.float(), targets, reduction="none")
 
@@ -415,16 +415,18 @@ def read_config(path: Path) -> Config:
     for name, newer in newer_names.items():
         if rope.get(newer) is not None:
             values[name] = rope[newer]
-    # Each value by itself: of its type, and of a size that a model has.
+    # Each value by itself: of its type, and a number of a size that a model has.
     settings = {}
     for name, field in Config.__dataclass_fields__.items():
         value = values.get(name, field.default)
         if type(value) is int and field.type is float and abs(value) < 2**53:  # 10000 is 10000.0
             value = float(value)
-        high = {bool: 2, int: 2**20, float: 1e9}[field.type]
-        if type(value) is not field.type or not (0 < value < high or value is False):
-            expected = f"a sensible {field.type.__name__}"
-            raise InputError(f"{path}: {name} is {value!r}, expected {expected}")
+        fits = isinstance(value, field.type)
+        if field.type in (int, float):
+            fits = type(value) is field.type and 0 < value < {int: 2**20, float: 1e9}[field.type]
+        if not fits and value != field.default:
+            expected = getattr(field.type, "__name__", field.type)
+            raise InputError(f"{path}: {name} is {value!r}, expected a sensible {expected}")
         settings[name] = value
     # All together.
     config = Config(**settings)

@@ -21,6 +21,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -431,6 +432,7 @@ def cut_log(path: Path, steps: int, losses: dict[str, float] | None) -> None:
     if losses is not None and len(lines) == steps:
         with contextlib.suppress(ValueError):
             lines[-1] = json.dumps(json.loads(lines[-1]) | {"val": losses})
+    path.parent.mkdir(parents=True, exist_ok=True)
     prepare.write_text(path, "".join(f"{line}\n" for line in lines))
 
 
@@ -839,25 +841,35 @@ def launcher() -> list[str]:
     return ["torchrun", f"--nproc_per_node={ranks}"]
 
 
-# The code that determines a run and its losses: of these files all, or these parts.
-DETERMINES = {
-    "prepare.py": ["Data"],
-    "model.py": None,
-    "eval.py": ["evaluated_windows", "batch_of", "evaluate"],
-    "train.py": None,
-}
-
-
 @functools.cache  # the code that runs is that which was read first
 def source_digest() -> str:
-    """Of that code, less its comments and its layout."""
-    # An edit of it may change the weights that come out; of what it changes, nothing is kept.
+    """Of the code that determines a run and its losses, less its comments and its layout."""
+    # What this file defines and those that it imports of this folder, as they import others.
+    defined: dict[str, list[ast.stmt]] = defaultdict(list)  # by name
+    files = [Path(__file__)]
+    for file in files:  # which grow
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                defined[node.name].append(node)
+            elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+                for name in ast.walk(node):
+                    if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store):
+                        defined[name.id].append(node)
+            imported = []
+            if isinstance(node, ast.Import):
+                imported = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                imported = [node.module]
+            found = [file.with_name(f"{module}.py") for module in imported]
+            files += [path for path in found if path.is_file() and path not in files]
+    # An edit of these functions, or of what they use, may change what comes out.
+    used = ["train", "times_seen", "fill", "keep", "evaluate"]
     digest = hashlib.sha256()
-    for name, parts in DETERMINES.items():
-        source = Path(__file__).with_name(name).read_text(encoding="utf-8")
-        for node in ast.parse(source).body:
-            if parts is None or getattr(node, "name", "") in parts:
-                digest.update(ast.dump(node).encode())
+    for name in used:  # which grow, too
+        for node in defined[name]:
+            digest.update(ast.dump(node).encode())
+            words = {getattr(each, "id", getattr(each, "attr", "")) for each in ast.walk(node)}
+            used += sorted(defined.keys() & words - {*used} - {file.stem for file in files})
     return digest.hexdigest()[:16]
 
 
@@ -1089,7 +1101,7 @@ Trained by reweight from {base}.
 
 ## Training
 
-One pass: {settings}; linear warm-up, then a cosine to 0.
+One pass: {settings}.
 
 Data set `{data.identity}`, tokenizer `{data.meta["tokenizer"]["sha256"]}`.
 

@@ -204,7 +204,6 @@ def train_compiled(folder: Path, data: Path, out: Path) -> None:
     model.start("cpu")
     network = load(folder)
     network.compile_parts()
-    out.mkdir(exist_ok=True)
     train.train(network, Data(data), {"sums": 32}, HYPER, out=out, save_every=1)
     save(network, out)
 

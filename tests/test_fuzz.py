@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import as_rank, bins
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 from safetensors.torch import save_file
@@ -33,7 +33,8 @@ from train import Mixture, micro_batches, sequences_of_step, times_seen
 
 def fuzz(examples: int):
     examples *= int(os.environ.get("FUZZ", 1))
-    return settings(max_examples=examples, derandomize=True, deadline=None, database=None)
+    patient = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+    return settings(max_examples=examples, derandomize=True, database=None, **patient)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -162,7 +162,6 @@ def test_weights_of_sequences_scale_the_loss_they_are_trained_on(data, small, tm
         seen.extend(row for row, weight in zip(rows, weights, strict=True) if weight)
         return weights * torch.tensor([[1.0 + 2 * (mixture.domain(i) == "code")] for i in rows])
 
-    (tmp_path / "run").mkdir()
     train(load(small), data, counts, hyper, out=tmp_path / "run", weigh=triple)
     assert seen == list(range(16))
     batch = torch.tensor(np.stack([mixture.row(i) for i in range(8)]).astype(np.int64))

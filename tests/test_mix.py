@@ -405,7 +405,7 @@ def test_after_the_rule_was_edited_no_other_mixtures_losses_come_back(
     whole, _ = searches("reweight")
     shutil.copytree(whole, tmp_path / "edited")
     (tmp_path / "edited" / "model.safetensors").unlink()
-    monkeypatch.setitem(RULES, "multiplicative", (lambda A, S, r: A[::-1] * [9, 2, 0], 1.0))
+    monkeypatch.setitem(RULES, "multiplicative", (lambda A, L, r: A[::-1] * [9, 2, 0], 1.0))
     edited = history_of(search("edited", resume=True)[0])
     fresh = history_of(search("fresh")[0])
     assert edited[2]["counts"] != history_of(whole)[2]["counts"]
@@ -536,7 +536,7 @@ def test_a_rule_and_a_method_are_added_by_one_entry_each(
     towards = {"choices": data.domains, "default": "code", "help": "a domain"}
     own = {"--towards": towards, "--rounds": REWEIGHT_OPTIONS["--rounds"]}
     monkeypatch.setitem(METHODS, "lean", Method(lean, options=own))
-    monkeypatch.setitem(RULES, "reversed", (lambda A, S, r: A[::-1] * r, 2.0))
+    monkeypatch.setitem(RULES, "reversed", (lambda A, L, r: A[::-1] * r, 2.0))
     out, text = search("run", **words)
     history = (out / "history.jsonl").read_text()
     assert list(history_of(out)[2]["counts"].values()) == counts

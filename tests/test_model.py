@@ -5,6 +5,7 @@ import re
 import struct
 import subprocess
 import sys
+from dataclasses import dataclass
 from itertools import product
 from types import SimpleNamespace
 
@@ -239,6 +240,21 @@ def test_a_config_that_makes_no_sense_is_refused(copy_of_small, content):
     path.write_text(content)
     with pytest.raises(InputError, match=r"config\.json"):
         load(copy_of_small)
+
+
+@dataclass
+class Wider(Config):
+    dropout: float = 0.0
+    activation: str = "gelu"
+    groups: int | None = None
+
+
+@pytest.mark.parametrize("own", [{}, {"dropout": 0.1, "activation": "swiglu", "groups": 2}])
+def test_settings_of_ones_own_are_saved_and_loaded(tmp_path, monkeypatch, own):
+    monkeypatch.setattr("model.Config", Wider)
+    config = Wider(64, 16, 1, 2, 32, 16, **own)
+    save(GPTNeoX(config), tmp_path)
+    assert load(tmp_path).config == config
 
 
 # ---- what it says ----

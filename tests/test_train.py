@@ -305,6 +305,10 @@ def test_every_setting_but_the_micro_batch_size_names_a_run():
         ("prepare.py", "start = number * seq_len", "start = number * seq_len + 1", False),
         ("eval.py", "np.arange(n) * count // n", "np.arange(n)", False),
         ("eval.py", '"bits per byte", "",', '"bits a byte", "",', True),
+        ("eval.py", "if not finite.all()", "if not finite.any()", False),  # evaluate calls it
+        ("train.py", "(hashes, seen)", "(seen, hashes)", False),
+        ("model.py", "how many to add", "how many", True),
+        ("train.py", "folder of the run", "where to", True),
         ("train.py", "# ---- train ----", "# ---- the loop ----", True),
         ("model.py", "F.gelu(self", "F.gelu(  # exact\n            self", True),
     ],
@@ -318,6 +322,21 @@ def test_code_names_a_run_but_its_comments_and_its_layout_do_not(tmp_path, name,
         (tmp_path / script).write_text(text)
     edited = runpy.run_path(str(tmp_path / "train.py"))
     assert (edited["name_of"]({}) == name_of({})) is same
+
+
+def test_code_in_a_file_of_ones_own_names_a_run(tmp_path, monkeypatch):
+    for script in ("prepare.py", "model.py", "eval.py", "train.py"):
+        text = (ROOT / script).read_text()
+        if script == "train.py":
+            text = text.replace("import prepare\n", "import own\nimport prepare\n")
+            text = text.replace("model.parameters(), 1.0)", "model.parameters(), own.NORM)")
+        (tmp_path / script).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    names = set()
+    for norm in ("1.0", "0.5", "0.5  # half"):
+        (tmp_path / "own.py").write_text(f"NORM = {norm}\n")
+        names.add(runpy.run_path(str(tmp_path / "train.py"))["name_of"]({}))
+    assert len(names) == 2
 
 
 def test_weights_too_large_for_float16_are_kept_in_a_way_that_holds(data, tmp_path, script):
