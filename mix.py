@@ -757,7 +757,7 @@ def pretrain(model: GPTNeoX, data: Data, hyper: Hyperparameters, args) -> Path:
 
     It is named by a hash of all that determines it, and used again where that is the same.
     """
-    peak = args.base_lr or train.defaults(model.config)["base_learning_rate"]
+    peak = args.base_lr or train.defaults(args.model, model.config)["base_learning_rate"]
     hyper = replace(hyper, learning_rate=peak, warmup=0.1)
     counts = lopsided(data, args.base_sequences)
     settings = {"model": args.model, "data": data.identity, "counts": counts, **hyper.record()}

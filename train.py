@@ -289,16 +289,19 @@ class Hyperparameters:
         return settings
 
 
-def defaults(config: Config) -> dict:
-    """Settings that belong to a model: the post's, or for tiny found by trying.
+def defaults(name: str, config: Config) -> dict:
+    """Settings that belong to a model: the post's, or for random weights and tiny found by trying.
 
-    base_learning_rate is for random weights.
+    base_learning_rate is for random weights that are to become a base.
     """
-    own = {"seq_len": config.max_position_embeddings}
+    own = {"seq_len": config.max_position_embeddings, "batch_size": 64}
+    own |= {"learning_rate": 1e-5, "base_learning_rate": 1e-3}
     tiny = SHAPES["tiny"]
     if (config.num_hidden_layers, config.hidden_size) == (tiny.num_hidden_layers, tiny.hidden_size):
-        return own | {"learning_rate": 4e-3, "batch_size": 16, "base_learning_rate": 1e-2}
-    return own | {"learning_rate": 1e-5, "batch_size": 64, "base_learning_rate": 1e-3}
+        own |= {"batch_size": 16, "learning_rate": 4e-3, "base_learning_rate": 1e-2}
+    elif name.startswith("scratch:"):
+        own["learning_rate"] = 1e-3
+    return own
 
 
 def learning_rate_at(step: int, steps: int, peak: float, warmup: float) -> float:
@@ -1173,7 +1176,7 @@ def set_up(args) -> tuple[Data, Hyperparameters]:
     args.model = pinned(args.model)
     shape = load(args.model, "meta", vocab_size=data.vocab_size)
     # What was not given is the model's own.
-    own = defaults(shape.config)
+    own = defaults(args.model, shape.config)
     hyper = Hyperparameters(
         seq_len=args.seq_len or own["seq_len"],
         batch_size=args.batch_size or own["batch_size"],

@@ -62,7 +62,7 @@ def parses(monkeypatch):
 
 def test_commands_parse(parses):
     found = [words for page in PAGES for words in commands(page.read_text(encoding="utf-8"))]
-    assert len(found) > 15
+    assert len(found) > 12
     for script, *words in found:
         parses(__import__(script.removesuffix(".py")).main, [script, *words])
 
@@ -91,6 +91,11 @@ def test_links_and_names_of_files_exist(page):
     text = page.read_text(encoding="utf-8")
     for link in re.findall(r"\]\(([^)#]+)[)#]", text):
         assert link.startswith("https://") or (page.parent / link).exists(), link
+    for link, anchor in re.findall(r"\]\((?!https)([^)#]*)#([^)]+)\)", text):
+        target = page.parent / link if link else page
+        headings = re.findall(r"^#+ (.*)", target.read_text(encoding="utf-8"), re.MULTILINE)
+        slugs = [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings]
+        assert anchor in slugs, f"{link}#{anchor}"
     for name in re.findall(r"`((?:tests|docs)/[\w./]+|\w+\.py)`", text):
         assert (ROOT / name).exists() or (ROOT / "tests" / "bench" / name).exists(), name
 

@@ -31,6 +31,7 @@ from prepare import Tokenizer
 from train import (
     Hyperparameters,
     Mixture,
+    defaults,
     learning_rate_at,
     micro_batch_size,
     name_of,
@@ -284,6 +285,24 @@ def test_a_tuned_model_remembers_its_passes(data, small, tmp_path, script):
     seen = times_seen(data, 32, passes[:1])
     expected = train(load(tmp_path / "one"), data, {"sums": 15}, STEPS_OF_8, seen=seen)
     assert same_tensors(load(tmp_path / "two").state_dict(), expected.state_dict())
+
+
+@pytest.mark.parametrize(
+    "name, batch_size, learning_rate",
+    [
+        ("pythia-14m", 64, 1e-5),  # the post's
+        ("scratch:pythia-14m", 64, 1e-3),  # at which random weights learn something
+        ("scratch:tiny", 16, 4e-3),
+        ("out/train", 16, 4e-3),  # a tiny that was trained
+    ],
+)
+def test_a_model_has_its_own_hyperparameters(name, batch_size, learning_rate):
+    size = "tiny"
+    if "pythia" in name:
+        size = "pythia-14m"
+    own = defaults(name, SHAPES[size])
+    assert (own["batch_size"], own["learning_rate"]) == (batch_size, learning_rate)
+    assert own["seq_len"] == SHAPES[size].max_position_embeddings
 
 
 # ---- what names a run ----

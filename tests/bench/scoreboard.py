@@ -557,7 +557,8 @@ def transfer(small: Bench, found: dict[str, list[dict]]) -> tuple[Bench, dict[st
     # As many tokens a step and in all, so as many repeats; rates as the width has them.
     wider = SHAPES[args.larger].hidden_size / small.model.config.hidden_size
     args.lr = small.hyper.learning_rate / wider
-    base_lr = small.args.base_lr or defaults(small.model.config)["base_learning_rate"]
+    own = defaults(small.args.model, small.model.config)
+    base_lr = small.args.base_lr or own["base_learning_rate"]
     args.base_lr = base_lr / wider
     args.batch_size = small.hyper.batch_size
     args.seq_len = small.hyper.seq_len

@@ -33,7 +33,7 @@ def main():
     data = Data(args.data)
     device = start()
     model = load("scratch:tiny", device, vocab_size=data.vocab_size, seed=args.seed)
-    own = defaults(model.config)
+    own = defaults("scratch:tiny", model.config)
     hyper = Hyperparameters(
         seq_len=own["seq_len"],
         batch_size=own["batch_size"],
