@@ -990,14 +990,15 @@ def claim(
             check_folder(out, args)
             resuming = args.resume and is_run(out)
             if resuming:
-                known = read_record(out)["settings"]
+                known = read_record(out)
+                was = known["settings"]
                 changed = []
-                for key in {**known, **settings}:
-                    if known.get(key) != settings.get(key):
-                        changed.append(f"{key} was {known.get(key)}, is {settings.get(key)}")
+                for key in {**was, **settings}:
+                    if was.get(key) != settings.get(key):
+                        changed.append(f"{key} was {was.get(key)}, is {settings.get(key)}")
                 if changed:
                     raise InputError(f"{out}: --resume with other settings: {'; '.join(changed)}")
-                if read_record(out).get("code") != source_digest():
+                if known.get("code") != source_digest():
                     say(f"warning: the code is not what it was when the run in {out} began")
             if args.resume and not resuming:
                 say(f"{out} holds no run to go on with: this is a new one")
@@ -1010,7 +1011,8 @@ def claim(
                         prepare.remove(path)
                 options = {name: x for name, x in vars(args).items() if name not in NOT_KEPT}
                 known = {"settings": settings, "passes": passes, "options": options}
-                prepare.write_json(record, known | {"code": source_digest()})
+                known["code"] = source_digest()
+                prepare.write_json(record, known)
         # The others look only now.
         barrier()
         if not record.is_file():

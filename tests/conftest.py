@@ -311,6 +311,13 @@ def ends_well(*runs: Run) -> list[str]:
     return [out for _, out, _ in ended]
 
 
+def works(result: tuple[int, str, str]) -> str:
+    """The end is a good one; what was printed."""
+    status, out, err = result
+    assert status == 0, err
+    return out
+
+
 def fails(result, *words) -> None:
     """The end is as bad input's must be: status 2, and one line on stderr that has these words."""
     if isinstance(result, subprocess.CompletedProcess):

@@ -38,51 +38,36 @@ def benches(text: str) -> list[list[str]]:
     return found
 
 
-class Parsed(Exception):
-    """The command line was understood."""
-
-
-@pytest.fixture
-def parses(monkeypatch):
-    """parses(main, argv): whether a script understands its command line, at which it ends."""
+def test_commands_parse(monkeypatch):
+    """Each ends as soon as its options are understood."""
+    texts = [page.read_text(encoding="utf-8") for page in PAGES]
+    of_scripts = [words for text in texts for words in commands(text)]
+    of_benches = [words for text in texts for words in benches(text)]
+    assert len(of_scripts) > 12 and len({path for path, *_ in of_benches}) > 7
     plain = prepare.ArgumentParser.parse_args
 
     def parse(self, *args):
         plain(self, *args)
-        raise Parsed
-
-    def call(main, argv):
-        monkeypatch.setattr(sys, "argv", argv)
-        with pytest.raises(Parsed):
-            main()
+        raise InterruptedError
 
     monkeypatch.setattr(prepare.ArgumentParser, "parse_args", parse)
-    return call
-
-
-def test_commands_parse(parses):
-    found = [words for page in PAGES for words in commands(page.read_text(encoding="utf-8"))]
-    assert len(found) > 12
-    for script, *words in found:
-        parses(__import__(script.removesuffix(".py")).main, [script, *words])
-
-
-def test_commands_of_benchmarks_parse(parses):
-    found = [words for page in PAGES for words in benches(page.read_text(encoding="utf-8"))]
-    assert len({path for path, *_ in found}) > 7
-    for path, *words in found:
-        parses(runpy.run_path(str(ROOT / path))["main"], [path, *words])
+    for path, *words in of_scripts + of_benches:
+        name = path.removesuffix(".py")
+        loaded = vars(__import__(name)) if name in SCRIPTS else runpy.run_path(str(ROOT / path))
+        monkeypatch.setattr(sys, "argv", [path, *words])
+        with pytest.raises(InterruptedError):
+            loaded["main"]()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_examples_in_the_help_are_commands(name):
+def test_examples_in_the_help_are_commands(script, name):
     """Each on lines of its own, and of this script."""
-    doc = __import__(name).__doc__
-    examples = re.search(r"\n\n((?:    .*\n)+)", doc)[1]
+    status, text, _ = script(name, "--help")
+    examples = re.search(r"\n\n((?:    .*\n)+)", text)[1]
     found = commands(f"```sh\n{textwrap.dedent(examples)}```")
-    assert len(found) >= 2
-    for script, *words in found:
-        assert script == f"{name}.py"
+    assert status == 0 and len(found) >= 2
+    for path, *words in found:
+        assert path == f"{name}.py"
         assert not {"python", "torchrun"} & set(words)
 
 

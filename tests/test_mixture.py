@@ -96,8 +96,13 @@ def test_mixtures_by_name_file_and_string(counted, tmp_path):
     path = tmp_path / "mix.json"
     path.write_text('{"counts": {"a": 30, "b": 10}, "seq_len": 20}')
     assert parse_mixture(str(path), counted, 8, T) == {"a": 6, "b": 2}
-    with pytest.raises(InputError, match="--sequences"):
-        parse_mixture(str(path), counted, None, T)
+    for text in ("uniform", str(path)):
+        with pytest.raises(InputError, match=f"{text}.*--sequences"):
+            parse_mixture(text, counted, None, T)
+    for content in ("{", "[]", '{"a": "x"}', '{"counts": 3}', '{"counts": {"a": 2.5}}'):
+        path.write_text(content)
+        with pytest.raises(InputError, match="mix"):
+            parse_mixture(str(path), counted, 8, T)
 
 
 def test_the_published_mixture_is_taken_where_the_domains_have_its_names(tmp_path):

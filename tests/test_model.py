@@ -16,18 +16,7 @@ from conftest import ROOT, fails
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from model import (
-    SHAPES,
-    Config,
-    GPTNeoX,
-    attend,
-    can_compile,
-    compile_for,
-    is_out_of_memory,
-    load,
-    save,
-    sequences_at_once,
-)
+from model import SHAPES, Config, GPTNeoX, attend, can_compile, load, save, sequences_at_once
 from prepare import InputError, Tokenizer
 
 
@@ -94,13 +83,9 @@ def test_whole_and_sharded_folders_of_any_dtype_load_as_fp32(tmp_path, dtype, sh
     tokens = torch.randint(211, (1, 20))
     assert_close(load(tmp_path)(tokens), oracle(tokens).logits)
     assert load(tmp_path, dtype=dtype).embed_out.weight.dtype == dtype
-
-
-def test_save_keeps_the_dtype_asked_for_and_the_umask(tmp_path):
-    save(GPTNeoX(Config(64, 16, 1, 2, 32, 16)), tmp_path, dtype=torch.bfloat16)
-    weights = tmp_path / "model.safetensors"
-    assert {t.dtype for t in load_file(weights).values()} == {torch.bfloat16}
-    assert weights.stat().st_mode == (tmp_path / "config.json").stat().st_mode
+    save(load(tmp_path), tmp_path / "saved", dtype=dtype)
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {dtype}
 
 
 def test_scratch_is_the_same_for_the_same_seed_and_takes_the_vocabulary():
@@ -169,17 +154,13 @@ def tensors(*found) -> bytes:
 
 BIAS = "gpt_neox.final_layer_norm.bias"
 SAFETENSORS = {
-    "empty": b"",
     "too short for a length": b"\0" * 7,
-    "all ones": b"\xff" * 64,
     "length of 2^63": crafted(b"{}", size=2**63),
     "length past the end": crafted(b"{}", size=2**30),
     "not UTF-8": crafted(b"\xff" * 100),
     "deep lists": crafted(b"[" * 100_000),
-    "deep objects": crafted(b'{"a":' * 50_000),
     "metadata of numbers": crafted({"__metadata__": {"a": 3}}),
     "overlap": tensors(("a", "F32", [32], [0, 128]), ("b", "F32", [48], [64, 256])),
-    "one place": tensors(("a", "F32", [64], [0, 256]), ("b", "F32", [64], [0, 256])),
     "a hole": tensors(("a", "F32", [1], [0, 4]), ("b", "F32", [62], [8, 256])),
     "past the end": tensors(("a", "F32", [2**38], [0, 2**40])),
     "ends before it begins": tensors(("a", "F32", [64], [256, 0])),
@@ -187,6 +168,7 @@ SAFETENSORS = {
     "more elements than 2^64": tensors(("a", "F32", [2**32, 2**32], [0, 256])),
     "negative shape": tensors(("a", "F32", [-64], [0, 256])),
     "unknown type": tensors(("a", "F999", [64], [0, 256])),
+    "cut short": tensors((BIAS, "F32", [64], [0, 256]))[:-9],
     "another shape": tensors((BIAS, "F32", [8, 8], [0, 256])),
     "complex": tensors((BIAS, "C64", [32], [0, 256])),
     "8 bits": tensors((BIAS, "F8_E4M3", [256], [0, 256])),
@@ -398,60 +380,6 @@ def test_compiled_attention_rounds_no_more_in_bfloat16_than_sdpa():
     assert_rounds_like_sdpa(torch.compile(attend, dynamic=False), torch.bfloat16, 200)
 
 
-COMPILER = """CppCompileError: C++ compile error
-
-Command:
-/usr/bin/g++ /tmp/a.cpp -D A_MACRO -O3 -Werror -o /tmp/a.so
-
-Output:
-In file included from /tmp/a.cpp:1:
-/tmp/b.h:3:10: fatal error: omp.h: No such file or directory
-    3 | #include <omp.h>
-compilation terminated.
-
-Set TORCHDYNAMO_VERBOSE=1 for the internal stack trace
-"""
-
-
-@pytest.mark.parametrize(
-    "message, shown",
-    [
-        (COMPILER, "/tmp/b.h:3:10: fatal error: omp.h: No such file or directory"),
-        ("\nNo working C++ compiler found\n\nSet TORCHDYNAMO_VERBOSE=1", "No working C++ compiler"),
-        ("", "RuntimeError('')"),
-        ("error: " + "x" * 500, "error: " + "x" * 153 + "\n"),
-    ],
-)
-def test_the_warning_of_a_compiler_that_failed_shows_the_fault(message, shown, capsys):
-    model = GPTNeoX(Config(64, 16, 1, 2, 32, 16))
-    model.compile_parts()
-
-    def fails(x, targets):
-        raise RuntimeError(message)
-
-    model.token_losses = fails
-    with torch.compiler.set_stance("force_eager"):
-        compile_for(model, 2, 8, torch.float32, training=False)
-    assert f"torch.compile failed, going on without it: {shown}" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "error, is_one",
-    [
-        (RuntimeError("could not create a primitive"), True),
-        (RuntimeError("could not create a memory object"), True),
-        (RuntimeError("could not create a primitive descriptor for a matmul primitive"), False),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
-        (MemoryError(), True),
-        (RuntimeError("shapes cannot be multiplied"), False),
-    ],
-    ids=lambda value: str(value)[:40],
-)
-def test_running_out_of_memory_is_known_by_its_words(error, is_one):
-    assert is_out_of_memory(error) is is_one
-
-
 # ---- its size ----
 
 
@@ -483,28 +411,40 @@ MEASURED = [
 
 
 @pytest.mark.parametrize("name, sequences, measured", MEASURED)
-def test_the_memory_of_training_is_reckoned_within_the_tenth_that_stays_free(
-    monkeypatch, name, sequences, measured
-):
+def test_the_memory_of_training_is_reckoned_as_it_was_measured(name, sequences, measured):
+    """Within the tenth that stays free."""
     model = load(f"scratch:{name}", "meta", vocab_size=50304)
     state = 16 * PUBLISHED[name]
     activations = sequences * 2048 * model.bytes_per_token(True, torch.bfloat16)
     assert 0.98 * measured <= state + activations <= 1.2 * measured
 
-    def at_once(memory: float) -> int:
-        gpu = SimpleNamespace(total_memory=int(memory))
+
+@pytest.fixture
+def fitting(monkeypatch):
+    """How many sequences a GPU with so many bytes takes at a time."""
+
+    def fitting(memory: int, *setting, training: bool) -> int:
+        gpu = SimpleNamespace(total_memory=memory)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-        return sequences_at_once(model, 2048, torch.bfloat16, torch.device("cuda"), training=True)
+        return sequences_at_once(*setting, torch.device("cuda"), training=training)
 
-    assert 1 <= at_once(measured) <= sequences  # what was measured fills a GPU of this size
-    assert at_once(1e9) == 1  # too small for the model: one is tried
+    return fitting
 
 
-def test_evaluation_counts_hidden_states_where_logits_are_small(monkeypatch):
+def test_a_gpu_gets_as_many_sequences_as_its_memory_holds(fitting):
+    """Worked out by hand for pythia-1b: 16 x 1,011,781,632 bytes, then 2.89 GB a sequence, or 0.47
+    with activation checkpointing; logits of 0.41 GB in at most a tenth of it all, or 4 GB."""
+    model = load("scratch:pythia-1b", "meta")
+    setting = (model, 2048, torch.bfloat16)
+    found = [fitting(gib * 2**30, *setting, training=True) for gib in (16, 24, 40, 80)]
+    assert found == [1, 2, 7, 10]
+    model.activation_checkpointing = True
+    assert fitting(24 * 2**30, *setting, training=True) == 6
+
+
+def test_evaluation_counts_hidden_states_where_logits_are_small(fitting):
     """Of a vocabulary of 512 they are small beside what goes through a layer of pythia-1b."""
     model = load("scratch:pythia-1b", "meta", vocab_size=512)
-    gpu = SimpleNamespace(total_memory=80 * 10**9)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-    n = sequences_at_once(model, 64, torch.float32, torch.device("cuda"), training=False)
+    n = fitting(80 * 10**9, model, 64, torch.float32, training=False)
     numbers = 2048 + 2048 + 8192 + 8192  # of a token: what comes in, its norm, the MLP's middle
     assert 10e9 < 4 * 64 * n * numbers < 75e9

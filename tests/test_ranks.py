@@ -2,28 +2,15 @@
 
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
-from conftest import (
-    ROOT,
-    Run,
-    assert_same_training,
-    ends_well,
-    fails,
-    free_port,
-    log_of,
-    options,
-    rank_environments,
-    ranks,
-    small_model,
-    train_options,
-)
+from conftest import ROOT, Run, ends_well, log_of, options, ranks, train_options
 from safetensors.torch import load_file
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
@@ -52,7 +39,7 @@ def assert_same_log(out: Path, one: Path, loss: float = 1e-5) -> None:
 def assert_same_run(out: Path, one: Path) -> None:
     assert_same_log(out, one)
     weights = [load_file(folder / "model.safetensors") for folder in (out, one)]
-    assert_same_training(*weights, atol=1e-5)
+    conftest.assert_same_training(*weights, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -63,9 +50,7 @@ def assert_same_run(out: Path, one: Path) -> None:
         (3, {"fsdp": True, "micro_batch_size": 2, "activation_checkpointing": True}),
     ],
 )
-def test_ranks_train_like_one_process_and_print_no_warning(
-    data, small, one, tmp_path, number, changes
-):
+def test_ranks_train_like_one_process_without_warnings(data, small, one, tmp_path, number, changes):
     """A batch has 8 rows, the last one 4: some ranks, and some micro-batches, are not full."""
     words = train_options(data, small, tmp_path / "run", **changes)
     printed = ends_well(*ranks(tmp_path, number, "train", *words))
@@ -87,7 +72,7 @@ def test_ranks_evaluate_like_one_process(data, small, one, tmp_path):
 
 def test_two_nodes_meet_and_train_like_one_process(data, small, one, tmp_path):
     words = options(nnodes=2, nproc_per_node=1, local_addr="localhost", rdzv_id=1)
-    words += options(rdzv_backend="c10d", rdzv_endpoint=f"localhost:{free_port()}")
+    words += options(rdzv_backend="c10d", rdzv_endpoint=f"localhost:{conftest.free_port()}")
     script = [ROOT / "train.py", *train_options(data, small, tmp_path / "run")]
     nodes = []
     for node in ("0", "1"):
@@ -99,23 +84,6 @@ def test_two_nodes_meet_and_train_like_one_process(data, small, one, tmp_path):
     assert [node.returncode for node in nodes] == [0, 0], outputs
     assert sum("on cpu x 2," in out for out, _ in outputs) == 1
     assert_same_run(tmp_path / "run", one)
-
-
-PRINTING = "import train\nprint(train.resume_command())\n"
-
-
-def test_the_command_that_goes_on_has_the_options_that_torchrun_was_given(tmp_path):
-    script = tmp_path / "a script.py"
-    script.write_text(PRINTING)
-    words = options(nnodes=1, nproc_per_node=1, local_addr="localhost", rdzv_id=7)
-    words += options(rdzv_backend="c10d", rdzv_endpoint=f"localhost:{free_port()}")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", *words]
-    done = subprocess.run(
-        [*torchrun, script, "--seed", "3", "--overwrite"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    expected = ["torchrun", *words, str(script), "--seed", "3", "--resume"]
-    assert shlex.split(done.stdout) == expected
 
 
 @pytest.mark.parametrize(
@@ -141,7 +109,7 @@ FSDP = (2, {"fsdp": True})
 )
 def test_a_killed_run_goes_on_with_any_ranks(data, tmp_path, tied, before, after):
     """Its checkpoints hold whole tensors, each once; the sequences of a step stay what they are."""
-    model = small_model(tmp_path / "model", data, tie_word_embeddings=tied)
+    model = conftest.small_model(tmp_path / "model", data, tie_word_embeddings=tied)
     out = tmp_path / "run"
 
     def start(folder: Path, world, **settings) -> list[Run]:
@@ -159,12 +127,6 @@ def test_a_killed_run_goes_on_with_any_ranks(data, tmp_path, tied, before, after
     printed = ends_well(*start(out, after))
     assert f"going on from {out / 'checkpoint-00000002'}" in printed[0]
     assert_same_log(out, tmp_path / "whole", loss=1e-4)
-
-
-def test_fsdp_alone_says_how_to_start_it(data, small, tmp_path, script):
-    result = script("train", *train_options(data, small, tmp_path / "run", fsdp=True))
-    fails(result, "torchrun --nproc_per_node")
-    assert not (tmp_path / "run").exists()
 
 
 def test_bfloat16_parameters_learn_what_float32_ones_do(data, small, one, tmp_path):
@@ -244,7 +206,7 @@ finish()
 def test_a_process_ends_well_while_threads_of_its_group_live():
     """Of an interpreter of its own, for it is as that shuts down that they can abort it."""
     processes = []
-    for environment in rank_environments(2):
+    for environment in conftest.rank_environments(2):
         words = [sys.executable, "-c", ENDING]
         processes.append(subprocess.Popen(words, env=os.environ | environment))
     assert [process.wait(60) for process in processes] == [0, 0]

@@ -26,16 +26,12 @@ from prepare import InputError, Tokenizer, fastokens_encoding
 
 PYTHIA = os.environ.get("PYTHIA_TOKENIZER")
 TEXTS = os.environ.get("PYTHIA_TEXTS")
-needs_pythia = pytest.mark.skipif(
-    not PYTHIA,
-    reason="PYTHIA_TOKENIZER is not set: the path of Pythia's tokenizer.json, not made here",
-)
-needs_texts = pytest.mark.skipif(
-    not TEXTS, reason="PYTHIA_TEXTS is not set: a glob of .jsonl.gz files to compare ids on"
-)
-needs_fastokens = pytest.mark.skipif(
-    not find_spec("fastokens"), reason="fastokens is not installed: it is not required"
-)
+reason = "PYTHIA_TOKENIZER is not set: the path of Pythia's tokenizer.json, not made here"
+needs_pythia = pytest.mark.skipif(not PYTHIA, reason=reason)
+reason = "PYTHIA_TEXTS is not set: a glob of .jsonl.gz files to compare ids on"
+needs_texts = pytest.mark.skipif(not TEXTS, reason=reason)
+reason = "fastokens is not installed: it is not required"
+needs_fastokens = pytest.mark.skipif(not find_spec("fastokens"), reason=reason)
 
 
 @functools.cache
@@ -265,20 +261,14 @@ def test_a_fastokens_that_cuts_other_words_is_not_taken(tmp_path, monkeypatch, r
         assert (found is not None) == taken
 
 
-def test_an_interruption_while_fastokens_loads_is_one(tmp_path, monkeypatch):
-    interrupted = SimpleNamespace(from_json_str=raising(KeyboardInterrupt))
-    monkeypatch.setitem(sys.modules, "fastokens", SimpleNamespace(Tokenizer=interrupted))
+@pytest.mark.parametrize("library", ["tokenizers", "fastokens"])
+def test_an_interruption_while_a_library_loads_is_one(tmp_path, monkeypatch, library):
     (tmp_path / "t.json").write_text(plain())
+    interrupted = raising(KeyboardInterrupt)
+    loader = SimpleNamespace(from_str=interrupted, from_json_str=interrupted)
+    monkeypatch.setitem(sys.modules, library, SimpleNamespace(Tokenizer=loader))
     with pytest.raises(KeyboardInterrupt):
         Pair(tmp_path / "t.json").ours.encode("a")
-
-
-def test_an_interruption_while_a_tokenizer_loads_is_one(tmp_path, monkeypatch):
-    interrupted = SimpleNamespace(from_str=raising(KeyboardInterrupt))
-    monkeypatch.setattr("tokenizers.Tokenizer", interrupted)
-    (tmp_path / "t.json").write_text(plain())
-    with pytest.raises(KeyboardInterrupt):
-        Tokenizer(tmp_path / "t.json")
 
 
 def test_of_little_text_fastokens_is_not_asked(tmp_path, monkeypatch):
@@ -317,14 +307,10 @@ OTHER_SHAPES = {
     "dropout": lambda spec: spec["model"].update(dropout=0.1),
     "merges in another order": swap_merges,
     "a token that no merge makes": lambda spec: spec["model"]["vocab"].update(zqzq=700),
-    "two tokens with one id": lambda spec: spec["model"]["vocab"].update(
-        y=spec["model"]["vocab"]["z"]
-    ),
+    "one id twice": lambda spec: spec["model"]["vocab"].update(y=spec["model"]["vocab"]["z"]),
     "a byte is missing": lose_a_byte,
     "a token for a word": lambda spec: add_token(spec, "house"),
-    "a token that takes the space before it": lambda spec: add_token(
-        spec, "  ", lstrip=True, normalized=True
-    ),
+    "a token that takes a space": lambda spec: add_token(spec, "  ", lstrip=True, normalized=True),
 }
 
 
