@@ -634,11 +634,14 @@ def check_finite(tensors: dict[str, torch.Tensor]) -> None:
             raise InputError(f"{name} is not finite and not saved; {kept}; {way_out}")
 
 
+IN_FILE = "optimizer.safetensors"  # has the tensor of the name that stands under this key
+
+
 def split_tensors(state, tensors: dict[str, torch.Tensor], path: str = "state"):
     """Nested state as JSON has it; its tensors go into `tensors`, and their names into the JSON."""
     if isinstance(state, torch.Tensor):
         tensors[path] = state.contiguous()
-        return {"tensor": path}
+        return {IN_FILE: path}
     if isinstance(state, dict):
         return {key: split_tensors(x, tensors, f"{path}.{key}") for key, x in state.items()}
     if isinstance(state, (list, tuple)):
@@ -652,8 +655,8 @@ def join_tensors(state, tensors: dict[str, torch.Tensor]):
         return [join_tensors(x, tensors) for x in state]
     if not isinstance(state, dict):
         return state
-    if state.keys() == {"tensor"}:
-        return tensors[state["tensor"]]
+    if state.keys() == {IN_FILE}:
+        return tensors[state[IN_FILE]]
     return {key: join_tensors(x, tensors) for key, x in state.items()}
 
 

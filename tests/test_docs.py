@@ -43,7 +43,7 @@ def test_commands_parse(monkeypatch):
     texts = [page.read_text(encoding="utf-8") for page in PAGES]
     of_scripts = [words for text in texts for words in commands(text)]
     of_benches = [words for text in texts for words in benches(text)]
-    assert len(of_scripts) > 12 and len({path for path, *_ in of_benches}) > 7
+    assert len(of_scripts) > 15 and len({path for path, *_ in of_benches}) > 7
     plain = prepare.ArgumentParser.parse_args
 
     def parse(self, *args):

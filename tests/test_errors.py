@@ -11,7 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Run, bins, command, fails, made_data, options, run_script, train_options
+from conftest import (
+    ROOT,
+    SMALL,
+    Run,
+    bins,
+    command,
+    fails,
+    made_data,
+    options,
+    run_script,
+    train_options,
+)
 
 from model import Config, GPTNeoX, is_out_of_memory, save
 from prepare import Data, InputError, check_place, make_sample
@@ -26,6 +37,7 @@ short_run = partial(train_options, mix=False, sequences=8)  # of either
 OPTIONS = [  # and what is said of them
     ({"data": "missing"}, ["missing", "prepare.py"]),
     ({"model": "scratch:huge"}, ["scratch:huge", "pythia-70m"]),
+    ({"model": "pythia-99m"}, ["pythia-99m"]),
     ({"model": "missing/folder/of/mine"}, ["missing/folder/of/mine"]),
     ({"seq_len": 33}, ["33", "32"]),
     ({"batch_size": 0}, ["--batch-size 0"]),
@@ -37,6 +49,8 @@ OPTIONS = [  # and what is said of them
     ({"sequences": 9_000_000_000}, ["--sequences 9000000000", "1 to 100,000,000"]),
     ({"seed": "9" * 20}, ["--seed"]),
     ({"mixture": "web=3"}, ["'web'", "code, prose, sums"]),
+    ({"mixture": "code=-3"}, ["-3"]),
+    ({"mixture": "code=0,sums=0"}, ["zero"]),
     ({"mixture": "code=3,sums=1,code=2"}, ["named twice"]),
     ({"mixture": f"code={'9' * 5000}"}, ["expected uniform"]),
     ({"device": "meta"}, ["--device meta: expected cpu, cuda"]),
@@ -107,14 +121,13 @@ def test_an_out_that_cannot_be_written(script, data, small, tmp_path, name):
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-2], lambda b: b + b"\0\0", None])
-def test_a_bin_of_another_length(data, tmp_path, damage):
+def test_a_bin_of_another_length(script, data, small, tmp_path, damage):
     path = Path(shutil.copytree(data.folder, tmp_path / "d")) / "sums.train.bin"
     content = path.read_bytes()
     path.unlink()
     if damage:
         path.write_bytes(damage(content))
-    with pytest.raises(InputError, match=str(path)):
-        Data(tmp_path / "d")
+    fails(script("eval", small, *options(data=tmp_path / "d"), *SMALL), path)
 
 
 def files_of(domain: str, **changes) -> dict:
@@ -144,6 +157,19 @@ def test_a_meta_json_that_is_none(data, tmp_path, change):
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(InputError, match=r"meta\.json: damaged, or not of format 1"):
         Data(tmp_path)
+
+
+def test_damaged_models(script, data, tmp_path, copy_of_small):
+    words = [*options(data=data.folder), *SMALL]
+    fails(script("eval", tmp_path / "none", *words), tmp_path / "none")
+    weights = copy_of_small / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    fails(script("eval", copy_of_small, *words), weights)
+    weights.unlink()
+    fails(script("eval", copy_of_small, *words), "model.safetensors")
+    (copy_of_small / "config.json").write_text("{")
+    fails(script("eval", copy_of_small, *words), "config.json")
+    fails(script("model", copy_of_small, "hello", "--device", "cpu"), "config.json")
 
 
 def test_a_model_with_another_vocabulary(script, data, tmp_path):

@@ -138,7 +138,7 @@ def test_resume_alone_goes_on_with_the_options_of_the_run(argv, out, whole, tmp_
 
 
 class Odd(torch.optim.Optimizer):
-    """Its state: numbers, a list of tensors, what comes only with the fourth step, a group's."""
+    """Its state: numbers, a list and a dict of tensors, what comes only with the fourth step, a group's."""
 
     def __init__(self, parameters):
         super().__init__(parameters, {"lr": 0.0, "taken": 0, "share": (1.0, None)})
@@ -151,6 +151,7 @@ class Odd(torch.optim.Optimizer):
             for p in group["params"]:
                 state = self.state[p]
                 state["size"] = 1.01 * state.get("size", 1.0)
+                state["own"] = {"tensor": p.grad.clone()}
                 first, second = state.get("last", [torch.zeros_like(p), torch.zeros_like(p)])
                 state["last"] = [second, p.grad.clone()]
                 if group["taken"] >= 4:

@@ -248,6 +248,19 @@ def test_a_damaged_source_is_read_for_what_it_holds_or_refused_in_one_line(name,
     assert reasons["bad"] == bad and len(items) == len(texts) + bad
 
 
+@fuzz(100)
+@given(st.data())
+def test_a_damaged_text_is_itself_or_no_document(d):
+    content = d.draw(edited(TEXTS[-2].encode() * 3))
+    with new_folder() as folder:
+        (folder / "a.txt").write_bytes(content)
+        [document] = read({"a": [folder / "a.txt"]}, "text", None)
+    try:
+        assert document == ("a", content.decode("utf-8-sig"), "")
+    except UnicodeDecodeError as e:
+        assert str(e) in document.message
+
+
 GARBAGE = b"no such format"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 LABELS = ["a", "A", "b c", "../b", "mean", "", "\u65e5\u672c", "\ud800", 7, None, ["a"], {"a": 1}]

@@ -4,12 +4,14 @@ import json
 import re
 import shutil
 
+import conftest
 import numpy as np
 import pytest
 import torch
 from conftest import Run, ends_well, fails, options, ranks, run_script, same_weights, train_options
 
 import mix
+import prepare
 from eval import evaluate
 from mix import METHODS, RULES, Runs, update
 from model import can_compile, load
@@ -267,6 +269,8 @@ def test_a_goal_that_is_not_trained_on(search):
         ({"objective": "code=1,web=1"}, "expected mean, worst, or weights"),
         ({"objective": "code=0"}, "every weight is zero"),
         ({"objective": "code=1,code=2"}, "code is named twice"),
+        ({"start": "code"}, "--start code: expected"),
+        ({"start": "code=3,code=4"}, "--start code=3,code=4: a domain is named twice"),
         ({"resume": True, "overwrite": True}, "--resume goes on and --overwrite starts anew"),
         ({"method": "experts", "expert_sequences": 0}, "--expert-sequences 0: expected 1 to 2,147"),
         ({"method": "experts", "spare": "nan"}, "--spare nan: expected -1,000,000,000 to 1,000,"),
@@ -280,19 +284,41 @@ def test_what_a_method_cannot_do_is_said_at_once(words, message, data, small, tm
     assert not (tmp_path / "run").exists()
 
 
+def test_forty_domains_need_no_more_open_files_than_three(tmp_path):
+    """Three splits of each are 120 files; a process here may have 256 open, as on macOS. Nor do
+    the lines of the rounds become longer than others."""
+    sources = {}
+    for i in range(40):
+        documents = conftest.made_documents("sums", 24, seed=i)
+        sources[f"d{i:02}"] = [conftest.write_jsonl(tmp_path / f"{i}.jsonl", documents)]
+    fractions = {"val_fraction": 0.2, "test_fraction": 0.2}
+    data = prepare.prepare(tmp_path / "data", sources, "train:300", **fractions)
+    model = conftest.small_model(tmp_path / "model", data)
+    words = {"sequences": 40, "rounds": 2, "seq_len": 8, "eval_sequences": 2}
+    argv = mix_options(data, model, tmp_path / "run", **words)
+    [text] = ends_well(Run(tmp_path, "mix", *argv))
+    rounds = [line for line in text.splitlines() if line[:5].strip().isdigit()]
+    assert len(rounds) == 3
+    lines = [line for line in text.splitlines() if str(tmp_path) not in line]
+    assert max(len(line) for line in lines if not line.startswith("warning")) <= 100
+    assert text.count("warning") == 1
+    assert [len(line["losses"]) for line in history_of(tmp_path / "run")] == [40] * 3
+
+
 # ---- interrupted, and in several processes ----
 
 
 @pytest.mark.parametrize(
     "method, moment, said",
     [
+        ("uniform", "rename .*result.json", ""),
+        ("reweight", "remove .*model.safetensors", ""),  # of the second round
         # After the reference was trained; after 16 steps of the first expert, and 7 checkpoints.
         ("doremi", "rename .*/runs/[^/]*/run.json", ""),
         ("experts", "rename .*tokens-", "/checkpoint-00000014"),
     ],
 )
 def test_killed_and_resumed_it_ends_the_same(method, moment, said, searches, data, small, tmp_path):
-    """As the post's rounds do, in test_faults."""
     out = tmp_path / method
     argv = mix_options(data, small, out, method=method, save_every=2)
     assert Run(tmp_path, "mix", *argv, kill_at=moment).end()[0] == -9
@@ -361,6 +387,20 @@ def runs(data, small, tmp_path) -> Runs:
 ONE, TWO, THREE = ({"code": n, "sums": 8 - n} for n in (1, 2, 3))
 
 
+def flipped(archive: bytes) -> bytes:
+    """With one bit of the last array changed, whose data begin 123 bytes after this word."""
+    at = archive.rindex(b"NUMPY") + 130
+    return archive[:at] + bytes([archive[at] ^ 1]) + archive[at + 1 :]
+
+
+DAMAGED = {
+    "of other counts": lambda mine, other: other,
+    "cut short": lambda mine, other: mine[:-40],
+    "a bit flipped": lambda mine, other: flipped(mine),
+    "no archive": lambda mine, other: b"losses",
+}
+
+
 def test_whatever_bit_is_flipped_in_kept_losses_they_are_the_same_or_none(runs):
     runs.measure(ONE)
     path = runs.run(ONE).folder / "sequences-5.npz"
@@ -386,15 +426,15 @@ def test_weights_that_were_kept_last_of_all_are_not_trained_again(runs, monkeypa
     assert not (run.folder / "checkpoint-00000001").exists()
 
 
-@pytest.mark.parametrize("damaged", [lambda mine, other: other, lambda mine, other: mine[:-40]])
+@pytest.mark.parametrize("damage", DAMAGED)
 @pytest.mark.parametrize("per_token", [False, True])
-def test_losses_of_other_counts_or_cut_short_are_measured_anew(damaged, per_token, runs):
+def test_losses_that_are_not_this_runs_are_measured_anew(damage, per_token, runs):
     first, other = (runs.run(counts) for counts in (ONE, TWO))
     losses, _ = (runs.losses_of(run, 5, "run", per_token) for run in (first, other))
     kind = "tokens" if per_token else "sequences"
     mine, its = (run.folder / f"{kind}-5.npz" for run in (first, other))
     before = mine.read_bytes()
-    mine.write_bytes(damaged(before, its.read_bytes()))
+    mine.write_bytes(DAMAGED[damage](before, its.read_bytes()))
     again = runs.losses_of(first, 5, "run", per_token)
     assert all((again[d] == losses[d]).all() for d in losses)
     assert again["code"].shape == ((5, 32) if per_token else (5,))
@@ -427,6 +467,9 @@ def test_only_weights_go_that_nobody_wants(runs, tmp_path):
     for counts in (ONE, TWO, THREE):  # the first one anew, the last one not
         runs.measure(counts)
     assert kept() == [True, True, False]
+    runs.train(THREE)
+    runs.keep_only(THREE)
+    assert kept() == [False, False, True]
     runs.keep_only()
     assert kept() == [False] * 3
 

@@ -561,9 +561,14 @@ def test_killed_half_way_it_leaves_no_data_and_no_process(tmp_path, data, script
     assert Data(out).domains == ["a"]
 
 
+def test_reading_prepared_data_does_not_import_torch():
+    slow = "{'torch', 'model', 'tokenizers', 'tqdm', 'matplotlib'}"
+    code = f"import sys, prepare; assert not {slow} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(prepare.__file__).parent, check=True)
+
+
 PEAK = """
 import prepare, re, sys
-assert not {"torch", "model", "tokenizers", "tqdm", "matplotlib"} & {*sys.modules}
 prepare.cli(prepare.main)
 assert "torch" not in sys.modules
 print(re.search(r"VmHWM:\\s+([0-9]+) kB", open("/proc/self/status").read())[1])
@@ -572,8 +577,8 @@ print(re.search(r"VmHWM:\\s+([0-9]+) kB", open("/proc/self/status").read())[1])
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is measured as Linux tells it")
 def test_memory_does_not_grow_with_the_input(tmp_path, data):
-    """Sixteen times as much text, of 14 MB, takes about as much; torch is not imported, and to
-    read what was prepared nothing slow is. fastokens, if it is there, takes a fixed amount."""
+    """Sixteen times as much text, of 14 MB, takes about as much; torch is not imported. fastokens,
+    if it is there, takes a fixed amount."""
     (tmp_path / "fastokens.py").write_text("raise ImportError")
     without = os.environ | {"PYTHONPATH": str(tmp_path)}
     peaks = []
