@@ -138,7 +138,7 @@ def test_resume_alone_goes_on_with_the_options_of_the_run(argv, out, whole, tmp_
 
 
 class Odd(torch.optim.Optimizer):
-    """Its state: numbers, a list and a dict of tensors, what comes only with the fourth step, a group's."""
+    """Its state: numbers, tensors in a list and a dict, what the fourth step brings, a group's."""
 
     def __init__(self, parameters):
         super().__init__(parameters, {"lr": 0.0, "taken": 0, "share": (1.0, None)})
