@@ -1043,7 +1043,7 @@ def parse_args():
     prepare.check_range(args, ("base_sequences",), 1, 10**8)
     prepare.check_range(args, ("rate", "base_lr"), 1e-9, 10**9)
     prepare.check_range(args, ("spare",), -(10**9), 10**9)
-    if args.rate is None:
+    if args.rate is None and "--rate" in METHODS[args.method].options:
         args.rate = RULES[args.rule][1]
     return args
 
@@ -1136,13 +1136,13 @@ def next_steps(args, result: dict) -> list[str]:
         # docs/scoreboard.md: experts are better than uniform on three data sets. What was asked of
         # this search, they are asked, too.
         parser = make_parser()
-        words = [*train.launcher(), "mix.py", "--method", "experts", "--out", "out/experts"]
         own = {"method", "out", "resume", "overwrite", *own_options(args)}
+        same = {}
         for name, value in vars(args).items():
             if name not in own and value != parser.get_default(name):
-                words.append("--" + name.replace("_", "-"))
-                if value is not True:
-                    words.append(str(value))
+                same[name] = value
+        words = [*train.launcher(), "mix.py", "--method", "experts", "--out", "out/experts"]
+        words += train.words_of(same)
         steps.append(f"better  {shlex.join(words)}")
     return steps
 

@@ -964,6 +964,20 @@ OWN_FILES = ("model.safetensors", "checkpoint-*", "log.jsonl", "result.json", "t
 NOT_KEPT = ("out", "resume", "overwrite", "dry_run", "check_data", "device", "fsdp")
 
 
+def words_of(options: dict) -> list[str]:
+    """Options, {name in Python: value}, as they stand on a command line."""
+    words = []
+    for name, value in options.items():
+        option = "--" + name.replace("_", "-")
+        if value is True:
+            words.append(option)
+        elif str(value).startswith("-"):
+            words.append(f"{option}={value}")
+        elif value is not None and value is not False:
+            words += [option, str(value)]
+    return words
+
+
 def parse_args(parser: prepare.ArgumentParser):
     """The command line; with --resume, what it leaves out is as it was when the run was begun."""
     args = parser.parse_args()
@@ -973,8 +987,11 @@ def parse_args(parser: prepare.ArgumentParser):
     if args.resume and record.is_file():
         options = read_record(args.out)["options"]
         # Those of another script's run are not this one's: check_folder says whose it is.
-        parser.set_defaults(**{name: x for name, x in options.items() if name in vars(args)})
-        args = parser.parse_args()
+        known = {name: value for name, value in options.items() if name in vars(args)}
+        try:
+            args = parser.parse_args([*words_of(known), *sys.argv[1:]])
+        except InputError as e:
+            raise InputError(f"{record} is damaged: {e}; --overwrite starts anew") from None
     return args
 
 

@@ -293,6 +293,23 @@ def test_code_that_changed_before_a_resume_is_said(whole, argv, out, script):
     assert f"warning: the code is not what it was when the run in {out} began" in text
 
 
+@pytest.mark.parametrize(
+    "option, value", [("seed", [3]), ("lr", {}), ("save_dtype", "float99"), ("no_compile", "yes")]
+)
+def test_a_recorded_option_that_is_none_is_refused_as_on_the_command_line(
+    whole, out, script, option, value
+):
+    shutil.copytree(whole, out)
+    record = json.loads((out / "run.json").read_text())
+    record["options"][option] = value
+    (out / "run.json").write_text(json.dumps(record))
+    words = [
+        "run.json is damaged: ",
+        value if value == "yes" else f"--{option.replace('_', '-')}: ",
+    ]
+    fails(script("train", "--resume", "--out", out), *words)
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_tokens_beyond_the_vocabulary_are_named(data, argv, tmp_path, script, split):
     copy = Data(shutil.copytree(data.folder, tmp_path / "d"))
