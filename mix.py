@@ -1043,6 +1043,8 @@ def parse_args():
     prepare.check_range(args, ("base_sequences",), 1, 10**8)
     prepare.check_range(args, ("rate", "base_lr"), 1e-9, 10**9)
     prepare.check_range(args, ("spare",), -(10**9), 10**9)
+    if args.spare is not None and args.objective == "worst":
+        raise InputError("--spare: --objective worst spares as much as it can; give one of them")
     if args.rate is None and "--rate" in METHODS[args.method].options:
         args.rate = RULES[args.rule][1]
     return args

@@ -275,6 +275,7 @@ def test_a_goal_that_is_not_trained_on(search):
         ({"method": "experts", "expert_sequences": 0}, "--expert-sequences 0: expected 1 to 2,147"),
         ({"method": "experts", "spare": "nan"}, "--spare nan: expected -1,000,000,000 to 1,000,"),
         ({"spare": 0.1}, "--spare is of --method experts, not of reweight"),
+        ({"method": "experts", "objective": "worst", "spare": 0.1}, "--spare: --objective worst"),
         ({"method": "doremi", "rounds": 2}, "--rounds is of --method reweight, not of doremi"),
         ({"rate": -1}, "--rate -1.0: expected 1e-09 to 1,000,000,000"),
     ],
