@@ -49,6 +49,7 @@ from prepare import (
     check_place,
     check_range,
     cli,
+    shortened,
     write_json,
 )
 
@@ -58,14 +59,15 @@ Losses = dict[str, np.ndarray]  # by domain: the mean loss of every sequence (n,
 # ---- evaluate ----
 
 
-def check_fit(model: GPTNeoX, data: Data, seq_len: int) -> None:
+def check_fit(model: GPTNeoX, data: Data, seq_len: int, name: str = "the model") -> None:
     """Raise InputError if the model cannot read the data, or sequences of seq_len tokens."""
     c = model.config
-    if seq_len > c.max_position_embeddings:
-        longest = f"the model reads at most {c.max_position_embeddings} tokens"
-        raise InputError(f"--seq-len {seq_len}: {longest}")
+    longest = c.max_position_embeddings
+    if seq_len > longest:
+        ways = f"give --seq-len {longest} or less"
+        raise InputError(f"--seq-len {seq_len}: {name} reads at most {longest} tokens; {ways}")
     if data.vocab_size > c.vocab_size:
-        sizes = f"its tokenizer has {data.vocab_size:,} tokens, the model only {c.vocab_size:,}"
+        sizes = f"its tokenizer has {data.vocab_size:,} tokens, {name} only {c.vocab_size:,}"
         raise InputError(f"{data.folder}: {sizes}; prepare the data with the model's tokenizer")
 
 
@@ -371,17 +373,6 @@ def signed(row: dict) -> str:
     return f"{row['change']:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
-def shortened(names: list[str], width: int) -> dict[str, str]:
-    """Names in at most `width` characters, all distinct: whole, or a number and the end."""
-    short = {}
-    for number, name in enumerate(names, 1):
-        short[name] = name
-        if len(name) > width:
-            room = width - len(f"{number}…")
-            short[name] = f"{number}…{name[-room:]}"
-    return short
-
-
 def table(result: dict) -> str:
     """The results as text, within 100 columns: domains down, the baseline and two others across.
 
@@ -456,6 +447,9 @@ def main():
         args.models = [args.baseline, *(name for name in args.models if name != args.baseline)]
     if args.json:
         check_place(Path(args.json), "--json")
+        if Path(args.json).is_dir():
+            raise InputError(f"--json {args.json} is a folder; name a file")
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
     data = Data(args.data)
     device = start(args.device)
     if args.check_data:
@@ -464,11 +458,11 @@ def main():
     for name in args.models:  # what is wrong with any of them is said before the first is read
         shape = load(name, "meta", vocab_size=data.vocab_size)
         seq_len = seq_len or shape.config.max_position_embeddings
-        check_fit(shape, data, seq_len)
+        check_fit(shape, data, seq_len, name)
         warn_of_another_tokenizer(name, data)
     dtype = autocast_dtype(args.dtype, device)
     compiles, how = can_compile(device, args.no_compile)
-    say(f"on {where_it_runs(device, dtype, args.dtype)}, {how}")
+    say(f"on {where_it_runs(device, dtype)}, {how}")
     losses = {}
     for name in args.models:
         model = load(name, device, vocab_size=data.vocab_size)

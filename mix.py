@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import shlex
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -34,7 +35,6 @@ from eval import (
     judge,
     parse_objective,
     results,
-    shortened,
     signed,
     table,
 )
@@ -451,6 +451,8 @@ def train_once(
         if weights.is_file() and not is_whole:
             say(f"{weights} is damaged, and made anew")
             weights.unlink()
+        # What is trained anew has a hash of its own.
+        if not weights.is_file():
             known = {}
     barrier()
     if on_all_ranks(weights.is_file(), model.device):
@@ -629,7 +631,7 @@ class History:
         width = 17
         if K > 5:
             width = 11
-        head = "".join(f"{d:>{width}}" for d in shortened(self.domains, width - 1).values())
+        head = "".join(f"{d:>{width}}" for d in prepare.shortened(self.domains, width - 1).values())
         if K > 8:
             head = "  the largest moves from the first mixture"
         say(f"{'round':>5}{self.objective.name:>7}{head}")
@@ -712,7 +714,7 @@ class History:
         share = {d: counts.get(d, 0) / sum(counts.values()) for d in self.domains}
         moved = {d: share[d] - first.get(d, 0) / sum(first.values()) for d in self.domains}
         largest = sorted(moved, key=lambda d: -abs(moved[d]))[:4]
-        short = shortened(self.domains, 12)
+        short = prepare.shortened(self.domains, 12)
         return "".join(f"  {short[d]} {share[d]:.1%}" for d in largest)
 
     def measured(self) -> list[dict]:
@@ -766,11 +768,12 @@ def pretrain(model: GPTNeoX, data: Data, hyper: Hyperparameters, args) -> Path:
     say(f"base    {folder}, lr {peak:g}, from {args.base_sequences:,} sequences:")
     say("        " + prepare.first_of([f"{d} {n:,}" for d, n in counts.items()], 6))
     with contextlib.ExitStack() as stack:
-        if rank() == 0 and not (folder / "model.safetensors").is_file():
+        if rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            # Other searches may want it, too.
-            wait = "wait until it has pretrained that base"
-            stack.enter_context(prepare.locked(folder / ".lock", folder, way_out=wait))
+            # Other searches may want it, too, and one that is nearly done is waited for.
+            is_near = (folder / "model.safetensors").is_file()
+            way_out = "wait until it has pretrained that base"
+            stack.enter_context(prepare.locked(folder / ".lock", folder, is_near, way_out))
         run = Run(folder, settings, counts, hyper, passes=[])
         train_once(model, None, data, run, args.save_every, "pretrain")
     return folder
@@ -903,7 +906,7 @@ def draw_rounds(history: History, is_path: bool, left, right) -> None:
     rounds = [line["round"] for line in measured]
     # A legend has room for so many names: those of the domains that changed most.
     most = np.argsort(-np.abs(changes).max(0), kind="stable")[:20]
-    labels = shortened(history.domains, 20)
+    labels = prepare.shortened(history.domains, 20)
     for k, d in enumerate(history.domains):
         style = {"color": f"C{k % 10}", "marker": "os^Dv"[k // 10 % 5]}
         style["linestyle"] = "-" if is_path else ""
@@ -1090,7 +1093,8 @@ def main():
             if history.round_of(counts) is None:
                 history.add(counts, runs.measure(counts, "the mixture found"))
             # The comparison needs no others.
-            runs.keep_only(runs.counts(np.ones(len(train_on))), counts)
+            uniform = runs.counts(np.ones(len(train_on)), sum(counts.values()))
+            runs.keep_only(uniform, counts)
             clock["search"] = time.perf_counter()
             result = comparison(runs, counts, args.method, objective)
             if rank() == 0:
@@ -1124,7 +1128,7 @@ def whether_spared(result: dict, args) -> list[str]:
 
 def next_steps(args, result: dict) -> list[str]:
     """Commands that are worth a try now."""
-    steps = [f"next    python model.py {shlex.quote(args.out)} 'def main('"]
+    steps = [f"next    python {prepare.beside('model.py')} {shlex.quote(args.out)} 'def main('"]
     if not args.model.startswith("scratch:"):
         model = args.model
         if model.startswith("EleutherAI/pythia-"):
@@ -1133,7 +1137,7 @@ def next_steps(args, result: dict) -> list[str]:
         larger += ["--sequences", str(args.sequences), "--out", "out/larger"]
         if args.seq_len:
             larger += ["--seq-len", str(args.seq_len)]
-        steps = [f"next    python train.py {shlex.join(larger)}"]
+        steps = [f"next    python {prepare.beside('train.py')} {shlex.join(larger)}"]
     if args.method == "reweight" and "better than" not in verdict(result):
         # docs/scoreboard.md: experts are better than uniform on three data sets. What was asked of
         # this search, they are asked, too.
@@ -1143,7 +1147,7 @@ def next_steps(args, result: dict) -> list[str]:
         for name, value in vars(args).items():
             if name not in own and value != parser.get_default(name):
                 same[name] = value
-        words = [*train.launcher(), "mix.py", "--method", "experts", "--out", "out/experts"]
+        words = [*train.launcher(), sys.argv[0], "--method", "experts", "--out", "out/experts"]
         words += train.words_of(same)
         steps.append(f"better  {shlex.join(words)}")
     return steps

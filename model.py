@@ -303,18 +303,9 @@ class GPTNeoX(nn.Module):
         """Take compile_parts back."""
         for layer in self.gpt_neox.layers:
             layer._compiled_call_impl = None
-        del self.token_losses
+        del self.token_losses  # the compiled one, which hides the method
         self.compiled = False
         self.to_compile = False
-
-    def without_compiler(self):
-        """A context for calls that each have another shape.
-
-        A model that is not compiled needs none, and to import the compiler takes a second.
-        """
-        if self.compiled:
-            return torch.compiler.set_stance("force_eager")
-        return contextlib.nullcontext()
 
     def generate(
         self,
@@ -337,7 +328,7 @@ class GPTNeoX(nn.Module):
         known = 0  # tokens whose keys and values are in the cache
         for _ in range(new_tokens):
             n = tokens.size(1)
-            with torch.no_grad(), self.without_compiler():
+            with torch.no_grad():
                 if n <= limit:
                     logits = self(tokens[:, known:], cache=cache[..., :n, :])
                     known = n
@@ -424,7 +415,8 @@ def read_config(path: Path) -> Config:
         fits = isinstance(value, field.type)
         if field.type in (int, float):
             fits = type(value) is field.type and 0 < value < {int: 2**20, float: 1e9}[field.type]
-        if not fits and value != field.default:
+        is_default = type(value) is type(field.default) and value == field.default
+        if not fits and not is_default:
             expected = getattr(field.type, "__name__", field.type)
             raise InputError(f"{path}: {name} is {value!r}, expected a sensible {expected}")
         settings[name] = value
@@ -536,6 +528,25 @@ def read_weights(files: list[Path], model: GPTNeoX, device, dtype: torch.dtype) 
     model.requires_grad_(True)
 
 
+def random_model(
+    name: str, device: str | torch.device, dtype: torch.dtype, vocab_size: int | None, seed: int
+) -> GPTNeoX:
+    """A model `scratch:SIZE`; see load."""
+    size = name.removeprefix("scratch:")
+    if size not in SHAPES:
+        raise InputError(f"{name}: unknown size; the sizes are {', '.join(SHAPES)}")
+    config = Config(**asdict(SHAPES[size]))
+    if vocab_size is not None:
+        config.vocab_size = 128 * math.ceil(vocab_size / 128)
+    # Drawn on the CPU, so that every device has the same.
+    drawn_on = "cpu"
+    if str(device) == "meta":
+        drawn_on = "meta"
+    with torch.random.fork_rng(devices=[]), torch.device(drawn_on):
+        torch.manual_seed(seed)
+        return GPTNeoX(config).to(device=device, dtype=dtype)
+
+
 def load(
     name: str | Path,
     device: str | torch.device = "cpu",
@@ -548,33 +559,24 @@ def load(
     On the hub `pythia-70m` is EleutherAI's; any other is `ORG/NAME` or `ORG/NAME@REVISION`.
     vocab_size and seed are for scratch; the vocabulary is rounded up to a multiple of 128, like
     Pythia's. On device "meta" it has its shape alone, and the weights stay unread. Raises
-    InputError where there is no such model, or a tensor is unknown, missing or of another shape.
+    InputError where there is no such model, a tensor is unknown, missing or of another shape, or
+    memory runs out.
     """
-    # Random weights of a known shape.
-    if str(name).startswith("scratch:"):
-        size = str(name).removeprefix("scratch:")
-        if size not in SHAPES:
-            raise InputError(f"{name}: unknown size; the sizes are {', '.join(SHAPES)}")
-        config = Config(**asdict(SHAPES[size]))
-        if vocab_size is not None:
-            config.vocab_size = 128 * math.ceil(vocab_size / 128)
-        # Drawn on the CPU, so that every device has the same.
-        drawn_on = "cpu"
-        if str(device) == "meta":
-            drawn_on = "meta"
-        with torch.random.fork_rng(devices=[]), torch.device(drawn_on):
-            torch.manual_seed(seed)
-            return GPTNeoX(config).to(device=device, dtype=dtype)
-    # A folder, or the hub's: its shape first, which takes no memory, then its weights.
-    config = model_folder(str(name)) / "config.json"
-    if not config.is_file():
-        expected = "expected a Hugging Face folder or a name on the hub"
-        raise InputError(f"{name}: not a model (no config.json); {expected}")
-    with torch.device("meta"):
-        model = GPTNeoX(read_config(config))
-    if str(device) != "meta":
-        read_weights(weight_files(str(name)), model, device, dtype)
-    return model
+    with enough_memory(f"loading {name}", "take a smaller one"):
+        if str(name).startswith("scratch:"):
+            return random_model(str(name), device, dtype, vocab_size, seed)
+        # A folder, or the hub's: its shape first, which takes no memory, then its weights.
+        folder = model_folder(str(name))
+        if not (folder / "config.json").is_file():
+            reason = "not a model (no config.json); expected a Hugging Face folder or a hub's name"
+            if (folder / "run.json").is_file():
+                reason = "holds a run that has not ended; --resume goes on with it"
+            raise InputError(f"{name}: {reason}")
+        with torch.device("meta"):
+            model = GPTNeoX(read_config(folder / "config.json"))
+        if str(device) != "meta":
+            read_weights(weight_files(str(name)), model, device, dtype)
+        return model
 
 
 def save(
@@ -743,15 +745,9 @@ def autocast_dtype(name: str | None, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def where_it_runs(device: torch.device, dtype: torch.dtype, asked: str | None) -> str:
-    """In words, for the header. asked: --dtype."""
-    reason = "no fast bfloat16 here"
-    if asked:
-        reason = "--dtype"
-    elif dtype == torch.bfloat16:
-        reason = "the hardware has it"
-    precision = str(dtype).removeprefix("torch.")
-    return f"{device.type} x {world_size()}, {precision} ({reason})"
+def where_it_runs(device: torch.device, dtype: torch.dtype) -> str:
+    """In words, for the header."""
+    return f"{device.type} x {world_size()}, {str(dtype).removeprefix('torch.')}"
 
 
 def autocast(device: torch.device, dtype: torch.dtype):
@@ -773,6 +769,24 @@ def can_compile(device: torch.device, no_compile: bool = False) -> tuple[bool, s
     return True, f"torch.compile ({Path(compiler).name} found)"
 
 
+def broken_libraries(error: Exception) -> set[Path]:
+    """What a process that was killed while it compiled has left cut short in the compiler's cache.
+
+    Those that the error names (the system's are not ours to remove), and empty ones, which it need
+    not name, for they are probes of what the CPU can.
+    """
+    broken = set()
+    # There may be no cache: its folder may be what cannot be made.
+    with contextlib.suppress(OSError):
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+        named = re.findall(r"/[^\s:]+\.(?:so|dylib|pyd)\b", str(error))
+        broken |= {Path(path) for path in named if Path(path).is_relative_to(cache_dir())}
+        found = Path(cache_dir()).rglob("*.so")
+        broken |= {path for path in found if path.stat().st_size == 0}
+    return broken
+
+
 def compile_for(
     model: GPTNeoX, rows: int, seq_len: int, dtype: torch.dtype, training: bool
 ) -> None:
@@ -787,11 +801,9 @@ def compile_for(
     tokens = torch.zeros(rows, seq_len, dtype=torch.int64, device=device)
     removed = set()
     with prepare.notice("compiling (once)"):
-        from torch._inductor.runtime.cache_dir_utils import cache_dir
-
         if not model.compiled:
             model.compile_parts()
-        while model.compiled and shape not in model.compiled_for:
+        while shape not in model.compiled_for:
             try:
                 with autocast(device, dtype), torch.set_grad_enabled(training):
                     losses = model(tokens, tokens)
@@ -801,14 +813,8 @@ def compile_for(
             except Exception as e:
                 if is_out_of_memory(e):
                     raise
-                # A process that was killed while it compiled leaves libraries cut short in the
-                # cache: those that the error names (the system's are not ours to remove), and empty
-                # ones, which it need not name, for they are probes of what the CPU can.
-                named = re.findall(r"/[^\s:]+\.(?:so|dylib|pyd)\b", str(e))
-                broken = {Path(path) for path in named if Path(path).is_relative_to(cache_dir())}
-                found = Path(cache_dir()).rglob("*.so")
-                broken |= {path for path in found if path.stat().st_size == 0}
                 # Once removed they are made anew. If that was not it, torch.compile does not work.
+                broken = broken_libraries(e)
                 if broken <= removed:
                     # A compiler's own line tells most; what torch says of it is long.
                     lines = [line.strip() for line in str(e).splitlines() if line.strip()]
@@ -816,12 +822,12 @@ def compile_for(
                     reason = telling[0][:160]
                     say(f"warning: torch.compile failed, going on without it: {reason}")
                     model.run_eagerly()
-                else:
-                    removed |= broken
-                    for path in broken:
-                        path.unlink(missing_ok=True)
-                    torch._dynamo.reset()
-                    model.compile_parts()
+                    break
+                removed |= broken
+                for path in broken:
+                    path.unlink(missing_ok=True)
+                torch._dynamo.reset()
+                model.compile_parts()
     model.zero_grad(set_to_none=True)
 
 

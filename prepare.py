@@ -67,7 +67,8 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse's, with a script's docstring as its help, and with errors of one line."""
 
     def __init__(self, doc: str):
-        super().__init__(description=doc, formatter_class=HelpFormatter)
+        # An option that is cut short would not be known again in a command to paste.
+        super().__init__(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
 
     def error(self, message: str):
         raise InputError(f"{message} (python {self.prog} --help lists the options)")
@@ -131,12 +132,28 @@ def tell(*lines: str, end: str = "\n") -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def beside(script: str) -> str:
+    """Another of the scripts, as this one was called, for a command to paste."""
+    return shlex.quote(str(Path(sys.argv[0]).with_name(script)))
+
+
 def first_of(words: list[str], most: int = 4) -> str:
     """Words in one line; of many the first ones, and how many there are more."""
     more = len(words) - most
     if more > 0:
         words = [*words[:most], f"{more} more"]
     return ", ".join(words)
+
+
+def shortened(names: list[str], width: int) -> dict[str, str]:
+    """Names in at most `width` characters, all distinct: whole, or a number and the end."""
+    short = {}
+    for number, name in enumerate(names, 1):
+        short[name] = name
+        if len(name) > width:
+            room = width - len(f"{number}…")
+            short[name] = f"{number}…{name[-room:]}"
+    return short
 
 
 class Bar(contextlib.AbstractContextManager):
@@ -412,6 +429,8 @@ class Tokenizer:
             path = hub_folder(str(file_or_name), ["tokenizer.json"])
         if path.is_dir():
             path = path / "tokenizer.json"
+            if not path.exists():
+                raise InputError(f"{path}: not there; copy the tokenizer.json that belongs to it")
         self.json = path.read_bytes().decode("utf-8", "replace")
         try:
             model = json.loads(self.json)["model"]
@@ -618,6 +637,8 @@ class Data:
             make = "prepare.py makes one in a new folder, --out"
             if str(folder) == SAMPLE:
                 make = "python prepare.py makes it"
+                if self.folder.exists():
+                    make = "remove the folder, and python prepare.py makes it"
             raise InputError(f"{folder}: not a data set (no meta.json); {make}")
         self.meta = load_json(path)
         if not is_meta(self.meta):
@@ -1213,7 +1234,7 @@ def write_bins(
         # What each file gets of this batch, so that none need stay open.
         contents = defaultdict(bytearray)
         for item in batch:
-            # How far other workers were ahead is to change nothing, not even what is an error.
+            # What other workers read ahead of the limit is not counted, bad or not.
             if item.domain in full:
                 continue
             if isinstance(item, LeftOut):
@@ -1350,18 +1371,24 @@ def staged(out: Path, name: str) -> Iterator[Path]:
             shutil.rmtree(stage, ignore_errors=True)
 
 
+def check_new(domains: Iterable[str], data: Data) -> None:
+    """Raise InputError if the data set has one of these domains, which are to be added to it."""
+    # Not every disk tells upper case from lower.
+    known = {domain.lower() for domain in data.domains}
+    for domain in sorted(domains):
+        if domain.lower() in known:
+            raise InputError(f"{data.folder} has {domain} already; give what is added another name")
+
+
 def publish(stage: Path, out: Path, meta: dict, add: bool) -> None:
     """Make the staged folder the data set `out`, or add its domains, if new, to the one there."""
     added = [*(f"{name}.bin" for name in meta["files"]), "meta.json"]
     with contextlib.ExitStack() as stack:
         if add:  # as another process may do, too
             stack.enter_context(locked(out / "tokenizer.json", out, wait=True))
-            old = Data(out).meta
-            # Not every disk tells upper case from lower.
-            known = {name.lower() for name in old["files"]}
-            twice = [name for name in meta["files"] if name.lower() in known]
-            if twice:
-                raise InputError(f"{out} has {min(twice)} already; give what is added another name")
+            data = Data(out)
+            check_new({name.rpartition(".")[0] for name in meta["files"]}, data)
+            old = data.meta
             left_out = Counter(old.get("left_out", {})) + Counter(meta["left_out"])
             sources = old.get("sources", {}) | meta["sources"]
             files = dict(sorted((old["files"] | meta["files"]).items()))
@@ -1426,6 +1453,7 @@ def prepare(
     fractions = fractions_of(out, add, val_fraction, test_fraction, is_sample=not sources)
     if add:
         tokenizer = str(out)
+        check_new(filter(None, sources), Data(out))
     sample = []
     overlap = {}
     if not sources:
@@ -1479,6 +1507,9 @@ def parse_sources(words: list[str], domain_key: str | None) -> Sources:
             raise InputError(f"{word}: expected {expected}")
         if name is not None:
             domain_named(name, by_record=False)  # rather than when its text is read
+            for other in sources:
+                if other != name and other.lower() == name.lower():
+                    raise InputError(f"{word}: there is {other}, too; give one another name")
         if domain_key and re.match(r"[\w-]+=", path) and not glob.glob(path):
             raise InputError(f"{path}: with --domain-key a source has no name; give its path alone")
         sources.setdefault(name, []).extend(source_files(path))
@@ -1487,11 +1518,12 @@ def parse_sources(words: list[str], domain_key: str | None) -> Sources:
 
 def describe(data: Data, out: str) -> None:
     """Say what a data set holds, where that is too little, and what to do with it."""
-    width = max(24, *map(len, data.meta["files"]))
+    names = shortened(list(data.meta["files"]), 58)
+    width = max(24, *map(len, names.values()))
     tell(f"{'':<{width}}{'documents':>12}{'tokens':>16}{'bytes/token':>13}")
     for name, file in data.meta["files"].items():
         ratio = file["bytes"] / file["tokens"]
-        tell(f"{name:<{width}}{file['documents']:>12,}{file['tokens']:>16,}{ratio:>13.2f}")
+        tell(f"{names[name]:<{width}}{file['documents']:>12,}{file['tokens']:>16,}{ratio:>13.2f}")
     few = [
         f"{name} {file['documents']}"
         for name, file in data.meta["files"].items()
@@ -1502,17 +1534,20 @@ def describe(data: Data, out: str) -> None:
         tell(f"warning: few documents to measure on: {first_of(few)}; {ways}")
     left_out = ", ".join(f"{n:,} {reason}" for reason, n in data.meta["left_out"].items())
     tell(f"left out: {left_out or 'nothing'}")
-    if data.meta["overlap"]:
-        shares = [f"{domain} {share:.0%}" for domain, share in data.meta["overlap"].items()]
+    overlap = data.meta.get("overlap")  # of the sample
+    if overlap:
+        shares = [f"{domain} {share:.0%}" for domain, share in overlap.items()]
         tell(f"13-grams of the test split that the train split has too: {', '.join(shares)}")
     tell(f"{out} holds the data set")
-    tell(f"next    python mix.py --data {shlex.quote(out)}")
+    tell(f"next    python {beside('mix.py')} --data {shlex.quote(out)}")
 
 
 def main():
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # of these, those that this process may use
         cores = len(os.sched_getaffinity(0))
+    if os.name == "nt":  # which waits for no more processes at a time
+        cores = min(cores, 61)
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
     what = "file, folder, glob or hf://datasets/…; none: the sample"
@@ -1536,7 +1571,10 @@ def main():
     check_range(args, ("min_documents", "max_bad"), 0, 2**63)
     if args.add and not args.sources:
         raise InputError("--add: name the sources to add")
-    if args.add and (args.tokenizer or args.val_fraction or args.test_fraction):
+    if args.domain_key and not args.sources:
+        raise InputError("--domain-key: name the sources whose records have it")
+    own = (args.tokenizer, args.val_fraction, args.test_fraction)
+    if args.add and own != (None, None, None):
         own = "the data set's tokenizer and its own fractions are taken"
         raise InputError(f"--add: {own}; leave --tokenizer, --val-fraction, --test-fraction out")
     if args.sources and not args.add and not args.tokenizer:

@@ -8,6 +8,7 @@ The order of the pass is a pure function of data, counts and seed; ranks, micro-
 restarts only slice it.
 """
 
+import argparse
 import ast
 import contextlib
 import functools
@@ -960,8 +961,8 @@ def check_folder(out: Path, args) -> None:
 # What a run leaves in its folder: first what makes it a finished one.
 OWN_FILES = ("model.safetensors", "checkpoint-*", "log.jsonl", "result.json", "train.png")
 
-# What a command says of itself, and where it runs: no option of the run.
-NOT_KEPT = ("out", "resume", "overwrite", "dry_run", "check_data", "device", "fsdp")
+# What a command says of itself: no option of the run.
+NOT_KEPT = ("out", "resume", "overwrite", "dry_run", "check_data")
 
 
 def words_of(options: dict) -> list[str]:
@@ -1176,7 +1177,8 @@ def add_options(parser: prepare.ArgumentParser, out: str) -> None:
     add("--dtype", choices=dtypes[::2], help="of autocast; default: bfloat16 where it is fast")
     add("--no-compile", action="store_true", help="do without torch.compile")
     add("--activation-checkpointing", action="store_true", help="keep less, compute more")
-    add("--fsdp", action="store_true", help="spread the model over the ranks: it fits no GPU")
+    spread_it = "spread the model over the ranks: it fits no GPU"
+    add("--fsdp", action=argparse.BooleanOptionalAction, default=False, help=spread_it)
 
 
 def set_up(args) -> tuple[Data, Hyperparameters]:
@@ -1192,7 +1194,7 @@ def set_up(args) -> tuple[Data, Hyperparameters]:
     # Options by themselves, then the folder, the data, the model's shape, and how they fit.
     if args.fsdp and not dist.is_torchelastic_launched():
         start_it = f"torchrun --nproc_per_node=GPUS {Path(sys.argv[0]).name} --fsdp …"
-        raise InputError(f"--fsdp needs torchrun: {start_it}")
+        raise InputError(f"--fsdp needs torchrun: {start_it}; or --no-fsdp")
     check_folder(Path(args.out), args)
     data = Data(args.data)
     args.model = pinned(args.model)
@@ -1222,13 +1224,13 @@ def set_up(args) -> tuple[Data, Hyperparameters]:
 def load_to_train(args, data: Data, dtype: torch.dtype, device: torch.device) -> GPTNeoX:
     """The model that the options name, on the device or spread over the ranks, compiled or not."""
     scratch = {"vocab_size": data.vocab_size, "seed": args.seed}
-    with enough_memory(f"loading {args.model}", "take a smaller one"):
-        if args.fsdp:
-            model = load(args.model, "meta", **scratch)
+    if args.fsdp:
+        model = load(args.model, "meta", **scratch)
+        with enough_memory(f"spreading {args.model}", "take a smaller one, or more GPUs"):
             shard(model, dtype, device)
             fill(model, args.model, **scratch)
-        else:
-            model = load(args.model, device, **scratch)
+    else:
+        model = load(args.model, device, **scratch)
     model.activation_checkpointing = args.activation_checkpointing
 
     compiles, how = can_compile(device, args.no_compile)
@@ -1238,7 +1240,7 @@ def load_to_train(args, data: Data, dtype: torch.dtype, device: torch.device) ->
     tokens = sum(data.size(d, "train")["tokens"] for d in data.domains)
     say(f"data    {args.data}: {tokens:,} training tokens of {len(data.domains)} domains")
     say(f"model   {args.model}: {model.parameter_count():,} parameters")
-    say(f"runs    on {where_it_runs(device, dtype, args.dtype)}, {how}")
+    say(f"runs    on {where_it_runs(device, dtype)}, {how}")
     model.to_compile = compiles
     return model
 
@@ -1345,8 +1347,8 @@ def main():
         # Of another seed, eval.py would draw other random weights.
         if args.model.startswith("scratch:") and args.seed:
             del words[0]
-        say(f"next    python eval.py {shlex.join(words)}")
-        say(f"or      python model.py {shlex.quote(args.out)} 'def main('")
+        say(f"next    python {prepare.beside('eval.py')} {shlex.join(words)}")
+        say(f"or      python {prepare.beside('model.py')} {shlex.quote(args.out)} 'def main('")
     finish()
 
 

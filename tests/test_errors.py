@@ -22,6 +22,7 @@ from conftest import (
     options,
     run_script,
     train_options,
+    works,
 )
 
 from model import Config, GPTNeoX, is_out_of_memory, save
@@ -172,6 +173,29 @@ def test_damaged_models(script, data, tmp_path, copy_of_small):
     fails(script("model", copy_of_small, "hello", "--device", "cpu"), "config.json")
 
 
+def test_a_model_without_a_tokenizer_and_one_that_is_not_finished(script, copy_of_small):
+    (copy_of_small / "tokenizer.json").unlink()
+    words = [copy_of_small, "hello", "--device", "cpu"]
+    fails(script("model", *words), copy_of_small / "tokenizer.json", "copy the tokenizer.json")
+    (copy_of_small / "config.json").unlink()
+    fails(script("model", *words), "not a model (no config.json)")
+    (copy_of_small / "run.json").write_text("{}")
+    fails(script("model", *words), "a run that has not ended; --resume goes on with it")
+
+
+def test_where_the_numbers_are_to_go_is_looked_at_first(script, data, small, tmp_path):
+    words = [small, *options(data=data.folder), *SMALL, "--json"]
+    fails(script("eval", *words, tmp_path), f"--json {tmp_path} is a folder")
+    works(script("eval", *words, tmp_path / "new" / "numbers.json"))
+    assert "models" in json.loads((tmp_path / "new" / "numbers.json").read_text())
+
+
+def test_a_model_that_reads_less_than_the_others_is_named(script, data, small, tmp_path):
+    save(GPTNeoX(Config(data.vocab_size, 16, 1, 2, 32, 16)), tmp_path / "short")
+    message = f"{tmp_path / 'short'} reads at most 16 tokens; give --seq-len 16 or less"
+    fails(script("eval", small, tmp_path / "short", *options(data=data.folder), *SMALL), message)
+
+
 def test_a_model_with_another_vocabulary(script, data, tmp_path):
     save(GPTNeoX(Config(128, 16, 1, 2, 32, 32)), tmp_path / "m")
     words = options(data=data.folder, device="cpu")
@@ -181,12 +205,12 @@ def test_a_model_with_another_vocabulary(script, data, tmp_path):
 # ---- memory ----
 
 
-def train_in(more: float, words: list[str]) -> None:
-    """train.py, with so many bytes more than this process has."""
+def run_in(more: float, name: str, words: list[str]) -> None:
+    """A script, with so many bytes more than this process has."""
     status = Path("/proc/self/status").read_text()
     limit = 1024 * int(re.search(r"VmData:\s+(\d+)", status)[1]) + int(more)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    run_script("train", words)
+    run_script(name, words)
 
 
 @pytest.mark.parametrize(
@@ -201,9 +225,16 @@ def test_out_of_memory_names_what_was_asked_for_and_what_to_try(data, tmp_path, 
     save(GPTNeoX(Config(8192, 32, 2, 4, 64, 256)), tmp_path / "m")
     sizes = {"sequences": 128, "batch_size": 128, "micro_batch_size": 128, "eval_sequences": 512}
     run = short_run(data, tmp_path / "m", tmp_path / "run", **sizes)
-    done = Run(tmp_path, train_in, more, run).end()
+    done = Run(tmp_path, run_in, more, "train", run).end()
     fails(done, "out of memory: ", *words, "it asked for ", " bytes more")
     assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_out_of_memory_while_a_model_is_loaded(data, tmp_path):
+    """Its weights take 0.08 GB, with the vocabulary of this data."""
+    words = ["scratch:pythia-70m", *options(data=data.folder, seq_len=32), *SMALL]
+    done = Run(tmp_path, run_in, 4e7, "eval", words).end()
+    fails(done, "out of memory: loading scratch:pythia-70m", "take a smaller one")
 
 
 @pytest.mark.parametrize(

@@ -200,9 +200,9 @@ def test_an_index_may_only_name_shards(copy_of_small, shard):
 
 NONSENSE = {
     "hidden_size": ["many", -48, 0, 10**9, 2**80],
-    "num_hidden_layers": [True, 2.5, 10**6],
+    "num_hidden_layers": [True, 2.5, 6.0, 10**6],
     "num_attention_heads": [5, True],
-    "vocab_size": ["many", 1e300, 2**40],
+    "vocab_size": ["many", 1e300, 2**40, 50304.0],
     "rotary_pct": [1e308, float("nan"), 10**400, -(10**400)],
     "rotary_emb_base": [-1],
     "layer_norm_eps": [None, float("inf")],

@@ -433,6 +433,10 @@ def test_two_domains_whose_files_some_disks_would_take_for_one_are_an_error(both
         ("a=a.jsonl b=empty.jsonl", ["b.train is left empty"]),
         ("empty.jsonl --domain-key=meta.set", ["every split is left empty"]),
         ("a=a.jsonl --add", ["--tokenizer", "--add"]),
+        ("a=a.jsonl --add --val-fraction=0", ["--val-fraction", "--add"]),
+        ("--domain-key=set --tokenizer=train:300", ["--domain-key: name the sources"]),
+        ("a=a.jsonl A=few.jsonl", ["A=few.jsonl: there is a, too"]),
+        ("a=a.jsonl --work=1", ["--work=1"]),
         ("a=a.jsonl --domain-key=set", ["a=a.jsonl", "has no name"]),
         ("named.jsonl --domain-key=set", ["named.jsonl:1: '\u65e5\u672c' cannot be", "--max-bad"]),
     ],
@@ -506,10 +510,14 @@ def test_a_domain_is_added_as_if_it_had_been_there_from_the_start(tmp_path, run,
     assert changed == {"meta.json", *(f"prose.{split}.bin" for split in SPLITS)}
 
     fails(run(two, sources["prose"]), "exists", "--add domains to it")
-    fails(script("prepare", sources["prose"], *add), "has prose.test already", "another name")
-    upper = sources["prose"].replace("prose=", "Prose=")
-    fails(script("prepare", upper, *add), "has Prose.test already", "another name")
+    fails(script("prepare", sources["prose"], *add), "has prose already", "another name")
     (tmp_path / "bad.jsonl").write_text((tmp_path / "code.jsonl").read_text() + "{broken\n")
+    # Before anything is read, or where records name their domains, before it is added.
+    fails(script("prepare", f"Prose={tmp_path}/bad.jsonl", *add), "has Prose already", "another")
+    records = [{"text": text, "in": "PROSE"} for text in made_documents("prose", 120)]
+    (tmp_path / "named.jsonl").write_text("\n".join(map(json.dumps, records)))
+    named = [tmp_path / "named.jsonl", "--domain-key", "in", *add]
+    fails(script("prepare", *named), "has prose already", "another name")
     fails(script("prepare", f"more={tmp_path}/bad.jsonl", *add), "bad.jsonl:121")
     assert Data(two).meta == Data(three).meta
     assert {path.name: path.stat().st_mtime_ns for path in two.iterdir()} == after

@@ -10,7 +10,7 @@ from pathlib import Path
 import conftest
 import pytest
 import torch
-from conftest import ROOT, Run, ends_well, log_of, options, ranks, train_options
+from conftest import ROOT, Run, ends_well, fails, log_of, options, ranks, train_options
 from safetensors.torch import load_file
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
@@ -97,8 +97,9 @@ def test_where_torchrun_cannot_be_seen_the_command_has_what_it_told(monkeypatch,
     assert train.resume_command() == f"{start} train.py --out 'my run' --resume"
 
 
-ALONE = (1, {})
-DDP = (2, {})
+# A run that was begun with --fsdp goes on with it, unless it is told otherwise.
+ALONE = (1, {"no_fsdp": True})
+DDP = (2, {"no_fsdp": True})
 FSDP = (2, {"fsdp": True})
 
 
@@ -107,7 +108,7 @@ FSDP = (2, {"fsdp": True})
     [(False, DDP, DDP), (False, FSDP, ALONE), (True, FSDP, DDP), (True, ALONE, FSDP)],
     ids=["DDP to DDP", "FSDP to one process", "tied, FSDP to DDP", "tied, one process to FSDP"],
 )
-def test_a_killed_run_goes_on_with_any_ranks(data, tmp_path, tied, before, after):
+def test_a_killed_run_goes_on_with_any_ranks(data, tmp_path, script, tied, before, after):
     """Its checkpoints hold whole tensors, each once; the sequences of a step stay what they are."""
     model = conftest.small_model(tmp_path / "model", data, tie_word_embeddings=tied)
     out = tmp_path / "run"
@@ -124,6 +125,8 @@ def test_a_killed_run_goes_on_with_any_ranks(data, tmp_path, tied, before, after
     assert killed[0].end()[0] == -signal.SIGKILL
     for run in killed:
         run.kill()
+    if before == FSDP:
+        fails(script("train", "--resume", "--out", out), "--fsdp needs torchrun", "or --no-fsdp")
     printed = ends_well(*start(out, after))
     assert f"going on from {out / 'checkpoint-00000002'}" in printed[0]
     assert_same_log(out, tmp_path / "whole", loss=1e-4)
