@@ -313,7 +313,7 @@ class Proxy:
         K = len(sampled)
         self.reference = reference
         self.domains = domains
-        self.sampled = sampled
+        self.sampled = sampled.clip(1e-9)  # of a domain that does not occur no loss is weighted
         self.alpha = np.full(K, 1 / K)
         self.scores = np.zeros(K)
         self.sums = np.zeros((2, K))  # of the step: excess and tokens, by domain
@@ -766,7 +766,7 @@ def pretrain(model: GPTNeoX, data: Data, hyper: Hyperparameters, args) -> Path:
     size = args.model.removeprefix("scratch:")
     folder = Path(args.out).parent / f"base-{size}-{train.name_of(settings)}"
     say(f"base    {folder}, lr {peak:g}, from {args.base_sequences:,} sequences:")
-    say("        " + prepare.first_of([f"{d} {n:,}" for d, n in counts.items()], 6))
+    say(f"        {train.counts_words(counts)}")
     with contextlib.ExitStack() as stack:
         if rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
@@ -951,7 +951,7 @@ def write_results(
     passes = [*runs.passes, train.this_pass(runs.data, runs.hyper, counts)]
     prepare.write_json(out / "run.json", train.read_record(out) | {"passes": passes})
     with train.decorating(out / "README.md"):
-        words = (out.name, args.model, runs.passes, runs.data, counts, runs.hyper, result)
+        words = (out.resolve().name, args.model, runs.passes, runs.data, counts, runs.hyper, result)
         card = train.model_card(*words)
         prepare.write_text(out / "README.md", card)
 
@@ -1002,11 +1002,12 @@ def parse_train_on(text: str | None, data: Data) -> list[str]:
 
 
 def parse_start(args, data: Data, seq_len: int, train_on: list[str]) -> dict[str, int]:
-    """--start as counts of these domains. Raises InputError."""
+    """--start as counts of these domains, which it becomes if it is a file. Raises InputError."""
     how = (args.sequences, seq_len, train_on, "--start")
     first = train.parse_mixture(args.start, data, *how)
     if not any(first.get(d) for d in train_on) or any(first[d] for d in first.keys() - train_on):
         raise InputError(f"--start {args.start}: name no other domains there than --train-on")
+    args.start = train.named(args.start, first)
     return first
 
 
@@ -1058,7 +1059,8 @@ def main():
     out = Path(args.out)
     clock = {"began": time.perf_counter()}
     device = start(args.device)
-    if args.data == prepare.SAMPLE and not Path(args.data).exists() and rank() == 0:
+    is_there = (Path(args.data) / "meta.json").exists()
+    if args.data == prepare.SAMPLE and not is_there and rank() == 0:
         prepare.prepare(args.data)
     barrier()
     clock["sample"] = time.perf_counter()
@@ -1134,7 +1136,7 @@ def next_steps(args, result: dict) -> list[str]:
         if model.startswith("EleutherAI/pythia-"):
             model = "pythia-1b"
         larger = ["--data", args.data, "--model", model, "--mix", f"{args.out}/mix.json"]
-        larger += ["--sequences", str(args.sequences), "--out", "out/larger"]
+        larger += ["--sequences", str(args.sequences), "--out", f"{args.out}-larger"]
         if args.seq_len:
             larger += ["--seq-len", str(args.seq_len)]
         steps = [f"next    python {prepare.beside('train.py')} {shlex.join(larger)}"]
@@ -1147,7 +1149,8 @@ def next_steps(args, result: dict) -> list[str]:
         for name, value in vars(args).items():
             if name not in own and value != parser.get_default(name):
                 same[name] = value
-        words = [*train.launcher(), sys.argv[0], "--method", "experts", "--out", "out/experts"]
+        words = [*train.launcher(), sys.argv[0], "--method", "experts"]
+        words += ["--out", f"{args.out}-experts"]
         words += train.words_of(same)
         steps.append(f"better  {shlex.join(words)}")
     return steps

@@ -567,15 +567,17 @@ def load(
             return random_model(str(name), device, dtype, vocab_size, seed)
         # A folder, or the hub's: its shape first, which takes no memory, then its weights.
         folder = model_folder(str(name))
+        is_run = (folder / "run.json").is_file()
+        if is_run and not (folder / "model.safetensors").is_file():
+            raise InputError(f"{name}: holds a run that has not ended; --resume goes on with it")
         if not (folder / "config.json").is_file():
-            reason = "not a model (no config.json); expected a Hugging Face folder or a hub's name"
-            if (folder / "run.json").is_file():
-                reason = "holds a run that has not ended; --resume goes on with it"
-            raise InputError(f"{name}: {reason}")
+            expected = "expected a Hugging Face folder or a name on the hub"
+            raise InputError(f"{name}: not a model (no config.json); {expected}")
         with torch.device("meta"):
             model = GPTNeoX(read_config(folder / "config.json"))
+        files = weight_files(str(name))
         if str(device) != "meta":
-            read_weights(weight_files(str(name)), model, device, dtype)
+            read_weights(files, model, device, dtype)
         return model
 
 
@@ -905,6 +907,8 @@ def speak(model: GPTNeoX, tokenizer: Tokenizer, prompt: str, args) -> None:
     device = model.device
     generator = torch.Generator(device).manual_seed(args.seed)
     ids = tokenizer.encode(prompt or "\n").tolist()
+    if not ids:  # some tokenizers make nothing of white space
+        ids = [tokenizer.end_of_text]
     tokens = torch.tensor([ids], device=device)
     said = tokenizer.decode(ids)
     prepare.tell(said, end="")
@@ -930,6 +934,8 @@ def main():
     add("--device", help="default: cuda where there is one, else cpu")
     args = parser.parse_args()
     device = find_device(args.device)
+    if re.search("[\ud800-\udfff]", args.prompt):
+        raise InputError("the prompt is not UTF-8; LANG=C.UTF-8 may help, or other characters")
     # What is wrong with any of them is said before the first speaks.
     prepare.check_range(args, ("tokens",), 0)
     prepare.check_range(args, ("seed",), 0, 2**63 - 1)

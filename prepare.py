@@ -77,8 +77,11 @@ class ArgumentParser(argparse.ArgumentParser):
 def cli(main, way_on: str = "") -> None:
     """Run a script's main function; bad input ends in one line on stderr and exit status 2."""
     # way_on is said after what may end a sound run: an interruption, or a fault of the system.
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # of a daemon, for one
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
         # A name that is no UTF-8, or a terminal that is none, costs a character, not the run.
+        stream = getattr(sys, name)
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -281,6 +284,8 @@ def naming(path: Path) -> Iterator[None]:
 def check_place(path: Path, option: str = "--out") -> None:
     """Raise InputError if a file or folder cannot be made there, with what is missing above it."""
     above = path.absolute()
+    if path.is_symlink() and not path.exists():
+        raise InputError(f"{path}: a broken link; choose another {option}")
     if not above.is_dir():  # a folder that is there need only be writable itself
         above = above.parent
     while not above.exists():
@@ -452,6 +457,10 @@ class Tokenizer:
         if self.end_of_text is None or self.vocab_size > 2**16:
             expected = f"expected {END_OF_TEXT}, and at most 65,536 (uint16), as pythia-70m has"
             raise InputError(f"{path}: {self.vocab_size:,} tokens; {expected}")
+        # Or a text could end a document.
+        itself = self._tokenizer.encode(f"a {END_OF_TEXT} b", add_special_tokens=False)
+        if self.end_of_text in itself.ids:
+            raise InputError(f"{path}: a text can hold {END_OF_TEXT}; make that a special token")
         self._encoded = 0  # characters so far
         self.meta = {
             "sha256": hashlib.sha256(self.json.encode()).hexdigest(),
@@ -634,11 +643,9 @@ class Data:
         self.folder = Path(folder)
         path = self.folder / "meta.json"
         if not path.is_file():
-            make = "prepare.py makes one in a new folder, --out"
+            make = "name one by --data; prepare.py makes them, in new folders"
             if str(folder) == SAMPLE:
                 make = "python prepare.py makes it"
-                if self.folder.exists():
-                    make = "remove the folder, and python prepare.py makes it"
             raise InputError(f"{folder}: not a data set (no meta.json); {make}")
         self.meta = load_json(path)
         if not is_meta(self.meta):
@@ -653,11 +660,12 @@ class Data:
         hashes = [(name, file["sha256"]) for name, file in sorted(self.meta["files"].items())]
         # Changes when any token does.
         self.identity = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]
+        self._root = self.folder.absolute()  # wherever the process goes
         self._map = functools.lru_cache(OPEN_MAPS)(np.memmap)
 
     def tokens(self, domain: str, split: str) -> np.memmap:
         """The documents in a row, each ended by the end-of-text id: (n,) uint16, read-only."""
-        return self._map(self.folder / f"{domain}.{split}.bin", "<u2", "r")
+        return self._map(self._root / f"{domain}.{split}.bin", "<u2", "r")
 
     def size(self, domain: str, split: str) -> dict:
         """The split's number of documents, tokens and UTF-8 bytes of text, and its sha256."""
@@ -787,9 +795,12 @@ def source_files(source: str) -> list[Path | HubFile]:
     elif not glob.has_magic(source):
         raise InputError(f"{source}: no such file or folder")
     if not hub:
-        found = [
-            file for file in map(Path, glob.glob(pattern, recursive=True)) if not file.is_dir()
-        ]
+        # A file is read once, whatever links lead to it.
+        real = {}
+        for file in sorted(glob.glob(pattern, recursive=True), reverse=True):
+            if not os.path.isdir(file):
+                real[os.path.realpath(file)] = Path(file)
+        found = list(real.values())
     files = sorted(file for file in found if ending(file))
     for file in files:
         if isinstance(file, Path) and not file.is_file():
@@ -1310,6 +1321,15 @@ def on_interrupt(action: signal.Handlers) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+def without_long_words(text: str, longest: int = 10_000) -> str:
+    """The text with spaces in such words: training takes the square of a word's length."""
+    words = text.split()
+    if max(map(len, words), default=0) <= longest:
+        return text
+    parts = [word[i : i + longest] for word in words for i in range(0, len(word), longest)]
+    return " ".join(parts)
+
+
 def make_tokenizer(
     name: str,
     documents: Iterable[Document | LeftOut],
@@ -1342,7 +1362,7 @@ def make_tokenizer(
                     continue
                 key = hash_of(document.text)
                 if split_of(key, fractions) == "train" and key % every == 0:
-                    yield document.text
+                    yield without_long_words(document.text)
 
         trained = ByteLevelBPETokenizer()
         # Not by the library's bars, which stay when done. It hears no Ctrl-C, either.
@@ -1358,9 +1378,14 @@ def make_tokenizer(
 
 
 @contextlib.contextmanager
-def staged(out: Path, name: str) -> Iterator[Path]:
-    """A hidden folder beside `out`, for this process alone, which is gone when the block ends."""
+def staged(out: Path, name: str, add: bool) -> Iterator[Path]:
+    """A hidden folder beside `out`, for this process alone, which is gone when the block ends.
+
+    add: inside `out`, which may be a disk of its own.
+    """
     stage = out.with_name(f".{out.name}-{name}.partial")
+    if add:
+        stage = out / f".{name}.partial"
     stage.mkdir(parents=True, exist_ok=True)
     with locked(stage / "tokenizer.json", out, way_out="wait for its end"):
         for leftover in stage.glob("*.bin"):  # of one that was killed
@@ -1401,6 +1426,8 @@ def publish(stage: Path, out: Path, meta: dict, add: bool) -> None:
             for name in added:
                 os.replace(stage / name, out / name)
         else:
+            if out.exists():  # as an empty folder
+                out.rmdir()
             os.rename(stage, out)
 
 
@@ -1418,7 +1445,7 @@ def fractions_of(
         return data.meta.get("fractions", {"val": 0.05, "test": 0.05})
     if (out / "meta.json").is_file():
         raise InputError(f"{out} exists; choose another --out, or --add domains to it")
-    if out.exists():
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists, and is no data set; choose another --out")
     default = 0.1 if is_sample else 0.05  # the sample is small
     given = {"val": val, "test": test}
@@ -1465,7 +1492,7 @@ def prepare(
 
     # The same command, after it was killed, finds its own leftovers; another one does not.
     name = hashlib.sha256(repr((sources, domain_key)).encode()).hexdigest()[:8]
-    with staged(out, name) as stage:
+    with staged(out, name, add) as stage:
         size = sum(size_of(file) for files in sources.values() for file in files)
         path = stage / "tokenizer.json"
         # A bad line behind a domain's limit is none, and where that is only the bins tell.

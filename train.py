@@ -246,7 +246,7 @@ def parse_mixture(
     elif text.endswith(".json"):
         counts = prepare.load_json(Path(text))
         # It is bare counts, or a mix.json, which says how long its sequences are.
-        if "counts" in counts:
+        if isinstance(counts.get("counts"), dict):
             made_for = counts.get("seq_len", seq_len)
             if made_for != seq_len and sequences is None:
                 made = f"made for --seq-len {made_for}, not {seq_len}"
@@ -266,6 +266,13 @@ def parse_mixture(
     if sequences is None:
         return dict(counts)
     return rescale(counts, sequences)
+
+
+def named(text: str, counts: dict[str, int]) -> str:
+    """--mix, or another option, as it will mean these counts when its file is gone or another."""
+    if text.endswith(".json"):
+        return ",".join(f"{domain}={n}" for domain, n in counts.items())
+    return text
 
 
 # ---- the schedule, the optimizer, one step ----
@@ -941,8 +948,10 @@ def check_folder(out: Path, args) -> None:
         return
     if not is_run(out):
         raise InputError(f"{out} holds other files than a run's; choose another --out")
-    if args.overwrite and Path(args.model).resolve().is_relative_to(out.resolve()):
-        raise InputError(f"{out}: --overwrite would remove {args.model}; choose another --out")
+    for name in (args.model, vars(args).get("mix"), vars(args).get("start")):
+        is_there = name is not None and Path(name).exists()
+        if args.overwrite and is_there and Path(name).resolve().is_relative_to(out.resolve()):
+            raise InputError(f"{out}: --overwrite would remove {name}; choose another --out")
     try:
         is_search = "method" in read_record(out)["settings"]
     except InputError:
@@ -1100,7 +1109,7 @@ def model_card(
     """
     # A model of the hub is named with its commit, and linked to.
     on_hub = re.fullmatch("([^/]+/[^/]+)@([0-9a-f]{40})", model)
-    base = f"`{Path(model).name}`"
+    base = f"`{Path(model).resolve().name}`"
     front = "library_name: transformers"
     if on_hub:
         base = f"`{on_hub[1]}`, commit `{on_hub[2]}`"
@@ -1265,10 +1274,15 @@ def say_cost(model: GPTNeoX, hyper: Hyperparameters, sequences: int, device: tor
     say(takes)
 
 
+def counts_words(counts: dict[str, int]) -> str:
+    """A mixture in one line, the largest domains first."""
+    sizes = sorted(counts.items(), key=lambda item: -item[1])
+    return prepare.first_of([f"{domain} {n:,}" for domain, n in sizes], 6)
+
+
 def say_mixture(mixture: Mixture) -> None:
     """Say what a pass is made of, and which domains it goes through more than once."""
-    sizes = sorted(mixture.counts.items(), key=lambda item: -item[1])
-    say(f"mixture {prepare.first_of([f'{d} {n:,}' for d, n in sizes], 6)}")
+    say(f"mixture {counts_words(mixture.counts)}")
     repeats = {d: count / mixture.windows[d] for d, count in mixture.counts.items()}
     ranked = sorted(repeats, key=repeats.get, reverse=True)
     often = [f"{d} {repeats[d]:.1f}" for d in ranked if repeats[d] > 1]
@@ -1294,6 +1308,7 @@ def main():
     device = start(args.device)
     data, hyper = set_up(args)
     counts = parse_mixture(args.mix, data, args.sequences, hyper.seq_len)
+    args.mix = named(args.mix, counts)
     earlier = passes_of(args.model)
     model = load_to_train(args, data, hyper.dtype, device)
     T = hyper.seq_len
@@ -1331,7 +1346,9 @@ def main():
                 result = results(losses, data, "val", T)
                 prepare.write_json(out / "result.json", result)
                 with decorating(out / "README.md"):
-                    card = model_card(out.name, args.model, earlier, data, counts, hyper, result)
+                    card = model_card(
+                        out.resolve().name, args.model, earlier, data, counts, hyper, result
+                    )
                     prepare.write_text(out / "README.md", card)
         keep(model, data, out, getattr(torch, args.save_dtype))
     # Of a run that was finished before, too.

@@ -102,7 +102,9 @@ def test_an_out_that_is_no_run_is_left_alone(script, data, small, tmp_path, name
 
 
 @both
-def test_a_run_does_not_overwrite_the_model_it_starts_from(script, data, small, tmp_path, name):
+def test_a_run_does_not_overwrite_what_it_starts_from(
+    script, data, small, tmp_path, monkeypatch, name
+):
     out = tmp_path / "run"
     assert script("train", *short_run(data, small, out))[0] == 0
     shutil.copytree(small, out / "within")
@@ -110,12 +112,22 @@ def test_a_run_does_not_overwrite_the_model_it_starts_from(script, data, small, 
         words = short_run(data, model, out, overwrite=True)
         fails(script(name, *words), "would remove", model)
         assert (model / "model.safetensors").exists()
+    # Nor a mixture; but what lies beside it, and what is no file at all, may be where it is.
+    (out / "mix.json").write_text('{"code": 4}')
+    option = {"train": "--mix", "mix": "--start"}[name]
+    words = [*short_run(data, small, out, overwrite=True), option, out / "mix.json"]
+    fails(script(name, *words), "would remove", out / "mix.json")
+    monkeypatch.chdir(out)
+    words = short_run(data, "scratch:tiny", ".", overwrite=True, seq_len=32, dry_run=True)
+    assert "would remove" not in script(name, *words)[2]
 
 
 @both
 def test_an_out_that_cannot_be_written(script, data, small, tmp_path, name):
     (tmp_path / "file").write_text("")
     fails(script(name, *short_run(data, small, tmp_path / "file/run")), tmp_path / "file")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    fails(script(name, *short_run(data, small, tmp_path / "link")), "link: a broken link")
 
 
 # ---- data and models ----
@@ -173,14 +185,23 @@ def test_damaged_models(script, data, tmp_path, copy_of_small):
     fails(script("model", copy_of_small, "hello", "--device", "cpu"), "config.json")
 
 
-def test_a_model_without_a_tokenizer_and_one_that_is_not_finished(script, copy_of_small):
+def test_a_model_without_a_tokenizer_and_one_that_is_not_finished(
+    script, data, small, copy_of_small
+):
     (copy_of_small / "tokenizer.json").unlink()
     words = [copy_of_small, "hello", "--device", "cpu"]
     fails(script("model", *words), copy_of_small / "tokenizer.json", "copy the tokenizer.json")
-    (copy_of_small / "config.json").unlink()
-    fails(script("model", *words), "not a model (no config.json)")
+    # What is not finished has no weights yet and, where none stood there before, no config either.
+    (copy_of_small / "model.safetensors").unlink()
+    fails(script("model", *words), "has no model.safetensors")
     (copy_of_small / "run.json").write_text("{}")
-    fails(script("model", *words), "a run that has not ended; --resume goes on with it")
+    unfinished = f"{copy_of_small}: holds a run that has not ended; --resume goes on with it"
+    fails(script("model", small, *words), unfinished)
+    (copy_of_small / "config.json").unlink()
+    status, out, err = script("eval", small, copy_of_small, *options(data=data.folder), *SMALL)
+    assert unfinished in err and "nats per token" not in out  # it is said first
+    (copy_of_small / "run.json").unlink()
+    fails(script("model", *words), "not a model (no config.json)")
 
 
 def test_where_the_numbers_are_to_go_is_looked_at_first(script, data, small, tmp_path):

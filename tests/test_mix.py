@@ -230,7 +230,8 @@ def test_where_the_rule_found_nothing_the_better_search_is_of_the_same(monkeypat
     first, last = mix.next_steps(mix.make_parser().parse_args(words), result)
     assert first == "next    python ../model.py 'out/my run' 'def main('"
     same = "--data 'my data' --seq-len 32 --no-compile --objective code=1 --base-sequences 80"
-    assert last == f"better  python ../mix.py --method experts --out out/experts {same}"
+    where = "--method experts --out 'out/my run-experts'"
+    assert last == f"better  python ../mix.py {where} {same}"
     pythia = ["--model", "EleutherAI/pythia-70m@abc", "--seq-len", "512"]
     first, _ = mix.next_steps(mix.make_parser().parse_args(pythia), result)
     assert "--model pythia-1b --mix out/mix/mix.json --sequences 1600" in first
@@ -238,7 +239,8 @@ def test_where_the_rule_found_nothing_the_better_search_is_of_the_same(monkeypat
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     *_, last = mix.next_steps(mix.make_parser().parse_args(["--fsdp"]), result)
     assert last == (
-        "better  torchrun --nproc_per_node=2 ../mix.py --method experts --out out/experts --fsdp"
+        "better  torchrun --nproc_per_node=2 ../mix.py --method experts --out out/mix-experts"
+        " --fsdp"
     )
 
 

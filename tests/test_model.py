@@ -294,6 +294,18 @@ def test_the_command_line_speaks(script, small):
     assert out == tokenizer.decode([*prompt[0].tolist(), *new]) + "\n"
     status, both, _ = script("model", small, f"{small}/", *words)
     assert both == f"---- {small}\n{out}---- {small}/\n{out}"
+    fails(script("model", small, "\udcff"), "the prompt is not UTF-8")
+
+
+def test_a_prompt_of_which_the_tokenizer_makes_nothing_begins_a_document(script, copy_of_small):
+    words = {"type": "WordLevel", "vocab": {"<|endoftext|>": 0, "old": 1}, "unk_token": "old"}
+    end = {"id": 0, "content": "<|endoftext|>", "special": True, "single_word": False}
+    end |= {"lstrip": False, "rstrip": False, "normalized": False}
+    spec = {"version": "1.0", "added_tokens": [end], "model": words}
+    spec["pre_tokenizer"] = {"type": "Whitespace"}
+    (copy_of_small / "tokenizer.json").write_text(json.dumps(spec))
+    status, out, err = script("model", copy_of_small, " ", "--tokens", 3, "--device", "cpu")
+    assert (status, err) == (0, "") and out.startswith("<|endoftext|>")
 
 
 def test_a_model_that_does_not_know_all_of_its_tokenizer_does_not_speak(script, small, tmp_path):

@@ -24,7 +24,17 @@ import tokenizers
 from conftest import Run, command, ends_well, fails, made_documents, options, works, write_jsonl
 
 import prepare
-from prepare import SPLITS, Data, Document, InputError, LeftOut, domain_named, place, read
+from prepare import (
+    SPLITS,
+    Data,
+    Document,
+    InputError,
+    LeftOut,
+    domain_named,
+    place,
+    read,
+    without_long_words,
+)
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -217,6 +227,9 @@ def test_text_files_of_a_folder_or_a_glob_are_a_document_each(tmp_path, run):
     assert read_texts(tmp_path / "**" / "*") == texts
     assert read_texts(tmp_path / "[ab].*") == texts[:2]
     assert "not read: 1 .txt, 1 .md (hidden, or" in run(tmp_path / "d", f"a={tmp_path}")[1]
+    # A file is read once, also where a link leads back to its folder.
+    (tmp_path / "more" / "up").symlink_to(tmp_path)
+    assert read_texts(tmp_path) == texts
 
 
 def test_one_source_becomes_many_domains_by_a_key(tmp_path, run):
@@ -526,6 +539,43 @@ def test_a_domain_is_added_as_if_it_had_been_there_from_the_start(tmp_path, run,
     # Tokens of another tokenizer would be taken for others.
     (two / "tokenizer.json").write_text((two / "tokenizer.json").read_text() + "\n")
     fails(script("prepare", f"more={tmp_path}/code.jsonl", *add), "tokenizer.json", "damaged")
+
+
+def test_an_empty_folder_becomes_a_data_set_and_need_not_lie_in_a_writable_one(
+    tmp_path, run, script, monkeypatch
+):
+    """As a disk that is mounted there: what is added to it is written within it."""
+    out = tmp_path / "above" / "d"
+    out.mkdir(parents=True)
+    paths = {d: write_jsonl(tmp_path / f"{d}.jsonl", made_documents(d, 120)) for d in ("a", "b")}
+    works(run(out, f"a={paths['a']}"))
+    plain = Path.mkdir
+
+    def mkdir(path, *args, **more):
+        assert path.is_relative_to(out)
+        plain(path, *args, **more)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    works(script("prepare", f"b={paths['b']}", *options(out=out, add=True, workers=1)))
+    assert Data(out).domains == ["a", "b"]
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+
+
+def test_a_word_without_end_does_not_stop_the_training_of_a_tokenizer(tmp_path, run):
+    """It took the square of the longest word's length: here minutes, not seconds."""
+    documents = [*made_documents("sums", 80), *("acgt"[i] * 3 + "cat" * 400_000 for i in range(4))]
+    source = write_jsonl(tmp_path / "a.jsonl", documents)
+    works(run(tmp_path / "d", f"a={source}"))
+    assert without_long_words("some \n words") == "some \n words"
+    assert without_long_words("abcdefg hi", 3) == "abc def g hi"
+
+
+def test_a_data_set_is_read_from_wherever_the_process_has_gone(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(data.folder.parent)
+    relative = Data(data.folder.name)
+    monkeypatch.chdir(tmp_path)
+    for domain in data.domains:
+        assert (relative.tokens(domain, "val") == data.tokens(domain, "val")).all()
 
 
 def test_two_processes_may_add_at_the_same_time(tmp_path):

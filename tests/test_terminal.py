@@ -6,6 +6,8 @@ import io
 import json
 import os
 import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ import prepare
 from eval import parse_objective
 from mix import History, draw
 from model import Config, GPTNeoX, compile_for
-from prepare import Bar, Data, cli, notice, tell
+from prepare import Bar, Data, cli, load_json, notice, tell
 
 # ---- where it goes ----
 
@@ -44,6 +46,15 @@ def test_a_pipe_that_closes_ends_no_work(tmp_path, monkeypatch):
     with open(writer, "w") as file, contextlib.redirect_stdout(file):
         cli(prepare.main)
     assert Data(tmp_path / "d").domains == ["a"]
+
+
+def test_nothing_to_print_to_ends_no_work(monkeypatch):
+    """As for a daemon, whose streams are closed."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    cli(lambda: tell("so") or sys.stderr.isatty())
+    with pytest.raises(SystemExit, match="2"):
+        cli(lambda: load_json(Path("none.json")))
 
 
 @pytest.mark.parametrize("said", [[], ["Unable to allocate 67.1 GiB"]])

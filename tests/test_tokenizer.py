@@ -365,3 +365,12 @@ def test_what_is_not_a_tokenizer_is_refused(tmp_path, content, capfd):
 
 def test_a_trained_tokenizer_is_fast(data):
     assert Pair(data.folder / "tokenizer.json").is_fast()
+
+
+def test_a_tokenizer_by_which_a_text_could_end_a_document_is_refused(tmp_path):
+    spec = json.loads(neox_like())
+    for token in spec["added_tokens"]:
+        token["special"] = False
+    (tmp_path / "t.json").write_text(json.dumps(spec))
+    with pytest.raises(InputError, match="a text can hold <|endoftext|>; make that a special"):
+        Tokenizer(tmp_path / "t.json")

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import runpy
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import train
 from eval import domain_means, evaluate
 from model import SHAPES, load
+from prepare import Data
 from train import Hyperparameters, Mixture, name_of
 
 STEPS_OF_4 = Hyperparameters(seq_len=32, batch_size=4, learning_rate=1e-2)
@@ -207,6 +209,31 @@ def test_overwrite_starts_anew_and_removes_only_what_a_run_leaves(data, small, t
     new = {path.relative_to(tmp_path / "new") for path in (tmp_path / "new").rglob("*")}
     assert names - new == {Path("notes.txt"), Path("plots"), Path("plots/checkpoint-1")}
     assert (out / "notes.txt").read_text() == "my own"
+
+
+def test_a_mixture_in_a_file_is_not_read_again(data, small, tmp_path, script):
+    """A run goes on with the counts that it began with, whatever became of the file."""
+    mixture = tmp_path / "mixture.json"
+    mixture.write_text('{"code": 30, "sums": 14}')
+    out = tmp_path / "run"
+    works(script("train", *train_options(data, small, out, mix=mixture)))
+    mixture.unlink()
+    works(script("train", "--resume", "--out", out))
+    changed = train_options(data, small, out, mix="code=14,sums=30")
+    fails(script("train", *changed, "--resume"), "counts was {'code': 30, 'sums': 14}, is {'code'")
+
+
+def test_a_domain_may_be_called_counts(tmp_path, data):
+    named = Path(shutil.copytree(data.folder, tmp_path / "d"))
+    for file in [*named.glob("sums.*.bin"), named / "meta.json"]:
+        content = file.read_bytes().replace(b'"sums.', b'"counts.')
+        file.unlink()
+        (named / file.name.replace("sums.", "counts.")).write_bytes(content)
+    mixture = tmp_path / "mixture.json"
+    counts = {"code": 3, "counts": 4}
+    for content in (counts, {"counts": counts, "seq_len": 32}):
+        mixture.write_text(json.dumps(content))
+        assert train.parse_mixture(str(mixture), Data(named), None, 32) == counts
 
 
 def test_a_search_and_a_run_do_not_take_one_another_for_their_own(data, small, tmp_path, script):
