@@ -756,7 +756,8 @@ class Document(NamedTuple):
 
 
 class LeftOut(NamedTuple):
-    """What goes into no bin: it is "bad" (then with an error's message), "empty" or "duplicate"."""
+    """What goes into no bin: "empty", a "duplicate" or, with an error's message, a "bad" line or
+    the "unreadable" rest of a file."""
 
     domain: str | None
     reason: str
@@ -963,13 +964,17 @@ def read(
             if isinstance(source, HubFile):
                 path = source.fetch()
             with open(path, "rb") as file:
-                for number, line in enumerate(records(path, file, keys), 1):
-                    if domain in full:
-                        break
-                    bar.to(start + file.tell(), domain or path.name)
-                    item = document_of(line, path, number, domain, text_key, domain_key)
-                    if item:
-                        yield item
+                try:
+                    for number, line in enumerate(records(path, file, keys), 1):
+                        if domain in full:
+                            break
+                        bar.to(start + file.tell(), domain or path.name)
+                        item = document_of(line, path, number, domain, text_key, domain_key)
+                        if item:
+                            yield item
+                # Only what is before it tells whether the domain needs the rest.
+                except InputError as e:
+                    yield LeftOut(domain, "unreadable", str(e))
 
 
 # ---- splits ----
@@ -1250,7 +1255,7 @@ def write_bins(
                 continue
             if isinstance(item, LeftOut):
                 left_out[item.reason] += 1
-                if left_out["bad"] > max_bad:
+                if left_out["bad"] > max_bad or item.reason == "unreadable":
                     raise InputError(item.message)
                 continue
             names = [f"{item.domain}.{split}" for split in SPLITS]
@@ -1357,7 +1362,8 @@ def make_tokenizer(
             for document in documents:
                 if isinstance(document, LeftOut):
                     bad += document.reason == "bad"
-                    if max_bad is not None and bad > max_bad:
+                    too_bad = document.reason == "unreadable" or bad > (max_bad or 0)
+                    if max_bad is not None and too_bad:
                         raise InputError(document.message)
                     continue
                 key = hash_of(document.text)

@@ -117,14 +117,18 @@ def test_empty_documents_and_duplicates_are_left_out_of_each_domain(tmp_path):
 
 
 def test_a_limit_hides_what_comes_after_it_whatever_the_number_of_workers(tmp_path, monkeypatch):
-    """A domain ends with the document that reaches it. A bad line after that, read ahead of time
-    for other workers, is no error."""
+    """A domain ends with the document that reaches it. A bad line or damage after that, read ahead
+    of time for other workers, is no error."""
     monkeypatch.setattr("prepare.BLOCK", 4096)
     sources = {}
     for domain in ("prose", "sums"):
         path = write_jsonl(tmp_path / f"{domain}.jsonl", made_documents(domain, 80))
         path.write_text(path.read_text() + "{bad")
         sources[domain] = [path]
+    cut = tmp_path / "cut.jsonl.gz"
+    long = write_jsonl(tmp_path / "long.jsonl", made_documents("prose", 2000))
+    cut.write_bytes(gzip.compress(long.read_bytes())[:-9])
+    sources["cut"] = [cut]
     made = []
     for workers in (1, 2):
         out = tmp_path / str(workers)
