@@ -458,8 +458,8 @@ class Tokenizer:
             expected = f"expected {END_OF_TEXT}, and at most 65,536 (uint16), as pythia-70m has"
             raise InputError(f"{path}: {self.vocab_size:,} tokens; {expected}")
         # Or a text could end a document.
-        itself = self._tokenizer.encode(f"a {END_OF_TEXT} b", add_special_tokens=False)
-        if self.end_of_text in itself.ids:
+        self._path = path
+        if self.end_of_text in self._slowly(f"a {END_OF_TEXT} b"):
             raise InputError(f"{path}: a text can hold {END_OF_TEXT}; make that a special token")
         self._encoded = 0  # characters so far
         self.meta = {
@@ -479,7 +479,8 @@ class Tokenizer:
         return fastokens_encoding(json.loads(self.json), self._tiktoken)
 
     def encode(self, text: str) -> np.ndarray:
-        """(n,) uint16, less an end-of-text id. Raises UnicodeEncodeError for a lone surrogate."""
+        """(n,) uint16, less an end-of-text id. Raises UnicodeEncodeError for a lone surrogate, and
+        InputError for what the tokenizer does not know."""
         text.encode()
         if self._tiktoken is None:
             return self._slowly(text)
@@ -495,7 +496,10 @@ class Tokenizer:
         return np.array(self._tiktoken.encode_to_numpy(text), dtype=np.uint16)
 
     def _slowly(self, text: str) -> np.ndarray:
-        encoding = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]
+        try:
+            encoding = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]
+        except Exception as e:  # the library knows no other kind
+            raise InputError(f"{self._path}: {e}; take a tokenizer that knows any text") from None
         return np.array(encoding.ids, dtype=np.uint16)
 
     def decode(self, ids) -> str:
@@ -1362,8 +1366,9 @@ def make_tokenizer(
             for document in documents:
                 if isinstance(document, LeftOut):
                     bad += document.reason == "bad"
-                    too_bad = document.reason == "unreadable" or bad > (max_bad or 0)
-                    if max_bad is not None and too_bad:
+                    if max_bad is None:
+                        continue
+                    if document.reason == "unreadable" or bad > max_bad:
                         raise InputError(document.message)
                     continue
                 key = hash_of(document.text)
@@ -1606,8 +1611,8 @@ def main():
         raise InputError("--add: name the sources to add")
     if args.domain_key and not args.sources:
         raise InputError("--domain-key: name the sources whose records have it")
-    own = (args.tokenizer, args.val_fraction, args.test_fraction)
-    if args.add and own != (None, None, None):
+    given = (args.tokenizer, args.val_fraction, args.test_fraction)
+    if args.add and given != (None, None, None):
         own = "the data set's tokenizer and its own fractions are taken"
         raise InputError(f"--add: {own}; leave --tokenizer, --val-fraction, --test-fraction out")
     if args.sources and not args.add and not args.tokenizer:

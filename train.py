@@ -1346,9 +1346,8 @@ def main():
                 result = results(losses, data, "val", T)
                 prepare.write_json(out / "result.json", result)
                 with decorating(out / "README.md"):
-                    card = model_card(
-                        out.resolve().name, args.model, earlier, data, counts, hyper, result
-                    )
+                    title = out.resolve().name
+                    card = model_card(title, args.model, earlier, data, counts, hyper, result)
                     prepare.write_text(out / "README.md", card)
         keep(model, data, out, getattr(torch, args.save_dtype))
     # Of a run that was finished before, too.

@@ -374,3 +374,14 @@ def test_a_tokenizer_by_which_a_text_could_end_a_document_is_refused(tmp_path):
     (tmp_path / "t.json").write_text(json.dumps(spec))
     with pytest.raises(InputError, match="a text can hold <|endoftext|>; make that a special"):
         Tokenizer(tmp_path / "t.json")
+
+
+def test_a_tokenizer_that_does_not_know_every_text_says_so(tmp_path):
+    spec = {"version": "1.0", "pre_tokenizer": {"type": "Whitespace"}, "added_tokens": []}
+    words = ["<|endoftext|>", "a", "b", "<|", "|>", "endoftext"]
+    vocab = {word: i for i, word in enumerate(words)}
+    for known in (vocab, {"<|endoftext|>": 0}):
+        spec["model"] = {"type": "WordLevel", "vocab": known, "unk_token": "none"}
+        (tmp_path / "t.json").write_text(json.dumps(spec))
+        with pytest.raises(InputError, match=r"t\.json: WordLevel error.*; take a tokenizer"):
+            Tokenizer(tmp_path / "t.json").encode("another")
