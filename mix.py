@@ -950,10 +950,7 @@ def write_results(
     prepare.write_json(out / "result.json", result)
     passes = [*runs.passes, train.this_pass(runs.data, runs.hyper, counts)]
     prepare.write_json(out / "run.json", train.read_record(out) | {"passes": passes})
-    with train.decorating(out / "README.md"):
-        words = (out.resolve().name, args.model, runs.passes, runs.data, counts, runs.hyper, result)
-        card = train.model_card(*words)
-        prepare.write_text(out / "README.md", card)
+    train.write_card(out, args.model, runs.passes, runs.data, counts, runs.hyper, result)
 
 
 # ---- main ----

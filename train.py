@@ -1148,6 +1148,13 @@ Data set `{data.identity}`, tokenizer `{data.meta["tokenizer"]["sha256"]}`.
 """
 
 
+def write_card(out: Path, *of_the_run) -> None:
+    """The README.md of a model's folder; of_the_run: what model_card takes besides its title."""
+    path = out / "README.md"
+    with decorating(path):
+        prepare.write_text(path, model_card(out.resolve().name, *of_the_run))
+
+
 # ---- options and main ----
 
 
@@ -1295,6 +1302,24 @@ def say_mixture(mixture: Mixture) -> None:
         say(f"warning: more than 4 times through {names}; more teach little: prepare more of it")
 
 
+def show_result(args) -> None:
+    """The picture and the table of a finished run, and commands that are worth a try now."""
+    out = Path(args.out)
+    with decorating(out / "train.png"):
+        draw(out / "log.jsonl", out / "train.png")
+    result = prepare.load_json(out / "result.json", RESULT)
+    say(f"validation losses, {result['seq_len']} tokens a sequence", table(result))
+    say(f"model, log and train.png in {out}")
+    words = [args.model, args.out, "--data", args.data]
+    if args.seq_len:
+        words += ["--seq-len", str(args.seq_len)]
+    # Of another seed, eval.py would draw other random weights.
+    if args.model.startswith("scratch:") and args.seed:
+        del words[0]
+    say(f"next    python {prepare.beside('eval.py')} {shlex.join(words)}")
+    say(f"or      python {prepare.beside('model.py')} {shlex.quote(args.out)} 'def main('")
+
+
 def main():
     parser = prepare.ArgumentParser(__doc__)
     add_options(parser, "out/train")
@@ -1345,26 +1370,11 @@ def main():
             if rank() == 0:
                 result = results(losses, data, "val", T)
                 prepare.write_json(out / "result.json", result)
-                with decorating(out / "README.md"):
-                    title = out.resolve().name
-                    card = model_card(title, args.model, earlier, data, counts, hyper, result)
-                    prepare.write_text(out / "README.md", card)
+                write_card(out, args.model, earlier, data, counts, hyper, result)
         keep(model, data, out, getattr(torch, args.save_dtype))
     # Of a run that was finished before, too.
     if rank() == 0:
-        with decorating(out / "train.png"):
-            draw(out / "log.jsonl", out / "train.png")
-        result = prepare.load_json(out / "result.json", RESULT)
-        say(f"validation losses, {T} tokens a sequence", table(result))
-        say(f"model, log and train.png in {out}")
-        words = [args.model, args.out, "--data", args.data]
-        if args.seq_len:
-            words += ["--seq-len", str(args.seq_len)]
-        # Of another seed, eval.py would draw other random weights.
-        if args.model.startswith("scratch:") and args.seed:
-            del words[0]
-        say(f"next    python {prepare.beside('eval.py')} {shlex.join(words)}")
-        say(f"or      python {prepare.beside('model.py')} {shlex.quote(args.out)} 'def main('")
+        show_result(args)
     finish()
 
 

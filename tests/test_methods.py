@@ -112,6 +112,13 @@ def test_the_proxy_weighs_domains_by_hand():
     assert np.array(proxy.path) == pytest.approx(expected)
 
 
+def test_a_domain_of_which_the_pass_has_nothing_divides_by_no_zero():
+    proxy = Proxy(torch.ones(2, 4), np.array([0, 0]), np.array([1.0, 0.0]))
+    with np.errstate(all="raise"):
+        weighed = proxy.weigh(0, [0, 1], torch.full((2, 4), 3.0), torch.ones(2, 1))
+    assert weighed[:, 0].tolist() == [0.5, 0.5]
+
+
 class Shown(Runs):
     """Runs that, instead of training, show `weigh` two steps' losses of the first sequences."""
 

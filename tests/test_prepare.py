@@ -574,6 +574,17 @@ def test_a_word_without_end_does_not_stop_the_training_of_a_tokenizer(tmp_path, 
     assert without_long_words("abcdefg hi", 3) == "abc def g hi"
 
 
+def test_what_is_said_of_long_names_fits_100_columns(data, capsys):
+    """Also of a data set that an earlier version made, whose meta.json says less."""
+    known = Data(data.folder)
+    del known.meta["overlap"]
+    known.meta["files"] = {f"a{'z' * 90}{name}": x for name, x in known.meta["files"].items()}
+    prepare.describe(known, "d")
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert len({line.split()[0] for line in lines if "zzz" in line}) == 9
+
+
 def test_a_data_set_is_read_from_wherever_the_process_has_gone(data, tmp_path, monkeypatch):
     monkeypatch.chdir(data.folder.parent)
     relative = Data(data.folder.name)
