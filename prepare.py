@@ -377,6 +377,8 @@ def hub_folder(name: str, patterns: list[str]) -> Path:
         if not re.fullmatch(rf"pythia-({sizes})(-deduped)?", repo):
             raise InputError(f"{name}: no such folder or model; on the hub: ORG/NAME or pythia-70m")
         repo = f"EleutherAI/{repo}"
+    if repo.count("/") > 1 or not repo[0].isalnum():
+        raise InputError(f"{name}: no such folder; on the hub a name is ORG/NAME or ORG/NAME@REV")
     from huggingface_hub import snapshot_download
 
     with asking_hub(name, "no such folder, and "):
