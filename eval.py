@@ -72,7 +72,7 @@ def check_fit(model: GPTNeoX, data: Data, seq_len: int, name: str = "the model")
 
 
 def check_tokens(tokens: torch.Tensor, model: GPTNeoX, data: Data) -> None:
-    """Raise InputError if there are some, in a batch of the data, that the model does not know."""
+    """Raise InputError if a batch of the data has tokens that the model does not know."""
     if tokens.max() >= model.config.vocab_size:
         damaged = "a bin is damaged, it has tokens beyond the vocabulary"
         raise InputError(f"{data.folder}: {damaged}; --check-data tells which")
@@ -102,7 +102,7 @@ def evaluated_windows(
 def batch_of(
     model: GPTNeoX, data: Data, split: str, seq_len: int, rows: list[tuple[str, int]], B: int
 ) -> torch.Tensor:
-    """These windows, (domain, number) each, and zeros for what lacks to B: (B, T + 1) int64."""
+    """These windows, (domain, number) each, then zeros up to B rows: (B, T + 1) int64."""
     batch = np.zeros((B, seq_len + 1), dtype=np.int64)
     for row, (domain, number) in zip(batch, rows, strict=False):
         row[:] = data.window(domain, split, seq_len, number)

@@ -81,6 +81,7 @@ def reweight(runs: "Runs", history: "History", start: dict[str, int], args) -> d
     Returns the counts of the best round.
     """
     A = np.array([start.get(d, 0) for d in runs.train_on], dtype=np.float64)
+    # A search that goes on replays its rounds: what was measured before comes from its files.
     for number in range(1, args.rounds + 1):
         sequences = args.sequences
         if args.grow:
@@ -134,12 +135,10 @@ class Law:
         return self.known - self.scale * (self.gains(w) - self.gains_at_start)
 
     def correct(self, w: np.ndarray, measured: np.ndarray) -> None:
-        """Learn from a run how far losses go: short experts know which way, but not how far.
-
-        It is never less than they say, and five times as far at most.
-        """
+        """Learn from a run how far losses move: short experts tell the direction, but too small a
+        distance. The factor is from 1 to 5."""
         by_law = self.losses(w) - self.known
-        # A hundredth of a nat lies between two seeds as well: a ridge, for small ones tell nothing.
+        # Two seeds differ by 0.01 nats, so smaller changes tell nothing: hence the ridge.
         ridge = 0.01**2
         scale = (by_law * (measured - self.known) + ridge) / (by_law**2 + ridge)
         self.scale = scale.clip(1, 5)
@@ -170,28 +169,28 @@ def best_weights(
     """The experts' weights (K,) of the least objective, none above high (K,).
 
     w_k ← Σ_i v_i · the share of i's tokens that expert k accounts for: expectation-maximisation
-    (Dempster, Laird & Rubin 1977, section 4.3) for domains that count v (D,). They count more,
-    step by step, where a loss exceeds the untouched model's by more than bound or, for `worst`,
-    the most.
+    (Dempster, Laird & Rubin 1977, section 4.3) for domains that count v (D,). bound: the most that
+    a loss may exceed the untouched model's by.
     """
-    is_worst = objective.weights is None
-    is_bounded = bound < np.inf and not is_worst
-    w = capped(np.ones(len(high)), high)
     v = objective.weights
+    is_worst = v is None
     if is_worst:
         v = np.full(len(law.odds), 1 / len(law.odds))
-    penalty = np.zeros(len(v))
+    penalty = np.zeros(len(v))  # what a domain counts for beside v
     steps = 500
-    if is_bounded:
+    if bound < np.inf:
         steps = 1000  # a bound is met later, and then to a thousandth of a nat
+    w = capped(np.ones(len(high)), high)
     for step in range(steps):
         w = capped((v + penalty) @ law.accounts(w), high)
-        rate = 10 / law.scale.max() / (1 + step / 50)  # falls, so that v comes to rest
+        rate = 10 / law.scale.max() / (1 + step / 50)  # falls, so that v and penalty come to rest
         if is_worst:
+            # Exponentiated gradient: the more a domain's loss rises, the more it counts.
             change = law.losses(w) - untouched
             v = v * np.exp(rate * (change - change.max()))
             v = v / v.sum()
-        elif is_bounded:
+        elif bound < np.inf:
+            # Dual ascent: a domain above the bound counts more and more, until it is below.
             change = law.losses(w) - untouched
             penalty = np.maximum(penalty + rate * (change - bound), 0)
     return w
@@ -209,7 +208,7 @@ def experts(runs: "Runs", history: "History", start: dict[str, int], args) -> di
     begun = runs.measure(start, "the start")
     history.add(start, begun, note="the start")
     law = Law(losses_of_experts(runs, start, args.expert_sequences), u, begun)
-    # No share may grow beyond 4 repeats.
+    # (1 - λ) u + λ w <= cap, solved for w: no domain is repeated more than four times.
     high = ((runs.cap - (1 - SOFT) * u) / SOFT).clip(0, 1)
 
     def weights_for(objective: Objective, bound: float = np.inf) -> np.ndarray:
@@ -218,34 +217,37 @@ def experts(runs: "Runs", history: "History", start: dict[str, int], args) -> di
     def mixture_of(w: np.ndarray) -> dict[str, int]:
         return runs.counts((1 - SOFT) * u + SOFT * w)
 
+    # One end of the trade-off, the lowest objective: `free` is the largest change of a domain.
     w = weights_for(history.objective)
     found = mixture_of(w)
-    history.foretell(found, law.losses(w), "the best by the law")
-    measured = runs.measure(found, "the best by the law")
-    most = (measured - history.untouched).max()
-    history.add(found, measured, bound=most)
+    note = "the best by the law"
+    history.foretell(found, law.losses(w), note)
+    measured = runs.measure(found, note)
+    free = (measured - history.untouched).max()
+    history.add(found, measured, bound=free)
     law.correct(w, measured)
 
-    # With the law corrected, the mixture by which the domain that pays most pays least.
-    w_sparing = weights_for(WORST)
-    sparing = mixture_of(w_sparing)
-    least = (law.losses(w_sparing) - history.untouched).max()
+    # The other end, by the law as corrected: `tight` is the lowest that this change can be.
+    w = weights_for(WORST)
+    sparing = mixture_of(w)
+    predicted = law.losses(w)
+    tight = (predicted - history.untouched).max()
     if history.objective is WORST:
         note = "the best by the law, corrected"
-        history.foretell(sparing, law.losses(w_sparing), note)
+        history.foretell(sparing, predicted, note)
         history.add(sparing, runs.measure(sparing, note))
         return history.best()["counts"]
 
     # The trade-off: from the one mixture to the other.
-    for bound in np.linspace(most, least, 5)[1:]:
+    for bound in np.linspace(free, tight, 5)[1:]:
         w = weights_for(history.objective, bound)
         note = f"no domain above {bound:+.4f}"
         history.foretell(mixture_of(w), law.losses(w), note, bound=bound)
     if args.spare is None:
         return history.best()["counts"]  # which may be the start's
-    if args.spare >= most:
+    if args.spare >= free:
         return history.best(args.spare)["counts"]
-    if args.spare < least:
+    if args.spare < tight:
         say(f"warning: no mixture is predicted to hold --spare {args.spare}; the nearest is taken")
         return sparing
     return mixture_of(weights_for(history.objective, args.spare))
@@ -323,14 +325,16 @@ class Proxy:
         self, step: int, rows: list[int], losses: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         """What `train` asks for: the loss of domain d is weighted by α_d over its share."""
+        # Called for every micro-batch: with the first of a step, the step before has ended.
         if step > len(self.path):
             self.end_step(losses.device)
         excess = losses.float().cpu() - self.reference[rows]
-        excess = excess.nan_to_num(0, 0).clamp(min=0).sum(1)  # by token, not by mean
+        excess = excess.nan_to_num(0, 0).clamp(min=0).sum(1)  # clipped token by token
         domains = self.domains[rows]
         counted = weights[:, 0].cpu().numpy()  # 0 where a row only fills a micro-batch up
         for k, value, weight in zip(domains, excess.tolist(), counted, strict=True):
-            self.sums[:, k] += weight * value, weight * losses.shape[1]
+            self.sums[0, k] += weight * value
+            self.sums[1, k] += weight * losses.shape[1]
         scale = (self.alpha / self.sampled)[domains, None]
         return weights * torch.from_numpy(scale).to(weights)
 
@@ -357,12 +361,12 @@ def doremi(runs: "Runs", history: "History", start: dict[str, int], args) -> dic
     reference = torch.zeros(len(mixture), runs.hyper.seq_len)
 
     # The reference's loss of every token of the proxy's pass, from a pass without learning.
-    def note(step, rows, losses, weights):
+    def record_reference(step, rows, losses, weights):
         reference[rows] = losses.float().cpu()
         return weights
 
     runs.train(uniform)
-    runs.train_further(uniform, seen, "reference", note, learning_rate=0.0)
+    runs.train_further(uniform, seen, "reference", record_reference, learning_rate=0.0)
 
     # The proxy: the base again, on the same sequences, with α moving after every step.
     proxy = Proxy(reference, np.array(domains), runs.shares(uniform))
@@ -420,6 +424,29 @@ class Run(NamedTuple):
     passes: list[dict]  # that the model had before
 
 
+def is_recorded(run: Run, weights: Path) -> bool:
+    """Whether a run's weights are there with their hash in its record; damaged ones are removed.
+
+    Raises InputError if the record is of another run.
+    """
+    known = {}
+    with contextlib.suppress(InputError, FileNotFoundError):  # a damaged record is made anew
+        known = train.read_record(run.folder)
+    if known and known["settings"] != run.settings:
+        raise InputError(f"{run.folder}: its run.json is of another run; remove the folder")
+    if not weights.is_file():
+        return False
+    # Weights appear whole; those without a hash are of a run that was killed at its very end.
+    sha256 = known.get("sha256")
+    is_whole = (run.folder / "config.json").is_file()
+    if is_whole and sha256:
+        is_whole = sha256 == prepare.sha256_of(weights)
+    if not is_whole:
+        say(f"{weights} is damaged, and made anew")
+        weights.unlink()
+    return is_whole and bool(sha256)
+
+
 def train_once(
     model: GPTNeoX,
     base: str | Path | None,
@@ -427,34 +454,19 @@ def train_once(
     run: Run,
     save_every: int,
     title: str,
-    keep: bool = True,
+    keep_weights: bool = True,
 ) -> None:
     """Make the model, in place, the base (None: itself) trained on a run's mixture, and keep it.
 
     What was kept before is loaded, if it is of this very run (else InputError) and undamaged.
-    keep: if not, no weights are written but checkpoints.
+    keep_weights: if not, no weights are written but checkpoints.
     """
     weights = run.folder / "model.safetensors"
-    path = run.folder / "run.json"
-    known = {}  # of what was kept before
+    recorded = False
     if rank() == 0:
         run.folder.mkdir(parents=True, exist_ok=True)
-        # A record that is damaged is made anew.
-        with contextlib.suppress(InputError, FileNotFoundError):
-            known = train.read_record(run.folder)
-        if known and known["settings"] != run.settings:
-            raise InputError(f"{run.folder}: its run.json is of another run; remove the folder")
-        # Weights appear whole; those without a hash are of a run that was killed at its very end.
-        is_whole = (run.folder / "config.json").is_file()
-        if weights.is_file() and is_whole and known.get("sha256"):
-            is_whole = known["sha256"] == prepare.sha256_of(weights)
-        if weights.is_file() and not is_whole:
-            say(f"{weights} is damaged, and made anew")
-            weights.unlink()
-        # What is trained anew has a hash of its own.
-        if not weights.is_file():
-            known = {}
-    barrier()
+        recorded = is_recorded(run, weights)
+    barrier()  # the others look when damaged weights are gone
     if on_all_ranks(weights.is_file(), model.device):
         train.fill(model, run.folder)
     else:
@@ -463,14 +475,14 @@ def train_once(
         seen = train.times_seen(data, run.hyper.seq_len, run.passes)
         more = {"out": run.folder, "save_every": save_every, "title": title}
         train.train(model, data, run.counts, run.hyper, seen=seen, **more)
-    if keep:
+    if keep_weights:
         train.keep(model, data, run.folder)
-    if rank() == 0 and not known.get("sha256"):
+    if rank() == 0 and not recorded:
         record = {"settings": run.settings}
         record["passes"] = [*run.passes, train.this_pass(data, run.hyper, run.counts)]
-        if keep:
+        if keep_weights:
             record["sha256"] = prepare.sha256_of(weights)
-        prepare.write_json(path, record)
+        prepare.write_json(run.folder / "run.json", record)
 
 
 @dataclass
@@ -545,8 +557,8 @@ class Runs:
 
     def losses_of(self, run: Run, limit: int, title: str, per_token: bool = False) -> Losses:
         """A run's losses, of at most `limit` windows a domain, which are kept; it is trained only
-        if they are not there yet. What that costs is counted all the same. per_token: for these
-        alone is it trained, and its weights are not kept."""
+        if they are not there yet. What that costs is counted all the same. per_token: of
+        every token; the run's weights are not kept then."""
         T = self.hyper.seq_len
         windows = [min(limit, self.data.windows(d, "val", T)) for d in self.domains]
         self.tokens["trained"] += sum(run.counts.values()) * T
@@ -559,7 +571,7 @@ class Runs:
         # All do the same; and none writes before all have looked.
         if not on_all_ranks(losses is not None, self.model.device):
             how = (run, self.save_every, title)
-            train_once(self.model, self.base, self.data, *how, keep=not per_token)
+            train_once(self.model, self.base, self.data, *how, keep_weights=not per_token)
             losses = self.evaluate(limit, per_token)
             if rank() == 0:
                 named = {f"{d}.val": values for d, values in losses.items()}
@@ -1004,7 +1016,7 @@ def parse_start(args, data: Data, seq_len: int, train_on: list[str]) -> dict[str
     first = train.parse_mixture(args.start, data, *how)
     if not any(first.get(d) for d in train_on) or any(first[d] for d in first.keys() - train_on):
         raise InputError(f"--start {args.start}: name no other domains there than --train-on")
-    args.start = train.named(args.start, first)
+    args.start = train.as_option(args.start, first)
     return first
 
 

@@ -110,15 +110,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=T == S)
     # On a CPU, blocks of queries in operations that torch.compile fuses are faster than SDPA's
     # kernel: forward and backward of bf16 (16, 4, 256, 32) take 6.7 ms on two cores, not 21.4.
-    # They keep the half of a sequence's H T^2 probabilities that is not zero for the backward pass.
+    # For the backward pass they keep the probabilities that are not zero, half of H T^2 a sequence.
     size = max(128, T // 8)
     out = []
     for i, queries in zip(range(0, T, size), q.split(size, dim=2), strict=True):
         # A block of queries sees the keys up to its own end.
         n = min(i + size, T)
         scores = (queries @ k[:, :, :n].transpose(-2, -1)).float() * q.size(-1) ** -0.5
-        # A query sees no later key. int32 is as wide as a score, so vectors need no conversion; and
-        # of masked_fill inductor would keep all blocks' exp but the first's in fp32.
+        # A query sees no later key. int32 is as wide as a score, so vectors need no conversion;
+        # with masked_fill, inductor would keep exp in fp32 for all blocks but the first.
         keys = torch.arange(n, dtype=torch.int32)
         later = keys > keys[i:, None]  # a row is a query of this block
         scores = scores - 1e30 * later
@@ -130,9 +130,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 class Linear(nn.Linear):
     def forward(self, x):
-        # A GPU's matrix product adds the bias on its way to memory, and the bias's gradient, a sum,
-        # then comes after the products that need what it sums in memory: added apart it came first,
-        # and inductor computed that twice. On a CPU, apart, it fuses with what follows.
+        # On a GPU the matrix product adds the bias at no cost. Added apart, the bias's gradient was
+        # summed before the products that read the same values, and inductor computed these twice.
+        # On a CPU, apart, the addition fuses with what follows.
         if x.is_cuda or self.bias is None:
             return super().forward(x)
         y = F.linear(x, self.weight)
@@ -280,7 +280,7 @@ class GPTNeoX(nn.Module):
         return losses.view_as(tokens).clone()
 
     def token_losses(self, x: Tensor, targets: Tensor) -> Tensor:
-        """The last layer's output (N, C) and targets (N,) -> losses (N,), of tables as well."""
+        """The last layer's output (N, C) and targets (N,) -> losses (N,)."""
         logits = self.embed_out(self.gpt_neox.final_layer_norm(x))
         return F.cross_entropy(logits.float(), targets, reduction="none")
 
@@ -815,7 +815,7 @@ def compile_for(
             except Exception as e:
                 if is_out_of_memory(e):
                     raise
-                # Once removed they are made anew. If that was not it, torch.compile does not work.
+                # Remove what is broken and try again; with nothing new to remove, go on eagerly.
                 broken = broken_libraries(e)
                 if broken <= removed:
                     # A compiler's own line tells most; what torch says of it is long.

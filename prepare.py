@@ -114,12 +114,12 @@ def check_range(args, names: tuple[str, ...], low: float, high: float = 2**31 - 
 
 
 def is_first_process() -> bool:
-    """Under torchrun one process speaks for all; where it was not that, model.rank knows."""
+    """Whether this process speaks for all, by torchrun's word; model.rank knows the rest."""
     return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"
 
 
 def bars_aside():
-    """A context in which what is written finds no bar; those there are come again below it."""
+    """A context in which bars are cleared to print; then they are drawn again, below."""
     if "tqdm" in sys.modules:
         return sys.modules["tqdm"].tqdm.external_write_mode()
     return contextlib.nullcontext()
@@ -131,7 +131,7 @@ def tell(*lines: str, end: str = "\n") -> None:
         with bars_aside():
             print(*lines, sep="\n", end=end, flush=True)
     except BrokenPipeError:
-        # Nor is Python to complain of it when it ends.
+        # Else Python complains of it when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -512,10 +512,9 @@ def rank_encoding(spec: dict, tokenizer):
     """The tiktoken encoder with the ids of a byte-level BPE; None if it is something else.
 
     spec: its tokenizer.json; tokenizer: what the library made of it.
-    tiktoken joins the neighbours that make the token of lowest id; `tokenizers` those whose merge
-    comes first. It is the same if ids are in the order of merges, each making a new token of older
-    ones, and every token encodes to itself: two neighbours that could make it are then those of its
-    merge, for alone it has no other last step.
+    tiktoken joins the neighbours whose token has the lowest id, `tokenizers` those whose merge
+    stands first. These are the same if ids rise in the order of the merges, each merge makes a new
+    token of older ones, and every token encodes to itself: then only its own merge makes a token.
     """
     import tiktoken
     from tokenizers.pre_tokenizers import ByteLevel
@@ -541,9 +540,12 @@ def rank_encoding(spec: dict, tokenizer):
         ranks |= {run.encode(): tokenizer.token_to_id(run) for run in runs}
     except (KeyError, TypeError, ValueError, AttributeError):  # not of the shape that is looked for
         return None
-    # tiktoken panics on a text with a byte that is no token.
+    # tiktoken panics on two tokens of one id, and on a text with a byte that is no token; UTF-8
+    # has all bytes but C0, C1 and F5 to FF.
     used_by_utf8 = [*range(0xC0), *range(0xC2, 0xF5)]
-    if len(set(ranks.values())) < len(ranks) or not all(bytes([b]) in ranks for b in used_by_utf8):
+    if len(set(ranks.values())) < len(ranks):
+        return None
+    if not all(bytes([b]) in ranks for b in used_by_utf8):
         return None
     # GPT-2's pattern. Where runs of spaces are tokens of their own they are cut out first, and what
     # is white space thereafter holds no two spaces in a row.
@@ -875,7 +877,7 @@ def records(path: Path, file, keys: list[str]) -> Iterator[bytes | dict]:
             return
         while line := stream.readline(LONGEST + 1):
             yield line
-            # Of a longer line, that much shows that it is; the rest is not kept in memory.
+            # That much shows that a line is too long; the rest is read, but not kept.
             while len(line) > LONGEST and not line.endswith(b"\n"):
                 line = stream.readline(LONGEST + 1)
     except Exception as e:  # of many libraries
@@ -978,7 +980,7 @@ def read(
                         item = document_of(line, path, number, domain, text_key, domain_key)
                         if item:
                             yield item
-                # Only what is before it tells whether the domain needs the rest.
+                # If the domain is full by then, the fault does not matter.
                 except InputError as e:
                     yield LeftOut(domain, "unreadable", str(e))
 
@@ -1223,7 +1225,7 @@ def encode_all(
     # A few batches wait for every worker, so that memory stays bounded and none is idle.
     pool = ProcessPoolExecutor(workers, context, start_worker, (tokenizer,))
     try:
-        # Workers begin here, and Ctrl-C is none of theirs from their beginning.
+        # Workers start here, and ignore Ctrl-C from their first moment.
         with on_interrupt(signal.SIG_IGN):
             for _ in range(workers):
                 pool.submit(int)
@@ -1365,20 +1367,19 @@ def make_tokenizer(
 
         def texts():
             bad = 0
-            for document in documents:
-                if isinstance(document, LeftOut):
-                    bad += document.reason == "bad"
-                    if max_bad is None:
-                        continue
-                    if document.reason == "unreadable" or bad > max_bad:
-                        raise InputError(document.message)
-                    continue
-                key = hash_of(document.text)
-                if split_of(key, fractions) == "train" and key % every == 0:
-                    yield without_long_words(document.text)
+            for item in documents:
+                if isinstance(item, Document):
+                    key = hash_of(item.text)
+                    if split_of(key, fractions) == "train" and key % every == 0:
+                        yield without_long_words(item.text)
+                elif max_bad is not None:
+                    if item.reason == "bad":
+                        bad += 1
+                    if item.reason == "unreadable" or bad > max_bad:
+                        raise InputError(item.message)
 
         trained = ByteLevelBPETokenizer()
-        # Not by the library's bars, which stay when done. It hears no Ctrl-C, either.
+        # The library's own bars would stay when done. Nor does it hear Ctrl-C.
         with on_interrupt(signal.SIG_DFL), notice("training the tokenizer"):
             trained.train_from_iterator(texts(), int(size_asked), 0, False, [END_OF_TEXT])
         with naming(path):
@@ -1400,6 +1401,7 @@ def staged(out: Path, name: str, add: bool) -> Iterator[Path]:
     if add:
         stage = out / f".{name}.partial"
     stage.mkdir(parents=True, exist_ok=True)
+    # On a file that the data set has anyway: a .lock would become a part of it.
     with locked(stage / "tokenizer.json", out, way_out="wait for its end"):
         for leftover in stage.glob("*.bin"):  # of one that was killed
             leftover.unlink()
@@ -1508,7 +1510,7 @@ def prepare(
     with staged(out, name, add) as stage:
         size = sum(size_of(file) for files in sources.values() for file in files)
         path = stage / "tokenizer.json"
-        # A bad line behind a domain's limit is none, and where that is only the bins tell.
+        # Behind a domain's limit nothing bad counts, and only write_bins knows where that is.
         most = None if limit_tokens else max_bad
         loaded = make_tokenizer(tokenizer, documents(), fractions, size, path, most)
         # From text to bins, as a stream: nothing is read before there is room for it.

@@ -91,13 +91,13 @@ def splitmix64(x: np.ndarray) -> np.ndarray:
 
 def places(count: int) -> np.ndarray:
     """Where the draws of a domain stand in the pass, (count,) uint64: k at (k + 1/2) / count."""
-    word = np.uint64(31)
+    bits = np.uint64(31)
     n = np.uint64(count)
-    # As floor((2k + 1) 2^62 / count), so that places are compared exactly: in two divisions, for
-    # the product has more than 64 bits.
-    numerators = (2 * np.arange(count, dtype=np.uint64) + np.uint64(1)) << word
+    # 2^63 (k + 1/2) / count in integers, which compare exactly: in two divisions of 31 bits each,
+    # for the numerator has more than 64.
+    numerators = (2 * np.arange(count, dtype=np.uint64) + np.uint64(1)) << bits
     high, rest = np.divmod(numerators, n)
-    return (high << word) | (rest << word) // n
+    return (high << bits) | (rest << bits) // n
 
 
 def check_counts(data: Data, counts: dict[str, int]) -> None:
@@ -268,7 +268,7 @@ def parse_mixture(
     return rescale(counts, sequences)
 
 
-def named(text: str, counts: dict[str, int]) -> str:
+def as_option(text: str, counts: dict[str, int]) -> str:
     """--mix, or another option, as it will mean these counts when its file is gone or another."""
     if text.endswith(".json"):
         return ",".join(f"{domain}={n}" for domain, n in counts.items())
@@ -406,7 +406,7 @@ def clip_gradients(model: GPTNeoX) -> torch.Tensor:
 def micro_batch_size(
     model: GPTNeoX, hyper: Hyperparameters, device: torch.device, sequences: int
 ) -> int:
-    """As asked for, but no more than a step of the pass has, or what fits and leaves few rows idle.
+    """As asked for, or what fits with few rows idle; at most a rank's share of a step.
 
     sequences: of the pass.
     """
@@ -414,7 +414,7 @@ def micro_batch_size(
     if hyper.micro_batch_size:
         return min(rows, hyper.micro_batch_size)
     fits = sequences_at_once(model, hyper.seq_len, hyper.dtype, device, training=True)
-    # Where 10 fit, 64 rows make 8 parts of 8, not 7 of 10; but parts are not much smaller for it.
+    # Where 10 fit, 64 rows make 8 parts of 8, not 7 of 10; but never less than 3/4 of what fits.
     most = min(rows, fits)
     best = most
     for size in range(most, most * 3 // 4, -1):
@@ -532,22 +532,22 @@ def train(
             parts = list(micro_batches(mixture, batch, M))
             for tokens, _, _ in parts:
                 check_tokens(tokens, model, data)
-            part = add_gradients(network, parts, step, len(batch), hyper, weigh)
-            signals = torch.full_like(part, len(stop_signals))
-            loss, stop = add_up(torch.stack((part, signals)))  # one exchange for both
+            own_loss = add_gradients(network, parts, step, len(batch), hyper, weigh)
+            own_signals = torch.full_like(own_loss, len(stop_signals))
+            both = add_up(torch.stack((own_loss, own_signals)))  # one exchange between the ranks
             norm = clip_gradients(model)
-            loss, stop, grad_norm = torch.stack((loss, stop, norm)).tolist()  # one wait for all
+            loss, signals, grad_norm = torch.stack((*both, norm)).tolist()  # one wait for all
             finite = math.isfinite(loss) and math.isfinite(grad_norm)
             if finite:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=network is model)  # DDP's gradients live in its buckets
-        seconds = time.perf_counter() - began
+        tokens_per_second = len(batch) * hyper.seq_len / (time.perf_counter() - began)
+        stop = signals > 0
         skipped = 0 if finite else skipped + 1  # in a row
 
         # Its line in the log, and in the bar.
         line = {"step": step, "loss": loss, "lr": rate, "grad_norm": grad_norm}
-        line["sequences"] = len(batch)
-        line["tokens_per_second"] = round(len(batch) * hyper.seq_len / seconds)
+        line |= {"sequences": len(batch), "tokens_per_second": round(tokens_per_second)}
         if not finite:
             line |= {"loss": None, "grad_norm": None, "skipped": list(batch)}
             found = f"loss {loss}, gradient norm {grad_norm}"
@@ -555,7 +555,7 @@ def train(
         speed = speed_words(model, hyper, line["tokens_per_second"])
         bar.to(step + 1, f"loss {loss:.3f}, lr {rate:.1e}, {speed}")
 
-        # A signal that comes in the evaluation, or before it, leaves it to the run that goes on.
+        # After a signal the evaluation is skipped or cut short; --resume makes up for it.
         losses = None
         try:
             if validate and not stop:
@@ -595,15 +595,14 @@ def shard(model: GPTNeoX, dtype: torch.dtype, device: torch.device) -> None:
 
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     mesh = init_device_mesh(device.type, (world_size(),))
-    # The last to be sharded, too, gives back what it has gathered: after an evaluation no backward
-    # pass would do that.
+    # The root, too, frees what it has gathered: after an evaluation no backward pass would.
     for module in (*model.gpt_neox.layers, model):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     model.to_empty(device=device)
     model.make_rotary()
 
 
-def state_dicts():
+def state_dict_module():
     """The module of torch's that reads and sets state, sharded or not.
 
     It is imported late, for that takes half a second, and --help does not need it.
@@ -613,15 +612,17 @@ def state_dicts():
     return state_dict
 
 
-def gather():
+def gather_options():
     """How state is read: the first rank gets whole tensors on its CPU, the others nothing."""
-    return state_dicts().StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return state_dict_module().StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def spread(model: GPTNeoX):
+def spread_options(model: GPTNeoX):
     """How state is set: by the first rank for all where it is sharded, else by every rank."""
     by_first = is_sharded(model)
-    return state_dicts().StateDictOptions(full_state_dict=by_first, broadcast_from_rank0=by_first)
+    return state_dict_module().StateDictOptions(
+        full_state_dict=by_first, broadcast_from_rank0=by_first
+    )
 
 
 def reads_state(model: GPTNeoX) -> bool:
@@ -673,13 +674,13 @@ def fill(model: GPTNeoX, name: str | Path, **scratch) -> None:
     weights = {}
     if reads_state(model):
         weights = load(name, **scratch).state_dict()
-    state_dicts().set_model_state_dict(model, weights, options=spread(model))
+    state_dict_module().set_model_state_dict(model, weights, options=spread_options(model))
 
 
 def keep(model: GPTNeoX, data: Data, out: Path, dtype: torch.dtype = torch.float32) -> None:
     """Save the finished model, if that is not done, and remove its checkpoints; on every rank."""
     if not (out / "model.safetensors").is_file():
-        weights = state_dicts().get_model_state_dict(model, options=gather())
+        weights = state_dict_module().get_model_state_dict(model, options=gather_options())
         weights = {name: weight.to(dtype) for name, weight in weights.items()}
         check_finite(weights)
         if rank() == 0:
@@ -703,12 +704,14 @@ def save_checkpoint(
     steps: that are done; skipped: how many of the last ones made no update. The folder appears
     whole. The newest two stay.
     """
-    weights = state_dicts().get_model_state_dict(model, options=gather())
+    weights = state_dict_module().get_model_state_dict(model, options=gather_options())
     known = {"step": steps, "skipped": skipped, "optimizer": {}}
     moments = {}
     # Before its first step an optimizer has no state, and to ask for it would take a step.
     if optimizer.state:
-        state = state_dicts().get_optimizer_state_dict(model, optimizer, options=gather())
+        state = state_dict_module().get_optimizer_state_dict(
+            model, optimizer, options=gather_options()
+        )
         known["optimizer"] = split_tensors(state, moments)
     check_finite(weights | moments)
     # A file holds no two names of one tensor.
@@ -716,7 +719,7 @@ def save_checkpoint(
         weights["embed_out.weight"] = weights["embed_out.weight"].clone()
     if rank() == 0:
         write_checkpoint(out, weights, moments, known)
-    # None ends before: torchrun would soon end the others, too.
+    # No rank exits earlier: torchrun would kill the others.
     barrier()
 
 
@@ -779,10 +782,12 @@ def load_checkpoint(
         weights = load_file(folder / "model.safetensors")
         moments = load_file(folder / "optimizer.safetensors")
         state = join_tensors(known["optimizer"], moments)
-    state_dicts().set_model_state_dict(model, weights, options=spread(model))
+    state_dict_module().set_model_state_dict(model, weights, options=spread_options(model))
     # Every rank takes part in setting it, also one that read nothing.
     if known["optimizer"]:
-        state_dicts().set_optimizer_state_dict(model, optimizer, state, options=spread(model))
+        state_dict_module().set_optimizer_state_dict(
+            model, optimizer, state, options=spread_options(model)
+        )
     return step, known["skipped"]
 
 
@@ -876,14 +881,18 @@ def source_digest() -> str:
                 imported = [node.module]
             found = [file.with_name(f"{module}.py") for module in imported]
             files += [path for path in found if path.is_file() and path not in files]
-    # An edit of these functions, or of what they use, may change what comes out.
+    # An edit of these functions, of what they use, and so on, may change what comes out. In
+    # prepare.tell, `prepare` is the module, not the function of that name: so no module's name is
+    # followed.
+    modules = {file.stem for file in files}
     used = ["train", "times_seen", "fill", "keep", "evaluate"]
     digest = hashlib.sha256()
-    for name in used:  # which grow, too
+    for name in used:  # it grows in the loop
         for node in defined[name]:
             digest.update(ast.dump(node).encode())
+            # Every name and attribute in it; of these, those that some file defines.
             words = {getattr(each, "id", getattr(each, "attr", "")) for each in ast.walk(node)}
-            used += sorted(defined.keys() & words - {*used} - {file.stem for file in files})
+            used += sorted(words & defined.keys() - modules - {*used})
     return digest.hexdigest()[:16]
 
 
@@ -970,7 +979,7 @@ def check_folder(out: Path, args) -> None:
 # What a run leaves in its folder: first what makes it a finished one.
 OWN_FILES = ("model.safetensors", "checkpoint-*", "log.jsonl", "result.json", "train.png")
 
-# What a command says of itself: no option of the run.
+# Options of a command, which --resume does not keep.
 NOT_KEPT = ("out", "resume", "overwrite", "dry_run", "check_data")
 
 
@@ -993,15 +1002,15 @@ def parse_args(parser: prepare.ArgumentParser):
     args = parser.parse_args()
     if args.resume and args.overwrite:
         raise InputError("--resume goes on and --overwrite starts anew: give one of them")
-    record = Path(args.out) / "run.json"
-    if args.resume and record.is_file():
+    path = Path(args.out) / "run.json"
+    if args.resume and path.is_file():
         options = read_record(args.out)["options"]
         # Those of another script's run are not this one's: check_folder says whose it is.
         known = {name: value for name, value in options.items() if name in vars(args)}
         try:
             args = parser.parse_args([*words_of(known), *sys.argv[1:]])
         except InputError as e:
-            raise InputError(f"{record} is damaged: {e}; --overwrite starts anew") from None
+            raise InputError(f"{path} is damaged: {e}; --overwrite starts anew") from None
     return args
 
 
@@ -1333,23 +1342,23 @@ def main():
     device = start(args.device)
     data, hyper = set_up(args)
     counts = parse_mixture(args.mix, data, args.sequences, hyper.seq_len)
-    args.mix = named(args.mix, counts)
+    args.mix = as_option(args.mix, counts)
     earlier = passes_of(args.model)
     model = load_to_train(args, data, hyper.dtype, device)
     T = hyper.seq_len
     steps = math.ceil(sum(counts.values()) / hyper.batch_size)
-    losses = {}  # before the pass and after it
+    losses = {}  # the table's models: "before" the pass, its baseline, and "after" it
 
     def validation() -> dict[str, np.ndarray]:
         stop = functools.partial(stop_if_asked, device)
         return evaluate(model, data, "val", T, hyper.dtype, args.eval_sequences, stop)
 
     def validate(steps_done: int) -> dict[str, float] | None:
-        due = args.eval_every and steps_done % args.eval_every == 0
-        if due or steps_done == steps:
-            losses["after"] = validation()
-        if not due:
-            return None
+        is_due = args.eval_every > 0 and steps_done % args.eval_every == 0
+        if is_due or steps_done == steps:
+            losses["after"] = validation()  # the last step's is for the table
+        if not is_due:
+            return None  # nothing for the log
         means = domain_means(losses["after"])
         say(f"step {steps_done}: validation loss {means.mean():.4f} in the mean")
         return {**dict(zip(data.domains, means.tolist(), strict=True)), "mean": float(means.mean())}
