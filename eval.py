@@ -215,16 +215,16 @@ def interval(means: np.ndarray) -> list[float]:
 
 
 def resampled_changes(
-    base: Losses, other: Losses, data: Data, split: str, seq_len: int
+    baseline: Losses, other: Losses, data: Data, split: str, seq_len: int
 ) -> np.ndarray:
-    """Mean changes of each domain's loss, other - base, over resampled documents: (K, resamples).
+    """Mean changes of losses, other - baseline, over resampled documents: (K, resamples).
 
     Domains are resampled independently, and the documents drawn are the same for any two models.
     """
     rows = []
-    for k, domain in enumerate(base):
+    for k, domain in enumerate(baseline):
         # Of the same window by both models, so that how hard a window is plays no part.
-        difference = other[domain] - base[domain]
+        difference = other[domain] - baseline[domain]
         numbers = evaluated_windows(data, domain, split, seq_len, len(difference))
         documents = data.documents_of(domain, split, seq_len, numbers)
         rows.append(bootstrap(difference, documents, seed=k))
@@ -281,15 +281,15 @@ def parse_objective(text: str, domains: list[str]) -> Objective:
     return Objective("goal", np.array(list(weights.values())) / total)
 
 
-def compare(base: Losses, other: Losses, data: Data, split: str, seq_len: int) -> dict:
-    """other - base in nats per token.
+def compare(baseline: Losses, other: Losses, data: Data, split: str, seq_len: int) -> dict:
+    """other - baseline in nats per token.
 
     {domain or "mean": {"change", "interval"}, "improved": number of domains, "worst": change}.
     """
-    changes = domain_means(other) - domain_means(base)
-    resampled = resampled_changes(base, other, data, split, seq_len)
+    changes = domain_means(other) - domain_means(baseline)
+    resampled = resampled_changes(baseline, other, data, split, seq_len)
     rows = {}
-    for domain, change, means in zip(base, changes, resampled, strict=True):
+    for domain, change, means in zip(baseline, changes, resampled, strict=True):
         rows[domain] = {"change": float(change), "interval": interval(means)}
     rows["mean"] = {"change": float(changes.mean()), "interval": interval(resampled.mean(0))}
     return {**rows, "improved": int((changes < 0).sum()), "worst": float(changes.max())}
@@ -297,17 +297,17 @@ def compare(base: Losses, other: Losses, data: Data, split: str, seq_len: int) -
 
 def judge(
     untouched: Losses,
-    base: Losses,
+    baseline: Losses,
     other: Losses,
     data: Data,
     split: str,
     seq_len: int,
     objective: Objective,
 ) -> dict:
-    """other's objective - base's: {"change", "interval"}, in nats per token."""
+    """other's objective - baseline's: {"change", "interval"}, in nats per token."""
     changes = []
     resampled = []
-    for losses in (base, other):
+    for losses in (baseline, other):
         changes.append(objective.of(domain_means(losses) - domain_means(untouched)))
         found = resampled_changes(untouched, losses, data, split, seq_len)
         resampled.append(objective.of(found))
@@ -336,10 +336,10 @@ def results(
     Bits per byte are nats x tokens / (ln 2 x UTF-8 bytes of the text). objective: what the models
     were made for.
     """
-    base = next(iter(losses.values()))
+    baseline = next(iter(losses.values()))
     domains = {}
     models = {}
-    for domain, values in base.items():
+    for domain, values in baseline.items():
         numbers = evaluated_windows(data, domain, split, seq_len, len(values))
         documents = np.unique(data.documents_of(domain, split, seq_len, numbers))
         domains[domain] = {"sequences": len(values), "documents": len(documents)}
@@ -353,10 +353,10 @@ def results(
         nats["mean"] = float(np.mean(list(nats.values())))
         bits["mean"] = float(np.mean(list(bits.values())))
         models[name] = {"nats": nats, "bits_per_byte": bits}
-        if by_domain is not base:
-            models[name]["difference"] = compare(base, by_domain, data, split, seq_len)
+        if by_domain is not baseline:
+            models[name]["difference"] = compare(baseline, by_domain, data, split, seq_len)
             if objective and objective.name != "mean":
-                row = judge(base, base, by_domain, data, split, seq_len, objective)
+                row = judge(baseline, baseline, by_domain, data, split, seq_len, objective)
                 models[name]["objective"] = row
     return {
         "data": str(data.folder),
@@ -378,11 +378,11 @@ def table(result: dict) -> str:
 
     Further models stand in blocks of their own, each below the last.
     """
-    base, *others = result["models"]
+    baseline, *others = result["models"]
     domains = result["domains"]
     few = [d for d, n in domains.items() if n["documents"] < FEW_DOCUMENTS]
     rows = shortened([*domains, "mean"], 17)
-    columns = shortened([base, *others], 26) | shortened([base], 12)
+    columns = shortened([baseline, *others], 26) | shortened([baseline], 12)
     width = max(len("domains better"), *map(len, rows.values())) + 1  # with a mark
     models = result["models"]
     lines = []
@@ -390,13 +390,13 @@ def table(result: dict) -> str:
         shown = others[i : i + 2]
         differences = [models[name]["difference"] for name in shown]
         cells = [
-            ["", "", columns[base], *(columns[name] for name in shown)],
+            ["", "", columns[baseline], *(columns[name] for name in shown)],
             ["domain", "documents", "nats", *["change in nats [95%]"] * len(shown)],
         ]
         for d, label in rows.items():
             mark = "*" if d in few else ""
             documents = f"{domains[d]['documents']:,}" if d in domains else ""
-            nats = f"{models[base]['nats'][d]:.4f}"
+            nats = f"{models[baseline]['nats'][d]:.4f}"
             cells.append([label + mark, documents, nats, *(signed(x[d]) for x in differences)])
         better = [
             f"{x['improved']} of {len(domains)}, worst {x['worst']:+.4f}" for x in differences
@@ -406,7 +406,7 @@ def table(result: dict) -> str:
         if shown and "objective" in models[shown[0]]:
             judged = [signed(models[name]["objective"]) for name in shown]
             cells.append(["objective", "", "", *judged])
-        bits = [models[name]["bits_per_byte"]["mean"] for name in (base, *shown)]
+        bits = [models[name]["bits_per_byte"]["mean"] for name in (baseline, *shown)]
         cells.append(["bits per byte", "", *(f"{value:.4f}" for value in bits)])
         if lines:
             lines.append("")

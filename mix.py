@@ -265,9 +265,9 @@ def losses_of_experts(
     # A few steps of a large batch would leave the experts too much alike.
     batch_size = min(runs.hyper.batch_size, math.ceil(sequences / STEPS))
     # To measure it on half as many sequences as it is trained on takes a sixth of the time.
-    K = len(runs.domains)
-    enough = MEASURED // (K * runs.hyper.seq_len)
-    windows = max(WINDOWS, min(sequences // (2 * K), enough))
+    D = len(runs.domains)
+    enough = MEASURED // (D * runs.hyper.seq_len)
+    windows = max(WINDOWS, min(sequences // (2 * D), enough))
     size = f"{sequences} sequences, {batch_size} a step"
     say(f"{len(u)} experts, each of {size}, measured on {windows} windows a domain")
     losses = []
