@@ -887,22 +887,26 @@ def draw(out: Path, objective: Objective, is_path: bool) -> None:
         axes.axvline(found, color="0.88", linewidth=10, zorder=0, label="mixture found")
     if spared:
         right.set_xlabel("round (hollow: predicted)")
-    for axes in others:  # what sparing the domain that pays most costs
-        changes = [history.changes(line) for line in spared]
-        scores = [history.objective.of(change) for change in changes]
-        axes.plot([change.max() for change in changes], scores, "k.-")
-        taken = history.changes(history.lines[found])
-        score = history.objective.of(taken)
-        axes.plot(taken.max(), score, "o", color="0.8", markersize=12, zorder=0)
-        axes.set_title("From the untouched model")
-        axes.set_xlabel("largest change of a domain (measured; else predicted)")
-        axes.set_ylabel(f"change of the {history.objective.name}")
-    for axes in (left, right, *others):
+        draw_trade_off(history, spared, history.lines[found], others[0])
+    for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = right.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=7, frameon=False)
     with prepare.replacing(out / "mix.png") as partial:
         figure.savefig(partial, dpi=120, format="png")
+
+
+def draw_trade_off(history: History, spared: list[dict], taken: dict, axes) -> None:
+    """What it costs to spare the domain that pays most; taken: the line of the mixture found."""
+    changes = [history.changes(line) for line in spared]
+    scores = [history.objective.of(change) for change in changes]
+    axes.plot([change.max() for change in changes], scores, "k.-")
+    found = history.changes(taken)
+    axes.plot(found.max(), history.objective.of(found), "o", color="0.8", markersize=12, zorder=0)
+    axes.set_title("From the untouched model")
+    axes.set_xlabel("largest change of a domain (measured; else predicted)")
+    axes.set_ylabel(f"change of the {history.objective.name}")
+    axes.locator_params(axis="x", nbins=6)
 
 
 def draw_rounds(history: History, is_path: bool, left, right) -> None:
