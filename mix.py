@@ -483,6 +483,7 @@ def train_once(
         if keep_weights:
             record["sha256"] = prepare.sha256_of(weights)
         prepare.write_json(run.folder / "run.json", record)
+    barrier()  # all are to read it, for the passes of a base order those after it
 
 
 @dataclass

@@ -303,7 +303,7 @@ def sha256_of(path: Path) -> str:
 
 @contextlib.contextmanager
 def locked(
-    path: Path, folder: Path, wait: bool = False, way_out: str = "choose another --out"
+    path: Path, folder: Path, wait: bool = False, way_out: str = "wait for its end, or end it"
 ) -> Iterator[None]:
     """Keep other processes out of `folder` while the block runs; a lock ends with its process.
 
@@ -782,13 +782,28 @@ def size_of(file: Path | HubFile) -> int:
     return file.size if isinstance(file, HubFile) else file.stat().st_size
 
 
+def files_below(folder: Path) -> list[Path]:
+    """What is in a folder and all below it, but for what is hidden."""
+    found = []
+    # Links are followed, but not back to a folder that was seen: two of them would never end.
+    seen = {os.path.realpath(folder)}
+    for above, folders, names in os.walk(folder, followlinks=True):
+        found += [Path(above, name) for name in names if not name.startswith(".")]
+        for name in sorted(folders):
+            real = os.path.realpath(os.path.join(above, name))
+            if name.startswith(".") or real in seen:
+                folders.remove(name)
+            seen.add(real)
+        folders.sort()
+    return found
+
+
 def source_files(source: str) -> list[Path | HubFile]:
     """The files of a path, a folder and all below it, a glob or hf://datasets/ORG/NAME/GLOB@REV."""
     hub = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)/([^@]+)(@[^@]+)?", source)
     if source.startswith("hf:") and not hub:
         raise InputError(f"{source}: expected hf://datasets/ORG/NAME/GLOB, perhaps with @REVISION")
     path = Path(source)
-    pattern = source
     there = ""
     if hub:
         repo, pattern, revision = hub.groups(default="")
@@ -796,20 +811,19 @@ def source_files(source: str) -> list[Path | HubFile]:
         there = f"; there are {', '.join(sorted(file.name for file in listed)[:10])}"
         found = [file for file in listed if matches(file.name.split("/"), pattern.split("/"))]
     elif path.is_dir():
-        pattern = f"{glob.escape(source)}/**"
+        found = files_below(path)
     elif path.exists():  # whatever characters it has in its name
-        pattern = glob.escape(str(path))
+        found = [path]
     elif source.startswith(("http://", "https://")):
         raise InputError(f"{source}: fetch it, and give its path; of the hub: hf://datasets/…")
     elif not glob.has_magic(source):
         raise InputError(f"{source}: no such file or folder")
+    else:
+        found = [Path(name) for name in glob.glob(source, recursive=True)]
     if not hub:
         # A file is read once, whatever links lead to it.
-        real = {}
-        for file in sorted(glob.glob(pattern, recursive=True), reverse=True):
-            if not os.path.isdir(file):
-                real[os.path.realpath(file)] = Path(file)
-        found = list(real.values())
+        real = {os.path.realpath(file): file for file in sorted(found, reverse=True)}
+        found = [file for file in real.values() if not file.is_dir()]
     files = sorted(file for file in found if ending(file))
     for file in files:
         if isinstance(file, Path) and not file.is_file():

@@ -902,14 +902,17 @@ def name_of(settings: dict) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def read_record(folder: str | Path) -> dict:
+def read_record(folder: str | Path, way_out: str = "remove it, or the whole folder") -> dict:
     """The run.json of a run's folder: what it is. Raises InputError if it is damaged."""
     path = Path(folder) / "run.json"
-    record = {"settings": {}, "passes": [], "options": {}} | prepare.load_json(path)
+    record = {"settings": {}, "passes": [], "options": {}}
     one = {"data": str, "seq_len": int, "seed": int, "counts": dict}
-    sound = prepare.fits(record, {"settings": dict, "passes": list, "options": dict})
+    sound = False
+    with contextlib.suppress(InputError):
+        record |= prepare.load_json(path)
+        sound = prepare.fits(record, {"settings": dict, "passes": list, "options": dict})
     if not sound or not all(prepare.fits(each, one) for each in record["passes"]):
-        raise InputError(f"{path}: damaged; remove it, or the whole folder")
+        raise InputError(f"{path}: damaged; {way_out}")
     return record
 
 
@@ -962,7 +965,7 @@ def check_folder(out: Path, args) -> None:
         if args.overwrite and is_there and Path(name).resolve().is_relative_to(out.resolve()):
             raise InputError(f"{out}: --overwrite would remove {name}; choose another --out")
     try:
-        is_search = "method" in read_record(out)["settings"]
+        is_search = "method" in read_record(out, "--overwrite starts anew")["settings"]
     except InputError:
         if args.overwrite:
             return
@@ -1004,7 +1007,7 @@ def parse_args(parser: prepare.ArgumentParser):
         raise InputError("--resume goes on and --overwrite starts anew: give one of them")
     path = Path(args.out) / "run.json"
     if args.resume and path.is_file():
-        options = read_record(args.out)["options"]
+        options = read_record(args.out, "--overwrite starts anew")["options"]
         # Those of another script's run are not this one's: check_folder says whose it is.
         known = {name: value for name, value in options.items() if name in vars(args)}
         try:
@@ -1220,7 +1223,9 @@ def set_up(args) -> tuple[Data, Hyperparameters]:
     if args.fsdp and not dist.is_torchelastic_launched():
         start_it = f"torchrun --nproc_per_node=GPUS {Path(sys.argv[0]).name} --fsdp …"
         raise InputError(f"--fsdp needs torchrun: {start_it}; or --no-fsdp")
-    check_folder(Path(args.out), args)
+    # The first rank looks at the folder, and may have begun there before the others come this far.
+    if rank() == 0:
+        check_folder(Path(args.out), args)
     data = Data(args.data)
     args.model = pinned(args.model)
     shape = load(args.model, "meta", vocab_size=data.vocab_size)

@@ -1,8 +1,10 @@
 """The search as a user runs it: its rules, its rounds, what it leaves, and how it goes on."""
 
 import json
+import os
 import re
 import shutil
+import time
 
 import conftest
 import numpy as np
@@ -12,6 +14,7 @@ from conftest import Run, ends_well, fails, options, ranks, run_script, same_wei
 
 import mix
 import prepare
+import train
 from eval import evaluate
 from mix import METHODS, RULES, Runs, update
 from model import can_compile, load
@@ -262,6 +265,46 @@ def test_a_goal_that_is_not_trained_on(search):
     assert "\nobjective " in text
     assert "\nexperts - uniform (goal): " in text
     assert re.search(r"--spare -0.01 (held|did not hold) on the test split", text)
+
+
+def slow_to_hash(argv: list[str]) -> None:
+    """mix.py, whose first rank takes a while between a run's weights and its run.json."""
+    plain = prepare.sha256_of
+
+    def slow(path):
+        time.sleep(1)
+        return plain(path)
+
+    prepare.sha256_of = slow
+    run_script("mix", argv)
+
+
+def test_all_ranks_know_what_a_new_base_was_trained_on(data, tmp_path):
+    """For windows that it has seen come last: ranks that differ in that slice different orders."""
+    words = {"method": "uniform", "base_sequences": 96, "eval_sequences": 4}
+    one = tmp_path / "one" / "run"
+    two = tmp_path / "two" / "run"
+    ends_well(Run(tmp_path, "mix", *mix_options(data, "scratch:tiny", one, **words)))
+    argv = mix_options(data, "scratch:tiny", two, **words)
+    ends_well(*ranks(tmp_path, 2, slow_to_hash, argv))
+    means = [[line["mean"] for line in history_of(out)] for out in (one, two)]
+    assert means[1] == pytest.approx(means[0], abs=1e-3)
+
+
+def late(argv: list[str]) -> None:
+    """train.py, with a second rank that is a second behind the first."""
+    plain = train.set_up
+
+    def set_up(args):
+        time.sleep(int(os.environ["RANK"]))
+        return plain(args)
+
+    train.set_up = set_up
+    run_script("train", argv)
+
+
+def test_a_rank_that_is_late_finds_the_folder_begun(data, small, tmp_path):
+    ends_well(*ranks(tmp_path, 2, late, train_options(data, small, tmp_path / "run")))
 
 
 @pytest.mark.parametrize(

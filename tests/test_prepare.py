@@ -231,9 +231,17 @@ def test_text_files_of_a_folder_or_a_glob_are_a_document_each(tmp_path, run):
     assert read_texts(tmp_path / "**" / "*") == texts
     assert read_texts(tmp_path / "[ab].*") == texts[:2]
     assert "not read: 1 .txt, 1 .md (hidden, or" in run(tmp_path / "d", f"a={tmp_path}")[1]
-    # A file is read once, also where a link leads back to its folder.
+    # A file is read once, also where links lead back to its folder (two make endless paths).
     (tmp_path / "more" / "up").symlink_to(tmp_path)
+    (tmp_path / "self").symlink_to(tmp_path)
     assert read_texts(tmp_path) == texts
+    # A folder that only a link leads to is read, but no hidden one.
+    other = tmp_path / "d" / "other"
+    (other / ".git").mkdir(parents=True)
+    for path in (other / "d.txt", other / ".git" / "e.txt"):
+        path.write_text("elsewhere")
+    (tmp_path / "more" / "z").symlink_to(other)
+    assert read_texts(tmp_path / "more") == [texts[2], *texts[:2], "elsewhere"]
 
 
 def test_one_source_becomes_many_domains_by_a_key(tmp_path, run):
