@@ -602,7 +602,7 @@ def shard(model: GPTNeoX, dtype: torch.dtype, device: torch.device) -> None:
     model.make_rotary()
 
 
-def state_dict_module():
+def torch_state():
     """The module of torch's that reads and sets state, sharded or not.
 
     It is imported late, for that takes half a second, and --help does not need it.
@@ -614,15 +614,13 @@ def state_dict_module():
 
 def gather_options():
     """How state is read: the first rank gets whole tensors on its CPU, the others nothing."""
-    return state_dict_module().StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return torch_state().StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def spread_options(model: GPTNeoX):
     """How state is set: by the first rank for all where it is sharded, else by every rank."""
     by_first = is_sharded(model)
-    return state_dict_module().StateDictOptions(
-        full_state_dict=by_first, broadcast_from_rank0=by_first
-    )
+    return torch_state().StateDictOptions(full_state_dict=by_first, broadcast_from_rank0=by_first)
 
 
 def reads_state(model: GPTNeoX) -> bool:
@@ -674,13 +672,13 @@ def fill(model: GPTNeoX, name: str | Path, **scratch) -> None:
     weights = {}
     if reads_state(model):
         weights = load(name, **scratch).state_dict()
-    state_dict_module().set_model_state_dict(model, weights, options=spread_options(model))
+    torch_state().set_model_state_dict(model, weights, options=spread_options(model))
 
 
 def keep(model: GPTNeoX, data: Data, out: Path, dtype: torch.dtype = torch.float32) -> None:
     """Save the finished model, if that is not done, and remove its checkpoints; on every rank."""
     if not (out / "model.safetensors").is_file():
-        weights = state_dict_module().get_model_state_dict(model, options=gather_options())
+        weights = torch_state().get_model_state_dict(model, options=gather_options())
         weights = {name: weight.to(dtype) for name, weight in weights.items()}
         check_finite(weights)
         if rank() == 0:
@@ -704,14 +702,12 @@ def save_checkpoint(
     steps: that are done; skipped: how many of the last ones made no update. The folder appears
     whole. The newest two stay.
     """
-    weights = state_dict_module().get_model_state_dict(model, options=gather_options())
+    weights = torch_state().get_model_state_dict(model, options=gather_options())
     known = {"step": steps, "skipped": skipped, "optimizer": {}}
     moments = {}
     # Before its first step an optimizer has no state, and to ask for it would take a step.
     if optimizer.state:
-        state = state_dict_module().get_optimizer_state_dict(
-            model, optimizer, options=gather_options()
-        )
+        state = torch_state().get_optimizer_state_dict(model, optimizer, options=gather_options())
         known["optimizer"] = split_tensors(state, moments)
     check_finite(weights | moments)
     # A file holds no two names of one tensor.
@@ -782,10 +778,10 @@ def load_checkpoint(
         weights = load_file(folder / "model.safetensors")
         moments = load_file(folder / "optimizer.safetensors")
         state = join_tensors(known["optimizer"], moments)
-    state_dict_module().set_model_state_dict(model, weights, options=spread_options(model))
+    torch_state().set_model_state_dict(model, weights, options=spread_options(model))
     # Every rank takes part in setting it, also one that read nothing.
     if known["optimizer"]:
-        state_dict_module().set_optimizer_state_dict(
+        torch_state().set_optimizer_state_dict(
             model, optimizer, state, options=spread_options(model)
         )
     return step, known["skipped"]

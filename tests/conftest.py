@@ -21,19 +21,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from model import Config, GPTNeoX, save
+from prepare import Data, cli, prepare
+from train import RESUME_HINT
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-sys.path.append(str(ROOT / "tests" / "bench"))  # the last: it has a prepare.py, too
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a network; the hub's serve one on loopback
 # What torch says of Python 3.13.0 is no fault of ours.
 os.environ["PYTHONWARNINGS"] = "ignore:Guards may run slower:RuntimeWarning"
 torch.set_num_threads(1)  # the models are so small that threads only wait for each other
 # macOS gives a process so many open files. What needs more of them as data grows fails here.
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-
-from model import Config, GPTNeoX, save  # noqa: E402
-from prepare import Data, cli, prepare  # noqa: E402
-from train import RESUME_HINT  # noqa: E402
 
 SMALL = ["--device", "cpu", "--dtype", "float32", "--no-compile"]
 
