@@ -938,7 +938,8 @@ def draw_rounds(history: History, is_path: bool, left, right) -> None:
     even = len(counts) == len(history.domains) and max(counts) - min(counts) <= 1
     start = "uniform" if even else "the first mixture"
     untouched = (history.untouched - first).mean()
-    left.set(title="The mixture", ylabel="share of the sequences (%)", ylim=(0, None))
+    left.set(title="The mixture", ylabel="share of the sequences (%)")
+    left.set_ylim(0, 1.1 * left.dataLim.ymax)
     title = f"Validation loss (untouched: {untouched:+.3f} in the mean)"
     right.set(title=title, ylabel=f"change from {start}, nats per token")
 
