@@ -178,7 +178,7 @@ def check_losses(values: np.ndarray, where: str) -> None:
     """Raise InputError if a sequence's loss, or one of its tokens', is not finite."""
     finite = np.isfinite(values).reshape(len(values), -1).all(1)
     if not finite.all():
-        reason = "weights are damaged, or too large for --dtype"
+        reason = "weights are damaged, too large for --dtype, or of too high a learning rate"
         raise InputError(f"{where}: the loss of sequence {finite.argmin()} is not finite; {reason}")
 
 

@@ -424,65 +424,69 @@ class Run(NamedTuple):
     passes: list[dict]  # that the model had before
 
 
-def is_recorded(run: Run, weights: Path) -> bool:
-    """Whether a run's weights are there with their hash in its record; damaged ones are removed.
+def read_run(run: Run) -> dict:
+    """A run's record, run.json: empty if there is none, or a damaged one.
 
-    Raises InputError if the record is of another run.
+    Raises InputError if it is of another run.
     """
     known = {}
-    with contextlib.suppress(InputError, FileNotFoundError):  # a damaged record is made anew
+    with contextlib.suppress(InputError, FileNotFoundError):
         known = train.read_record(run.folder)
     if known and known["settings"] != run.settings:
         raise InputError(f"{run.folder}: its run.json is of another run; remove the folder")
+    return known
+
+
+def write_run(run: Run, data: Data, **more) -> None:
+    passes = [*run.passes, train.this_pass(data, run.hyper, run.counts)]
+    record = {"settings": run.settings, "passes": passes} | more
+    prepare.write_json(run.folder / "run.json", record)
+
+
+def has_weights(run: Run) -> bool:
+    """Whether a run's weights are there; if they are not what its record says, they are removed."""
+    weights = run.folder / "model.safetensors"
+    sha256 = read_run(run).get("sha256")
     if not weights.is_file():
         return False
     # Weights appear whole; those without a hash are of a run that was killed at its very end.
-    sha256 = known.get("sha256")
     is_whole = (run.folder / "config.json").is_file()
     if is_whole and sha256:
         is_whole = sha256 == prepare.sha256_of(weights)
     if not is_whole:
         say(f"{weights} is damaged, and made anew")
         weights.unlink()
-    return is_whole and bool(sha256)
+    return is_whole
 
 
 def train_once(
-    model: GPTNeoX,
-    base: str | Path | None,
-    data: Data,
-    run: Run,
-    save_every: int,
-    title: str,
-    keep_weights: bool = True,
+    model: GPTNeoX, base: str | Path | None, data: Data, run: Run, save_every: int, title: str
 ) -> None:
-    """Make the model, in place, the base (None: itself) trained on a run's mixture, and keep it.
+    """Make the model, in place, the base (None: itself) trained on a run's mixture.
 
-    What was kept before is loaded, if it is of this very run (else InputError) and undamaged.
-    keep_weights: if not, no weights are written but checkpoints.
+    Weights that keep_run kept are loaded, if they are of this very run (else InputError) and
+    undamaged.
     """
-    weights = run.folder / "model.safetensors"
-    recorded = False
     if rank() == 0:
         run.folder.mkdir(parents=True, exist_ok=True)
-        recorded = is_recorded(run, weights)
+        if not has_weights(run):
+            write_run(run, data)
     barrier()  # the others look when damaged weights are gone
-    if on_all_ranks(weights.is_file(), model.device):
+    if on_all_ranks((run.folder / "model.safetensors").is_file(), model.device):
         train.fill(model, run.folder)
-    else:
-        if base is not None:
-            train.fill(model, base)
-        seen = train.times_seen(data, run.hyper.seq_len, run.passes)
-        more = {"out": run.folder, "save_every": save_every, "title": title}
-        train.train(model, data, run.counts, run.hyper, seen=seen, **more)
-    if keep_weights:
-        train.keep(model, data, run.folder)
-    if rank() == 0 and not recorded:
-        record = {"settings": run.settings}
-        record["passes"] = [*run.passes, train.this_pass(data, run.hyper, run.counts)]
-        if keep_weights:
-            record["sha256"] = prepare.sha256_of(weights)
-        prepare.write_json(run.folder / "run.json", record)
+        return
+    if base is not None:
+        train.fill(model, base)
+    seen = train.times_seen(data, run.hyper.seq_len, run.passes)
+    more = {"out": run.folder, "save_every": save_every, "title": title}
+    train.train(model, data, run.counts, run.hyper, seen=seen, **more)
+
+
+def keep_run(model: GPTNeoX, data: Data, run: Run) -> None:
+    """Keep the model as a run's weights, whose hash its record gets."""
+    train.keep(model, data, run.folder)
+    if rank() == 0 and "sha256" not in read_run(run):
+        write_run(run, data, sha256=prepare.sha256_of(run.folder / "model.safetensors"))
     barrier()  # all are to read it, for the passes of a base order those after it
 
 
@@ -505,6 +509,7 @@ class Runs:
     eval_sequences: int  # of a domain, at most
     save_every: int = 0
     train_on: list[str] | None = None  # domains that may have a share; None: all
+    score: Callable[[np.ndarray], float] = np.mean  # of losses (D,); of the lowest, weights stay
 
     def __post_init__(self):
         T = self.hyper.seq_len
@@ -513,6 +518,7 @@ class Runs:
         self.trained = [self.domains.index(d) for d in self.train_on]
         self.passes = train.passes_of(self.base)  # that the base was trained on
         self.tokens = {"trained": 0, "evaluated": 0}  # as if nothing had been kept
+        self.lowest = np.inf  # score of a mixture
         self.windows = np.array([self.data.windows(d, "train", T) for d in self.train_on])
         self.cap = 4 * self.windows / self.sequences  # shares (K,) of 4 repeats (2305.16264)
 
@@ -540,6 +546,7 @@ class Runs:
         """Make the model the base trained on the mixture, and keep it."""
         run = self.run(counts)
         train_once(self.model, self.base, self.data, run, self.save_every, title)
+        keep_run(self.model, self.data, run)
         self.tokens["trained"] += sum(counts.values()) * self.hyper.seq_len
 
     def train_further(self, counts, seen, title: str, weigh, **changes) -> None:
@@ -556,10 +563,20 @@ class Runs:
         how = (self.hyper.dtype, limit or self.eval_sequences, self.stop_if_asked, per_token)
         return evaluate(self.model, self.data, "val", self.hyper.seq_len, *how)
 
-    def losses_of(self, run: Run, limit: int, title: str, per_token: bool = False) -> Losses:
+    def losses_of(
+        self,
+        run: Run,
+        limit: int,
+        title: str,
+        is_wanted: Callable[[Losses], bool] | None = None,
+        per_token: bool = False,
+    ) -> Losses:
         """A run's losses, of at most `limit` windows a domain, which are kept; it is trained only
-        if they are not there yet. What that costs is counted all the same. per_token: of
-        every token; the run's weights are not kept then."""
+        if they are not there yet. What that costs is counted all the same.
+
+        is_wanted(losses): whether the weights are kept, too; None: they are not. per_token: the
+        losses of every token.
+        """
         T = self.hyper.seq_len
         windows = [min(limit, self.data.windows(d, "val", T)) for d in self.domains]
         self.tokens["trained"] += sum(run.counts.values()) * T
@@ -571,13 +588,21 @@ class Runs:
         losses = self.kept_losses(path)
         # All do the same; and none writes before all have looked.
         if not on_all_ranks(losses is not None, self.model.device):
-            how = (run, self.save_every, title)
-            train_once(self.model, self.base, self.data, *how, keep_weights=not per_token)
-            losses = self.evaluate(limit, per_token)
+            train_once(self.model, self.base, self.data, run, self.save_every, title)
+            try:
+                losses = self.evaluate(limit, per_token)
+            except train.Stopped:
+                keep_run(self.model, self.data, run)  # so that no step is done again
+                raise
+            if is_wanted and is_wanted(losses):
+                keep_run(self.model, self.data, run)
             if rank() == 0:
                 named = {f"{d}.val": values for d, values in losses.items()}
                 with prepare.replacing(path) as partial, open(partial, "wb") as file:
                     np.savez(file, run=run.folder.name, **named)
+        if rank() == 0:
+            for checkpoint in train.checkpoints(run.folder):
+                prepare.remove(checkpoint)
         barrier()
         return losses
 
@@ -589,19 +614,23 @@ class Runs:
                 return {d: found[f"{d}.val"] for d in self.domains}
         return None
 
-    def measure(self, counts: dict[str, int], title: str = "run") -> np.ndarray:
-        """The mixture's losses (K,), its training under a title. Weights stay until keep_only."""
-        return domain_means(self.losses_of(self.run(counts), self.eval_sequences, title))
+    def measure(self, counts: dict[str, int], title: str = "run", keep: bool = False) -> np.ndarray:
+        """The mixture's losses (D,), its training under a title.
+
+        Its weights are kept, until keep_only, if they are the best by now or `keep` is set.
+        """
+
+        def is_wanted(losses: Losses) -> bool:
+            return keep or self.score(domain_means(losses)) <= self.lowest
+
+        losses = self.losses_of(self.run(counts), self.eval_sequences, title, is_wanted)
+        means = domain_means(losses)
+        self.lowest = min(self.lowest, self.score(means))
+        return means
 
     def token_losses(self, counts: dict[str, int], limit: int, title: str, **changes) -> Losses:
-        """The mixture's loss of every token; its weights are not kept. changes: of
-        hyperparameters."""
-        run = self.run(counts, **changes)
-        losses = self.losses_of(run, limit, title, per_token=True)
-        if rank() == 0:
-            for checkpoint in train.checkpoints(run.folder):
-                prepare.remove(checkpoint)
-        return losses
+        """The mixture's loss of every token. changes: of hyperparameters."""
+        return self.losses_of(self.run(counts, **changes), limit, title, per_token=True)
 
     def keep_only(self, *mixtures: dict[str, int]) -> None:
         """Remove the weights of all other mixtures; their losses stay."""
@@ -789,6 +818,7 @@ def pretrain(model: GPTNeoX, data: Data, hyper: Hyperparameters, args) -> Path:
             stack.enter_context(prepare.locked(folder / ".lock", folder, is_near, way_out))
         run = Run(folder, settings, counts, hyper, passes=[])
         train_once(model, None, data, run, args.save_every, "pretrain")
+        keep_run(model, data, run)
     return folder
 
 
@@ -1001,6 +1031,7 @@ def begin_history(runs: Runs, path: Path, objective: Objective) -> History:
     windows = dict(zip(runs.train_on, runs.windows.tolist(), strict=True))
     means = dict(zip(runs.domains, domain_means(untouched).tolist(), strict=True))
     history = History(path, windows, means, objective)
+    runs.score = history.score
     history.begin()
     return history
 
@@ -1108,7 +1139,7 @@ def main():
             counts = METHODS[args.method].find(runs, history, first, args)
             cost = dict(runs.tokens)
             if history.round_of(counts) is None:
-                history.add(counts, runs.measure(counts, "the mixture found"))
+                history.add(counts, runs.measure(counts, "the mixture found", keep=True))
             # The comparison needs no others.
             uniform = runs.counts(np.ones(len(train_on)), sum(counts.values()))
             runs.keep_only(uniform, counts)

@@ -108,9 +108,9 @@ MOMENTS = {
     "rmdir .*/checkpoint-00000046, remove manif",
     "mix": "rename .*/base-[^/]*/checkpoint-00000004, rename .*/base-[^/]*/model.safetensors, "
     "rename .*/base-[^/]*/run.json, rename .*/base-[^/]*/run.json, "
-    "rename .*/history.jsonl, open .*/runs/.*00004.partial/.manifest, "
-    "rename .*/runs/[^/]*/run.json, rename .*/sequences-[0-9]*.npz, "
-    "remove .*/runs/[^/]*/model.safetensors, rename .*/result.json, "
+    "rename .*/history.jsonl, rename .*/runs/[^/]*/run.json, "
+    "open .*/runs/.*00004.partial/.manifest, rename .*/runs/[^/]*/model.safetensors, "
+    "rename .*/runs/[^/]*/run.json, rename .*/sequences-[0-9]*.npz, rename .*/result.json, "
     "rename .*/run/model.safetensors, rename .*/mix.png",
     "prepare": "mkdir, open .*tokenizer.json, open .*a.val.bin, open .*meta, rename .*/run",
 }

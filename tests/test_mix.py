@@ -363,7 +363,7 @@ def test_forty_domains_need_no_more_open_files_than_three(tmp_path):
         ("uniform", "rename .*result.json", ""),
         ("reweight", "remove .*model.safetensors", ""),  # of the second round
         # After the reference was trained; after 16 steps of the first expert, and 7 checkpoints.
-        ("doremi", "rename .*/runs/[^/]*/run.json", ""),
+        ("doremi", "rename .*/runs/[^/]*/model.safetensors", ""),
         ("experts", "rename .*tokens-", "/checkpoint-00000014"),
     ],
 )
@@ -479,12 +479,12 @@ def test_weights_that_were_kept_last_of_all_are_not_trained_again(runs, monkeypa
 @pytest.mark.parametrize("per_token", [False, True])
 def test_losses_that_are_not_this_runs_are_measured_anew(damage, per_token, runs):
     first, other = (runs.run(counts) for counts in (ONE, TWO))
-    losses, _ = (runs.losses_of(run, 5, "run", per_token) for run in (first, other))
+    losses, _ = (runs.losses_of(run, 5, "run", per_token=per_token) for run in (first, other))
     kind = "tokens" if per_token else "sequences"
     mine, its = (run.folder / f"{kind}-5.npz" for run in (first, other))
     before = mine.read_bytes()
     mine.write_bytes(DAMAGED[damage](before, its.read_bytes()))
-    again = runs.losses_of(first, 5, "run", per_token)
+    again = runs.losses_of(first, 5, "run", per_token=per_token)
     assert all((again[d] == losses[d]).all() for d in losses)
     assert again["code"].shape == ((5, 32) if per_token else (5,))
     assert mine.read_bytes() == before
@@ -498,29 +498,52 @@ def test_a_folder_of_another_run_is_refused(runs):
         runs.measure(TWO)
 
 
+def weights_of(runs, *mixtures) -> list[bool]:
+    """Whether the weights of each are there."""
+    return [(runs.run(counts).folder / "model.safetensors").is_file() for counts in mixtures]
+
+
+def test_only_the_weights_of_the_best_by_now_are_written(runs, monkeypatch):
+    scores = {"first": 3.0, "worse": 4.0, "better": 2.0, "asked for": 5.0}
+    mixtures = [{"code": n, "sums": 8 - n} for n in (1, 2, 3, 4)]
+    for counts, (name, score) in zip(mixtures, scores.items(), strict=True):
+        monkeypatch.setattr(runs, "score", lambda losses, score=score: score)
+        runs.measure(counts, keep=name == "asked for")
+    assert weights_of(runs, *mixtures) == [True, False, True, True]
+    runs.token_losses({"code": 8}, 5, "expert")
+    assert weights_of(runs, {"code": 8}) == [False]
+
+
+def test_a_run_that_is_stopped_while_it_is_measured_is_not_trained_again(runs, monkeypatch):
+    """Nor one whose weights would not have been written."""
+    whole = runs.measure(ONE)
+    shutil.rmtree(runs.run(ONE).folder)
+    runs.lowest = 0.0
+
+    def stop():
+        raise train.Stopped("stopped")
+
+    with monkeypatch.context() as patched, pytest.raises(train.Stopped):
+        patched.setattr(runs, "stop_if_asked", stop)
+        runs.measure(ONE)
+    monkeypatch.setattr("train.train", None)
+    assert (runs.measure(ONE) == whole).all()
+
+
 def test_only_weights_go_that_nobody_wants(runs, tmp_path):
-    """Neither the search's own model nor a run's that is to be kept goes, measured again or not."""
+    """Neither the search's own model nor a run's that is to be kept goes."""
     own = tmp_path / "model.safetensors"
     own.write_text("the search's own")
-
-    def kept() -> list[bool]:
-        assert own.is_file()
-        folders = [runs.run(counts).folder for counts in (ONE, TWO, THREE)]
-        return [(folder / "model.safetensors").is_file() for folder in folders]
-
     for counts in (ONE, TWO, THREE):
-        runs.measure(counts)
+        runs.train(counts)
     runs.keep_only(ONE | {"prose": 0}, TWO)
-    assert kept() == [True, True, False]
-    (runs.run(ONE).folder / "sequences-5.npz").unlink()
-    for counts in (ONE, TWO, THREE):  # the first one anew, the last one not
-        runs.measure(counts)
-    assert kept() == [True, True, False]
+    assert weights_of(runs, ONE, TWO, THREE) == [True, True, False]
     runs.train(THREE)
     runs.keep_only(THREE)
-    assert kept() == [False, False, True]
+    assert weights_of(runs, ONE, TWO, THREE) == [False, False, True]
     runs.keep_only()
-    assert kept() == [False] * 3
+    assert weights_of(runs, ONE, TWO, THREE) == [False] * 3
+    assert own.is_file()
 
 
 def lean(runs, history, start, args):

@@ -23,7 +23,6 @@ def reweight_excess(runs: Runs, history: History, start: dict[str, int], args) -
     alone = []
     for k, only in enumerate(np.eye(len(runs.domains))):
         alone.append(runs.measure(runs.counts(only), f"{runs.domains[k]} alone")[k])
-        runs.keep_only()
     A = np.array([start[d] for d in runs.domains], dtype=np.float64)
     for number in range(1, 5):
         counts = runs.counts(A)

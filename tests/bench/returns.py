@@ -67,7 +67,6 @@ def returns(runs: Runs, history: History, start: dict[str, int], args) -> dict[s
         notes += [f"probe: more {domain}" for domain in runs.domains]
         for counts, note in list(zip(mixtures, notes, strict=True))[len(losses) :]:
             losses.append(runs.measure(counts, note))
-            runs.keep_only(start)
             shares = runs.shares(counts).clip(0.5 / args.sequences)
             logs.append([1, *np.log(shares)])
             history.add(counts, losses[-1], note=note)

@@ -212,8 +212,6 @@ class Bench:
                     point = (point + center) / 2
                 counts = runs.counts(point)
                 losses.append(runs.measure(counts))
-                weights = runs.run(counts).folder / "model.safetensors"
-                weights.unlink(missing_ok=True)  # nobody asks for them again
                 shares.append(runs.shares(counts))
                 history.add(counts, losses[-1])
         return np.array(shares), np.array(losses), runs.tokens
