@@ -265,8 +265,15 @@ def write_json(path: Path, value) -> None:
 
 def load_json(path: Path, shape: dict | type = dict) -> dict:
     """The JSON object in a file, of that shape (see `fits`); anything else is an InputError."""
+
+    def named_once(pairs: list[tuple]) -> dict:
+        for name, n in Counter(name for name, _ in pairs).items():
+            if n > 1:
+                raise InputError(f"{path}: {name!r} is named twice; name it once")
+        return dict(pairs)
+
     with contextlib.suppress(ValueError, RecursionError):
-        value = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes(), object_pairs_hook=named_once)
         if fits(value, shape):
             return value
     raise InputError(f"{path}: damaged, or not what it should be (a JSON object); make it anew")

@@ -249,7 +249,7 @@ def parse_mixture(
         if isinstance(counts.get("counts"), dict):
             made_for = counts.get("seq_len", seq_len)
             if made_for != seq_len and sequences is None:
-                made = f"made for --seq-len {made_for}, not {seq_len}"
+                made = f"made for --seq-len {made_for!r}, not {seq_len}"
                 raise InputError(f"{text}: {made}; give --sequences too")
             counts = counts["counts"]
     else:
@@ -1043,14 +1043,16 @@ def claim(
             # From here on the folder changes.
             out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(prepare.locked(out / ".lock", out))
-            if not resuming:
+            if resuming:
+                known = read_record(out)  # again, now that nobody else writes it
+            else:
                 for pattern in own_files:
                     for path in out.glob(pattern):
                         prepare.remove(path)
-                options = {name: x for name, x in vars(args).items() if name not in NOT_KEPT}
-                known = {"settings": settings, "passes": passes, "options": options}
-                known["code"] = source_digest()
-                prepare.write_json(record, known)
+                known = {"settings": settings, "passes": passes, "code": source_digest()}
+            # The newest, for what does not change the result may be given anew.
+            options = {name: x for name, x in vars(args).items() if name not in NOT_KEPT}
+            prepare.write_json(record, known | {"options": options})
         # The others look only now.
         barrier()
         if not record.is_file():

@@ -10,7 +10,7 @@ from pathlib import Path
 import conftest
 import pytest
 import torch
-from conftest import ROOT, Run, ends_well, fails, log_of, options, ranks, train_options
+from conftest import ROOT, Run, ends_well, fails, log_of, options, ranks, train_options, works
 from safetensors.torch import load_file
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
@@ -129,6 +129,8 @@ def test_a_killed_run_goes_on_with_any_ranks(data, tmp_path, script, tied, befor
         fails(script("train", "--resume", "--out", out), "--fsdp needs torchrun", "or --no-fsdp")
     printed = ends_well(*start(out, after))
     assert f"going on from {out / 'checkpoint-00000002'}" in printed[0]
+    if after == ALONE:  # as it was told last
+        works(script("train", "--resume", "--out", out))
     assert_same_log(out, tmp_path / "whole", loss=1e-4)
 
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import train
 from eval import domain_means, evaluate
 from model import SHAPES, load
-from prepare import Data
+from prepare import Data, InputError
 from train import Hyperparameters, Mixture, name_of
 
 STEPS_OF_4 = Hyperparameters(seq_len=32, batch_size=4, learning_rate=1e-2)
@@ -221,6 +221,13 @@ def test_a_mixture_in_a_file_is_not_read_again(data, small, tmp_path, script):
     works(script("train", "--resume", "--out", out))
     changed = train_options(data, small, out, mix="code=14,sums=30")
     fails(script("train", *changed, "--resume"), "counts was {'code': 30, 'sums': 14}, is {'code'")
+
+
+def test_a_file_that_names_a_domain_twice_is_no_mixture(data, tmp_path):
+    mixture = tmp_path / "mixture.json"
+    mixture.write_text('{"code": 30, "sums": 14, "code": 3}')
+    with pytest.raises(InputError, match="mixture.json: 'code' is named twice; name it once"):
+        train.parse_mixture(str(mixture), data, None, 32)
 
 
 def test_a_domain_may_be_called_counts(tmp_path, data):
