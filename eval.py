@@ -269,9 +269,12 @@ def parse_objective(text: str, domains: list[str]) -> Objective:
     weights = dict.fromkeys(domains, 0.0)
     for pair in text.split(","):
         match = re.fullmatch(r"([^=]+)=(\d{1,9}(?:\.\d{1,9})?)", pair.strip())
-        if not match or match[1] not in weights:
-            expected = f"mean, worst, or weights of {', '.join(domains)}, like {domains[0]}=2"
+        if not match:
+            expected = f"mean, worst, or weights like {domains[0]}=2"
             raise InputError(f"--objective {text}: expected {expected}")
+        if match[1] not in weights:
+            there_are = f"there are {', '.join(domains)}"
+            raise InputError(f"--objective {text}: no domain {match[1]!r}; {there_are}")
         if weights[match[1]]:
             raise InputError(f"--objective {text}: {match[1]} is named twice; name each once")
         weights[match[1]] = float(match[2])
@@ -405,7 +408,7 @@ def table(result: dict) -> str:
             cells.append(["domains better", "", "", *better])
         if shown and "objective" in models[shown[0]]:
             judged = [signed(models[name]["objective"]) for name in shown]
-            cells.append(["objective", "", "", *judged])
+            cells.append(["goal", "", "", *judged])  # the objective
         bits = [models[name]["bits_per_byte"]["mean"] for name in (baseline, *shown)]
         cells.append(["bits per byte", "", *(f"{value:.4f}" for value in bits)])
         if lines:
@@ -441,7 +444,8 @@ def main():
     add("--check-data", action="store_true", help="compare the data with its hashes first")
     args = parser.parse_args()
     check_range(args, ("seq_len",), 1)
-    if len(set(args.models)) < len(args.models):
+    places = [Path(name).resolve() if Path(name).exists() else name for name in args.models]
+    if len(set(places)) < len(places):
         raise InputError("the same model is named twice")
     if args.baseline:  # it comes first, whether it was named among the models or not
         args.models = [args.baseline, *(name for name in args.models if name != args.baseline)]

@@ -238,10 +238,10 @@ def experts(runs: "Runs", history: "History", start: dict[str, int], args) -> di
         history.add(sparing, runs.measure(sparing, note))
         return history.best()["counts"]
 
-    # The trade-off: from the one mixture to the other.
+    # The trade-off: from the one mixture to the other. None of these is trained.
     for bound in np.linspace(free, tight, 5)[1:]:
         w = weights_for(history.objective, bound)
-        note = f"no domain above {bound:+.4f}"
+        note = f"not trained, no domain above {bound:+.4f}"
         history.foretell(mixture_of(w), law.losses(w), note, bound=bound)
     if args.spare is None:
         return history.best()["counts"]  # which may be the start's
@@ -388,6 +388,7 @@ class Method(NamedTuple):
     cost: str = "not known"  # of training
     options: dict[str, dict] = {}
     is_path: bool = True  # each of its mixtures is a step from the last one
+    has_start: bool = True  # it begins with --start
 
 
 REWEIGHT_OPTIONS = {
@@ -403,10 +404,10 @@ EXPERTS_OPTIONS = {
 }
 
 METHODS = {
-    "uniform": Method(fixed, "no pass"),
-    "natural": Method(fixed, "no pass"),
+    "uniform": Method(fixed, "no pass", has_start=False),
+    "natural": Method(fixed, "no pass", has_start=False),
     "reweight": Method(reweight, "a pass a round, of --rounds at most", REWEIGHT_OPTIONS),
-    "doremi": Method(doremi, "3 passes"),
+    "doremi": Method(doremi, "3 passes", has_start=False),
     "experts": Method(experts, "a pass, which experts share, and 2 or 3", EXPERTS_OPTIONS, False),
 }
 
@@ -875,7 +876,7 @@ def verdict(result: dict) -> str:
     name = list(result["models"])[-1]
     low, high = result["judged"]["interval"]
     if name == "uniform":
-        return "uniform is uniform"
+        return "uniform: nothing was searched"
     if low == high == 0:
         return f"{name} is uniform: no other mixture was better"
     words = "not distinguishable from"
@@ -913,7 +914,7 @@ def draw(out: Path, objective: Objective, is_path: bool) -> None:
     draw_rounds(history, is_path, left, right)
     for axes in (left, right):
         axes.set_xlabel("round")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.set_xlim(0.5, len(history.lines) - 0.5)
         axes.axvline(found, color="0.88", linewidth=10, zorder=0, label="mixture found")
     if spared:
@@ -943,12 +944,21 @@ def draw_trade_off(history: History, spared: list[dict], taken: dict, axes) -> N
 def draw_rounds(history: History, is_path: bool, left, right) -> None:
     """On the left the shares of every mixture, on the right changes of loss from the first one's.
 
-    That is where the differences are; the untouched model's stands in words.
+    That is where the differences are; the untouched model's stands in words. Of a single one it is
+    the change from the untouched model's.
     """
     mixtures = history.lines[1:]
     measured = history.measured()
     foretold = [line for line in mixtures if "predicted" in line]
     first = np.array(list(measured[0]["losses"].values()))
+    counts = measured[0]["counts"].values()
+    even = len(counts) == len(history.domains) and max(counts) - min(counts) <= 1
+    start = "uniform" if even else "the first mixture"
+    title = f"Validation loss (untouched: {(history.untouched - first).mean():+.3f} in the mean)"
+    if len(measured) == 1:
+        first = history.untouched
+        start = "the untouched model"
+        title = "Validation loss"
     changes = np.array([list(line["losses"].values()) for line in measured]) - first
     rounds = [line["round"] for line in measured]
     # A legend has room for so many names: those of the domains that changed most.
@@ -964,13 +974,8 @@ def draw_rounds(history: History, is_path: bool, left, right) -> None:
         right.plot([line["round"] for line in foretold], guesses, mfc="none", **style)
     right.plot(rounds, changes.mean(1), "k--" if is_path else "k_", lw=2, label="mean")
     right.axhline(0, color="0.7", linewidth=1, zorder=0)
-    counts = measured[0]["counts"].values()
-    even = len(counts) == len(history.domains) and max(counts) - min(counts) <= 1
-    start = "uniform" if even else "the first mixture"
-    untouched = (history.untouched - first).mean()
     left.set(title="The mixture", ylabel="share of the sequences (%)")
     left.set_ylim(0, 1.1 * left.dataLim.ymax)
-    title = f"Validation loss (untouched: {untouched:+.3f} in the mean)"
     right.set(title=title, ylabel=f"change from {start}, nats per token")
 
 
@@ -998,7 +1003,8 @@ def write_results(
     prepare.write_json(out / "result.json", result)
     passes = [*runs.passes, train.this_pass(runs.data, runs.hyper, counts)]
     prepare.write_json(out / "run.json", train.read_record(out) | {"passes": passes})
-    train.write_card(out, args.model, runs.passes, runs.data, counts, runs.hyper, result)
+    found = f", found by `--method {args.method} --objective {args.objective}`"
+    train.write_card(out, args.model, runs.passes, runs.data, counts, runs.hyper, result, found)
 
 
 # ---- main ----
@@ -1089,6 +1095,9 @@ def parse_args():
         for option in method.options.keys() - METHODS[args.method].options.keys():
             if vars(args)[attribute(option)] != parser.get_default(attribute(option)):
                 raise InputError(f"{option} is of --method {name}, not of {args.method}")
+    if args.start != parser.get_default("start") and not METHODS[args.method].has_start:
+        able = [name for name, method in METHODS.items() if method.has_start]
+        raise InputError(f"--start is of --method {' or '.join(able)}, not of {args.method}")
     prepare.check_range(args, ("rounds", "expert_sequences"), 1)
     prepare.check_range(args, ("base_sequences",), 1, 10**8)
     prepare.check_range(args, ("rate", "base_lr"), 1e-9, 10**9)
@@ -1129,6 +1138,7 @@ def main():
         finish()
         return
     own_files = (*train.OWN_FILES, "history.jsonl", "mix.json", "mix.png", "runs")
+    goes_on = train.is_run(out)
     with train.claim(out, args, settings, [], own_files), train.stoppable():
         if not (out / "model.safetensors").is_file():
             base, base_name = base_of(model, data, hyper, args)
@@ -1158,7 +1168,7 @@ def main():
         say("", f"test split, {result['seq_len']} tokens a sequence", table(result))
         say(verdict(result), *whether_spared(result, args), "")
         say(f"{out} holds the mixture (mix.json), the picture (mix.png) and the model")
-        say(wall_time(clock, args.resume), *next_steps(args, result))
+        say(wall_time(clock, goes_on and args.resume), *next_steps(args, result))
     finish()
 
 
@@ -1176,28 +1186,27 @@ def whether_spared(result: dict, args) -> list[str]:
 
 def next_steps(args, result: dict) -> list[str]:
     """Commands that are worth a try now."""
+    parser = make_parser()
+    given = {name: x for name, x in vars(args).items() if x != parser.get_default(name)}
     steps = [f"next    python {prepare.beside('model.py')} {shlex.quote(args.out)} 'def main('"]
-    if not args.model.startswith("scratch:"):
-        model = args.model
-        if model.startswith("EleutherAI/pythia-"):
-            model = "pythia-1b"
-        larger = ["--data", args.data, "--model", model, "--mix", f"{args.out}/mix.json"]
-        larger += ["--sequences", str(args.sequences), "--out", f"{args.out}-larger"]
-        if args.seq_len:
-            larger += ["--seq-len", str(args.seq_len)]
-        steps = [f"next    python {prepare.beside('train.py')} {shlex.join(larger)}"]
+    if args.model.startswith("EleutherAI/pythia-"):
+        # Of what was asked of the search, what train.py knows too, and serves a larger model.
+        of_train = prepare.ArgumentParser("")
+        train.add_options(of_train, "")
+        known = vars(of_train.parse_args([]))
+        larger = {"data": args.data, "model": "pythia-1b", "mix": f"{args.out}/mix.json"}
+        larger |= {"sequences": args.sequences, "out": f"{args.out}-larger"}
+        left = {*larger, *train.NOT_KEPT, "lr", "micro_batch_size"}
+        larger |= {name: x for name, x in given.items() if name in known and name not in left}
+        words = [*train.launcher(), prepare.beside("train.py"), *train.words_of(larger)]
+        steps = [f"next    {shlex.join(words)}"]
     if args.method == "reweight" and "better than" not in verdict(result):
         # docs/scoreboard.md: experts are better than uniform on three data sets. What was asked of
         # this search, they are asked, too.
-        parser = make_parser()
-        own = {"method", "out", "resume", "overwrite", *own_options(args)}
-        same = {}
-        for name, value in vars(args).items():
-            if name not in own and value != parser.get_default(name):
-                same[name] = value
+        left = {"method", *train.NOT_KEPT, *own_options(args)}
+        same = {name: x for name, x in given.items() if name not in left}
         words = [*train.launcher(), sys.argv[0], "--method", "experts"]
-        words += ["--out", f"{args.out}-experts"]
-        words += train.words_of(same)
+        words += ["--out", f"{args.out}-experts", *train.words_of(same)]
         steps.append(f"better  {shlex.join(words)}")
     return steps
 

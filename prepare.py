@@ -58,7 +58,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Adds to every option's help its default, if it has one."""
 
     def _get_help_string(self, action):
-        if not action.option_strings or action.default in (None, False, argparse.SUPPRESS):
+        is_none = action.default is None or action.default is False
+        if is_none or not action.option_strings or action.default == argparse.SUPPRESS:
             return action.help
         return f"{action.help} (default: %(default)s)"
 
@@ -838,16 +839,19 @@ def source_files(source: str) -> list[Path | HubFile]:
     if not files and path.is_file():
         kind = "".join(path.suffixes[-2:]) or "without an ending"
         raise InputError(f"{source}: {kind} is not read; make it .jsonl, .txt or .parquet")
+    kinds = Counter()
+    if path.is_dir():
+        unread = {file for file in path.rglob("*") if file.is_file()} - set(files)
+        kinds.update(file.suffix or "no ending" for file in sorted(unread))
+    counts = first_of([f"{n:,} {kind}" for kind, n in kinds.most_common()])
+    if kinds and not files:
+        there = f"; there are {counts} (docs/data.md makes .jsonl of such)"
     if not files:
         known = ".txt, .jsonl, .ndjson, .json (these also with .gz or .zst) or .parquet"
         raise InputError(f"{source}: no file there that ends in {known}{there}")
     # Text of another kind, for one, would be missed only much later.
-    if path.is_dir():
-        unread = {file for file in path.rglob("*") if file.is_file()} - set(files)
-        kinds = Counter(file.suffix or "no ending" for file in sorted(unread))
-        if kinds:
-            counts = ", ".join(f"{n:,} {kind}" for kind, n in kinds.items())
-            tell(f"{source}: not read: {counts} (hidden, or of another kind)")
+    if kinds:
+        tell(f"{source}: not read: {counts} (hidden, or of another kind)")
     return files
 
 
@@ -929,9 +933,13 @@ def look_up(record: dict, key: str) -> str:
             value = {}
         value = value.get(part)
     if not isinstance(value, str):
-        keys = ", ".join(map(repr, list(record)[:10]))
+        names = []
+        for name, inner in record.items():
+            below = [f"{name}.{part}" for part in inner] if isinstance(inner, dict) else []
+            names += below or [name]
+        keys = first_of(list(map(repr, names)), 10)
         ways = "--text-key and --domain-key take others"
-        raise ValueError(f"no text under {key!r}; there are {keys or 'no keys'}; {ways}")
+        raise ValueError(f"no string under {key!r}; there are {keys or 'no keys'}; {ways}")
     value.encode()  # raises UnicodeEncodeError, a ValueError, for a lone surrogate
     return value
 
@@ -966,7 +974,9 @@ def document_of(
         return Document(label, look_up(record, text_key))
     except (ValueError, RecursionError, InputError) as e:
         why = str(e)
-        if type(e) not in (ValueError, InputError):
+        if isinstance(e, UnicodeDecodeError):
+            why = f"not UTF-8, which iconv -f UTF-16 -t UTF-8 makes of UTF-16, for one ({e})"
+        elif type(e) not in (ValueError, InputError):
             why = f"{type(e).__name__}: {e}"
         message = f"{path}:{number}: {why[:300]}; --max-bad N lets N such lines pass"
         return LeftOut(domain, "bad", message)
@@ -1403,6 +1413,10 @@ def make_tokenizer(
         # The library's own bars would stay when done. Nor does it hear Ctrl-C.
         with on_interrupt(signal.SIG_DFL), notice("training the tokenizer"):
             trained.train_from_iterator(texts(), int(size_asked), 0, False, [END_OF_TEXT])
+        if trained.get_vocab_size() < int(size_asked):
+            tell(
+                f"warning: {name}: the text is enough for {trained.get_vocab_size():,} tokens only"
+            )
         with naming(path):
             path.write_text(trained.to_str(pretty=True), encoding="utf-8", newline="\n")
         name = str(path)

@@ -256,6 +256,8 @@ def parse_mixture(
         pairs = [re.fullmatch(r"([^=]+)=(-?\d{1,15})", pair.strip()) for pair in text.split(",")]
         if not all(pairs):
             expected = "uniform, natural, horizon, FILE.json or arxiv=608,github=226"
+            if os.path.isfile(f"{text}/mix.json"):  # which takes names of any length
+                expected = f"{text}/mix.json, perhaps"
             raise InputError(f"{option} {text}: expected {expected}")
         counts = {pair[1]: int(pair[2]) for pair in pairs}
         if len(counts) < len(pairs):
@@ -1002,6 +1004,8 @@ def parse_args(parser: prepare.ArgumentParser):
     if args.resume and args.overwrite:
         raise InputError("--resume goes on and --overwrite starts anew: give one of them")
     path = Path(args.out) / "run.json"
+    if args.resume and not path.is_file() and prepare.is_first_process():
+        prepare.tell(f"{args.out} holds no run to go on with: this is a new one")
     if args.resume and path.is_file():
         options = read_record(args.out, "--overwrite starts anew")["options"]
         # Those of another script's run are not this one's: check_folder says whose it is.
@@ -1038,8 +1042,6 @@ def claim(
                     raise InputError(f"{out}: --resume with other settings: {'; '.join(changed)}")
                 if known.get("code") != source_digest():
                     say(f"warning: the code is not what it was when the run in {out} began")
-            if args.resume and not resuming:
-                say(f"{out} holds no run to go on with: this is a new one")
             # From here on the folder changes.
             out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(prepare.locked(out / ".lock", out))
@@ -1098,7 +1100,7 @@ def draw(log: Path, path: Path) -> None:
         axes[1].set(title="Validation", xlabel="step", ylabel="loss, nats per token")
         figure.legend(loc="outside lower center", ncols=7, frameon=False)
     for panel in axes:
-        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     with prepare.replacing(path) as partial:
         figure.savefig(partial, dpi=120, format="png")
 
@@ -1111,11 +1113,12 @@ def model_card(
     counts: dict[str, int],
     hyper: Hyperparameters,
     result: dict,
+    found: str = "",
 ) -> str:
     """The README.md of a trained model's folder, in the hub's format.
 
     What made it, and what came of it; of a folder of this machine no more than the name. earlier:
-    passes that the model had before this one.
+    passes that the model had before this one. found: how the mixture was found.
     """
     # A model of the hub is named with its commit, and linked to.
     on_hub = re.fullmatch("([^/]+/[^/]+)@([0-9a-f]{40})", model)
@@ -1136,9 +1139,9 @@ def model_card(
 
 # {title}
 
-Trained by reweight from {base}.
+Continued pretraining, with the scripts of reweight, from {base}.
 
-## Mixture, in sequences
+## Mixture, in sequences{found}
 
 ```
 {shares}
@@ -1174,7 +1177,7 @@ def add_options(parser: prepare.ArgumentParser, out: str) -> None:
     add("--data", default=prepare.SAMPLE, help="a folder that prepare.py wrote")
     names = "a folder, a name on the hub, or scratch:SIZE"
     add("--model", default="scratch:tiny", help=names)
-    add("--sequences", type=int, metavar="N", help="length of a pass")
+    add("--sequences", type=int, metavar="N", help="length of a pass; --mix may have its own")
     add("--seq-len", type=int, metavar="T", help="tokens a sequence; default: the model's context")
 
     add = parser.add_argument_group("how").add_argument
@@ -1357,8 +1360,9 @@ def main():
         return evaluate(model, data, "val", T, hyper.dtype, args.eval_sequences, stop)
 
     def validate(steps_done: int) -> dict[str, float] | None:
-        is_due = args.eval_every > 0 and steps_done % args.eval_every == 0
-        if is_due or steps_done == steps:
+        is_last = steps_done == steps
+        is_due = args.eval_every > 0 and (is_last or steps_done % args.eval_every == 0)
+        if is_due or is_last:
             losses["after"] = validation()  # the last step's is for the table
         if not is_due:
             return None  # nothing for the log

@@ -71,6 +71,39 @@ def test_examples_in_the_help_are_commands(script, name):
         assert not {"python", "torchrun"} & set(words)
 
 
+def test_the_example_in_python_runs(data, small, tmp_path, capsys):
+    text = (ROOT / "docs" / "running.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    for old, new in {
+        "data/mine": str(data.folder),
+        "out/train": str(small),
+        "out/tuned": str(tmp_path / "tuned"),
+        "mail": "code",
+        "notes": "sums",
+        "cuda": "cpu",
+        "512": "32",
+    }.items():
+        assert old in code
+        code = code.replace(old, new)
+    exec(code, {})
+    said = capsys.readouterr().out
+    assert "domains better" in said
+    assert (tmp_path / "tuned" / "model.safetensors").is_file()
+
+
+def test_the_help_tells_every_default_that_is_one():
+    parser = prepare.ArgumentParser("a script")
+    parser.add_argument("--seed", default=0, help="a number")
+    parser.add_argument("--name", help="a word")
+    parser.add_argument("--flag", action="store_true", help="a choice")
+    assert re.findall(r"an? \w+(?: .*)?$", parser.format_help(), re.M) == [
+        "a script",
+        "a number (default: 0)",
+        "a word",
+        "a choice",
+    ]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_links_and_names_of_files_exist(page):
     text = page.read_text(encoding="utf-8")

@@ -170,6 +170,7 @@ def test_a_typo_in_the_second_name_is_found_before_the_first_is_read(script, dat
     fails(script("eval", copy_of_small, "out/tpyo", *words), "out/tpyo")
     fails(script("eval", copy_of_small, *words, "--seq-len", 0), "--seq-len 0: expected 1")
     fails(script("eval", copy_of_small, *words), "model.safetensors")
+    fails(script("eval", copy_of_small, f"{copy_of_small}/../copy", *words), "named twice")
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import Run, ends_well, fails, options, ranks, run_script, same_weights, train_options
+from matplotlib.figure import Figure
 
 import mix
 import prepare
 import train
-from eval import evaluate
+from eval import evaluate, parse_objective
 from mix import METHODS, RULES, Runs, update
 from model import can_compile, load
 from prepare import InputError
@@ -159,7 +160,8 @@ def test_a_search_writes_what_it_promises(name, searches, data, small):
     assert "warning:" not in text
     assert f"search  {method}: {METHODS[method].cost}; then" in text
     card = (out / "README.md").read_text()
-    assert all(words in card for words in ("Losses on the test split", "untouched", title))
+    found_by = f"found by `--method {method} --objective mean`"
+    assert all(words in card for words in (found_by, "Losses on the test split", title))
     picture = (out / "mix.png").read_bytes()
     assert picture[:8] == b"\x89PNG\r\n\x1a\n"
     width = 1800 if method == "experts" else 1200
@@ -197,7 +199,8 @@ def test_train_and_eval_take_what_it_leaves(searches, data, small, tmp_path, scr
 def test_grow_trains_on_the_growing_quantities_and_compares_at_equal_length(search, data):
     """Six times as long, the second round is the better one; of few sequences it warns."""
     changes = {"sequences": 16, "grow": True, "rule": "additive", "rate": 80, "rounds": 2}
-    out, text = search("grow", eval_sequences=5, **changes)
+    out, text = search("grow", eval_sequences=5, resume=True, **changes)
+    assert "wall time: " in text  # for there was nothing to resume
     assert [sum(line["counts"].values()) for line in history_of(out)[1:]] == [16, 96]
     assert read(out / "mix.json")["round"] == 2
     # Of the first round's weights the comparison has no use.
@@ -235,16 +238,33 @@ def test_where_the_rule_found_nothing_the_better_search_is_of_the_same(monkeypat
     same = "--data 'my data' --seq-len 32 --no-compile --objective code=1 --base-sequences 80"
     where = "--method experts --out 'out/my run-experts'"
     assert last == f"better  python ../mix.py {where} {same}"
-    pythia = ["--model", "EleutherAI/pythia-70m@abc", "--seq-len", "512"]
+    pythia = ["--model", "EleutherAI/pythia-70m@abc", "--seq-len", "512", "--lr", "1e-4"]
+    pythia += ["--batch-size", "8", "--rounds", "2", "--no-compile"]
     first, _ = mix.next_steps(mix.make_parser().parse_args(pythia), result)
-    assert "--model pythia-1b --mix out/mix/mix.json --sequences 1600" in first
-    assert first.endswith("--seq-len 512")
+    assert first == (
+        "next    python ../train.py --data data/sample --model pythia-1b --mix out/mix/mix.json"
+        " --sequences 1600 --out out/mix-larger --seq-len 512 --batch-size 8 --no-compile"
+    )
+    own = mix.make_parser().parse_args(["--model", "out/my model"])
+    assert mix.next_steps(own, result)[0] == "next    python ../model.py out/mix 'def main('"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     *_, last = mix.next_steps(mix.make_parser().parse_args(["--fsdp"]), result)
     assert last == (
         "better  torchrun --nproc_per_node=2 ../mix.py --method experts --out out/mix-experts"
         " --fsdp"
     )
+
+
+def test_the_picture_of_a_single_mixture_shows_its_change_from_the_untouched_model(tmp_path):
+    mean = parse_objective("mean", ["a", "b"])
+    history = mix.History(tmp_path / "history.jsonl", {}, {"a": 3.0, "b": 2.0}, mean)
+    history.begin()
+    history.add({"a": 1, "b": 1}, np.array([2.5, 2.25]))
+    left, right = Figure().subplots(1, 2)
+    mix.draw_rounds(history, True, left, right)
+    assert right.get_ylabel() == "change from the untouched model, nats per token"
+    drawn = {line.get_label(): list(line.get_ydata()) for line in right.get_lines()}
+    assert (drawn["a"], drawn["b"], drawn["mean"]) == ([-0.5], [0.25], [-0.125])
 
 
 def test_a_goal_that_is_not_trained_on(search):
@@ -262,7 +282,7 @@ def test_a_goal_that_is_not_trained_on(search):
     assert model["objective"]["change"] == pytest.approx(of_sums)
     uniform = result["models"]["uniform"]["difference"]["sums"]["change"]
     assert result["judged"]["change"] == pytest.approx(of_sums - uniform)
-    assert "\nobjective " in text
+    assert "\ngoal " in text
     assert "\nexperts - uniform (goal): " in text
     assert re.search(r"--spare -0.01 (held|did not hold) on the test split", text)
 
@@ -313,8 +333,8 @@ def test_a_rank_that_is_late_finds_the_folder_begun(data, small, tmp_path):
         ({"train_on": "code", "start": "code=3,sums=3"}, "no other domains there than --train-on"),
         ({"train_on": "code,web"}, "no domain 'web'; there are code, prose, sums"),
         ({"method": "magic"}, "invalid choice"),
-        ({"objective": "best"}, "expected mean, worst, or weights of code, prose, sums, like code"),
-        ({"objective": "code=1,web=1"}, "expected mean, worst, or weights"),
+        ({"objective": "best"}, "expected mean, worst, or weights like code=2"),
+        ({"objective": "code=1,web=1"}, "no domain 'web'; there are code, prose, sums"),
         ({"objective": "code=0"}, "every weight is zero"),
         ({"objective": "code=1,code=2"}, "code is named twice"),
         ({"start": "code"}, "--start code: expected"),
@@ -325,6 +345,7 @@ def test_a_rank_that_is_late_finds_the_folder_begun(data, small, tmp_path):
         ({"spare": 0.1}, "--spare is of --method experts, not of reweight"),
         ({"method": "experts", "objective": "worst", "spare": 0.1}, "--spare: --objective worst"),
         ({"method": "doremi", "rounds": 2}, "--rounds is of --method reweight, not of doremi"),
+        ({"method": "doremi", "start": "natural"}, "--start is of --method reweight or experts, "),
         ({"rate": -1}, "--rate -1.0: expected 1e-09 to 1,000,000,000"),
     ],
 )
@@ -374,6 +395,7 @@ def test_killed_and_resumed_it_ends_the_same(method, moment, said, searches, dat
     assert not (out / "model.safetensors").exists()
     [text] = ends_well(Run(tmp_path, "mix", *argv, "--resume"))
     assert said in text
+    assert "wall time since it was resumed: " in text
     whole, _ = searches(method)
     assert same_weights(out, whole)
     for name in ("history.jsonl", "mix.json", "result.json"):

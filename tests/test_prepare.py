@@ -268,7 +268,7 @@ def test_a_parquet_becomes_many_domains_by_a_key(tmp_path):
     made = prepared(tmp_path / "d", {None: [tmp_path / "all.parquet"]}, domain_key="meta.set")
     assert all_texts(made, "b") == sorted(f"b {i}" for i in range(80))
     bad, *_ = read({None: [tmp_path / "all.parquet"]}, "text", "meta.nope")
-    assert "no text under 'meta.nope'; there are 'text', 'meta'" in bad.message
+    assert "no string under 'meta.nope'; there are 'text', 'meta.set'; --text-key" in bad.message
 
 
 def test_four_hundred_domains_need_no_more_open_files_than_one(tmp_path, run):
@@ -311,22 +311,22 @@ GOOD = b'{"text": "some text"}\n'
     "name, content, number, why",
     [
         ("a.jsonl", GOOD + b"{broken", 2, "JSONDecodeError"),
-        ("a.jsonl", GOOD + GOOD + b'{"text": null}', 3, "no text under 'text'; there are 'text'"),
-        ("a.jsonl", b'{"body": "x"}', 1, "no text under 'text'; there are 'body'"),
+        ("a.jsonl", GOOD + GOOD + b'{"text": null}', 3, "no string under 'text'; there are 'text'"),
+        ("a.jsonl", b'{"body": "x"}', 1, "no string under 'text'; there are 'body'"),
         ("a.jsonl", b"{}", 1, "no keys"),
         ("a.jsonl", GOOD + b"[1]", 2, "no object; a line is one: jq -c '.[]'"),
         ("a.jsonl", GOOD + b'"a string"', 2, "jq -c '{text: .}'"),
         ("a.jsonl", GOOD + b'{"text": "\\ud800"}', 2, "surrogate"),
-        ("a.jsonl", GOOD + b'{"text": "na\xefve"}', 2, "utf-8"),
+        ("a.jsonl", GOOD + b'{"text": "na\xefve"}', 2, "not UTF-8, which iconv"),
         ("a.jsonl", GOOD + b"\0" * 100, 2, "JSONDecodeError"),
         ("a.jsonl", GOOD + b"\xef\xbb\xbf" + GOOD, 2, "BOM"),
         ("a.jsonl", b"[" * 100_000, 1, "RecursionError"),
         ("a.jsonl", b"9" * 5000, 1, "5000 digits"),
         ("a.json", b'{\n "text": "x"\n}', 1, "JSON over many lines"),
         ("a.json", b'[\n {"text": "x"}]', 1, "of a list, jq -c '.[]'"),
-        ("a.parquet", parquet(["x"], "body"), 1, "no text under 'text'; there are 'n', 'body'"),
+        ("a.parquet", parquet(["x"], "body"), 1, "no string under 'text'; there are 'n', 'body'"),
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\n", 1, "git lfs pull"),
-        ("a.txt", "naïve".encode("latin-1"), 1, "utf-8"),
+        ("a.txt", "naive".encode("utf-16"), 1, "not UTF-8, which iconv -f UTF-16 -t UTF-8 makes"),
         ("a.txt", b"version https://git-lfs.github.com/spec/v1\n", 1, "git lfs pull"),
         ("a.txt", b"x" * (2**24 + 1), 1, "longer than"),
     ],
@@ -434,10 +434,11 @@ def test_two_domains_whose_files_some_disks_would_take_for_one_are_an_error(both
         ("a=https://x/y.jsonl", ["https://x/y.jsonl: fetch it, and give"]),
         ("a=empty.jsonl", ["of 0 documents; its sources hold no text"]),
         ("a=a.jsonl --out=few.jsonl/d", ["few.jsonl is a file, not a folder"]),
-        ("a=a.jsonl b=cut.jsonl.gz --text-key=body", ["a.jsonl:1: no text under 'body'"]),
+        ("a=a.jsonl b=cut.jsonl.gz --text-key=body", ["a.jsonl:1: no string under 'body'"]),
         ("a=table.csv", [".csv is not read", ".jsonl"]),
         ("a=pipe.jsonl", ["pipe.jsonl: a broken link, or no file"]),
         ("a=links", ["links/gone.jsonl: a broken link"]),
+        ("a=source", ["source: no file there", "there are 2 .py, 1 .md (docs/data.md"]),
         ("a.jsonl", ["name=path"]),
         ("a=", ["name=path"]),
         ("../x=a.jsonl", ["'../x'"]),
@@ -476,12 +477,22 @@ def test_what_cannot_be_done_is_said_and_leaves_nothing(script, tmp_path, monkey
     for name in ("table.csv", "table.csv.gz"):
         (tmp_path / name).write_text("a,b")
     os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "source").mkdir()
+    for name in ("a.py", "b.py", "c.md"):
+        (tmp_path / "source" / name).write_text("x = 1")
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "gone.jsonl").symlink_to("nowhere.jsonl")
     write_jsonl(tmp_path / "links" / "a.jsonl", made_documents("sums", 60))
     before = sorted(tmp_path.iterdir())
     fails(script("prepare", *arguments("d"), *argv.split()), *said)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_text_that_is_too_little_for_a_tokenizer_is_told(run, tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", made_documents("sums", 60))
+    text = works(run(tmp_path / "d", f"a={source}", tokenizer="train:60000"))
+    size = Data(tmp_path / "d").vocab_size
+    assert f"warning: train:60000: the text is enough for {size:,} tokens only" in text
 
 
 def test_sources_need_a_tokenizer_and_a_tokenizer_needs_sources(run, tmp_path):

@@ -135,15 +135,16 @@ def test_a_signal_in_an_evaluation_stops_it_and_nothing_is_lost(
 
 def test_a_run_leaves_a_hugging_face_folder_with_a_log(data, small, tmp_path, script):
     out = tmp_path / "run"
-    words = train_options(data, small, out, eval_every=2, save_every=2)
+    words = train_options(data, small, out, eval_every=4, save_every=2, resume=True)
     text = works(script("train", *words))
+    assert text.startswith(f"{out} holds no run to go on with: this is a new one\n")
     assert "pass    44 sequences of 32 tokens (1,408 in all), 8 a step, lr 0.001" in text
     assert "domains better" in text
     log = log_of(out)
     assert [line["step"] for line in log] == list(range(6))
     assert [line["sequences"] for line in log] == [8, 8, 8, 8, 8, 4]
-    assert [line["step"] for line in log if "val" in line] == [1, 3, 5]
-    assert log[1]["val"].keys() == {*data.domains, "mean"}
+    assert [line["step"] for line in log if "val" in line] == [3, 5]  # the last is there, too
+    assert log[3]["val"].keys() == {*data.domains, "mean"}
     losses = evaluate(load(out), data, "val", 32, limit=8)
     assert log[-1]["val"]["mean"] == pytest.approx(domain_means(losses).mean(), abs=1e-5)
     assert not list(out.glob("checkpoint-*"))
@@ -228,6 +229,12 @@ def test_a_file_that_names_a_domain_twice_is_no_mixture(data, tmp_path):
     mixture.write_text('{"code": 30, "sums": 14, "code": 3}')
     with pytest.raises(InputError, match="mixture.json: 'code' is named twice; name it once"):
         train.parse_mixture(str(mixture), data, None, 32)
+
+
+def test_a_searchs_folder_is_no_mixture_but_holds_one(data, tmp_path):
+    (tmp_path / "mix.json").write_text("{}")
+    with pytest.raises(InputError, match=f"expected {tmp_path}/mix.json, perhaps"):
+        train.parse_mixture(str(tmp_path), data, None, 32)
 
 
 def test_a_domain_may_be_called_counts(tmp_path, data):
