@@ -1015,6 +1015,14 @@ def own_options(args) -> dict:
     return {name: vars(args)[name] for name in map(attribute, METHODS[args.method].options)}
 
 
+def search_settings(args) -> dict:
+    """Options that a resumed search must have in common with the one that was begun."""
+    settings = own_options(args)
+    for name in ("method", "objective", "sequences", "eval_sequences", "base_sequences", "base_lr"):
+        settings[name] = vars(args)[name]
+    return settings
+
+
 def attribute(option: str) -> str:
     """An option's name in Python: of --expert-sequences, expert_sequences."""
     return option[2:].replace("-", "_")
@@ -1126,11 +1134,8 @@ def main():
     train_on = parse_train_on(args.train_on, data)
     first = parse_start(args, data, hyper.seq_len, train_on)
 
-    # What a resumed search must have in common with the one that was begun.
-    own = {"start": first, "train_on": train_on, **own_options(args)}
-    settings = train.settings_of(args, data, hyper) | own
-    for name in ("method", "objective", "sequences", "eval_sequences", "base_sequences", "base_lr"):
-        settings[name] = vars(args)[name]
+    settings = train.settings_of(args, data, hyper)
+    settings |= {"start": first, "train_on": train_on} | search_settings(args)
     model = train.load_to_train(args, data, hyper.dtype, device)
     train.say_cost(model, hyper, args.sequences, device)
     say(f"search  {args.method}: {METHODS[args.method].cost}; then up to 2 to compare")
