@@ -1051,10 +1051,12 @@ def claim(
                 for pattern in own_files:
                     for path in out.glob(pattern):
                         prepare.remove(path)
-                known = {"settings": settings, "passes": passes, "code": source_digest()}
+                known = {"settings": settings, "passes": passes, "options": {}}
+                known["code"] = source_digest()
             # The newest, for what does not change the result may be given anew.
             options = {name: x for name, x in vars(args).items() if name not in NOT_KEPT}
-            prepare.write_json(record, known | {"options": options})
+            if options != known["options"]:
+                prepare.write_json(record, known | {"options": options})
         # The others look only now.
         barrier()
         if not record.is_file():
