@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +12,18 @@ import torch
 from conftest import SMALL, fails, options
 from transformers import AutoModelForCausalLM
 
-from eval import bootstrap, evaluate, evaluated_windows, judge, parse_objective, results, table
+from eval import (
+    bootstrap,
+    compare,
+    evaluate,
+    evaluated_windows,
+    judge,
+    parse_objective,
+    results,
+    table,
+)
 from model import load
-from prepare import Tokenizer
+from prepare import SPLITS, Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +72,15 @@ def test_a_window_belongs_to_the_document_it_begins_in(data):
         assert documents.tolist() == [expected[c] for c in windows]
 
 
+def test_the_documents_of_a_table_are_those_in_which_a_sequence_begins(data, losses):
+    domains = results({"base": losses}, data, "test", 32)["domains"]
+    for d, n in domains.items():
+        tokens = data.tokens(d, "test")
+        begun = {(tokens[: 32 * c] == 0).sum() for c in range(n["sequences"])}
+        assert n == {"sequences": (len(tokens) - 1) // 32, "documents": len(begun)}
+        assert n["documents"] < n["sequences"]
+
+
 def test_intervals_resample_documents():
     """Of documents whose windows agree within themselves; windows would look far too sure."""
     rng = np.random.default_rng(1)
@@ -76,6 +95,21 @@ def test_intervals_resample_documents():
     assert np.std(means) > 2 * values.std() / math.sqrt(len(values))
 
 
+def test_intervals_are_of_95_percent_and_domains_are_resampled_by_themselves():
+    """Ten documents of four windows each, which differ alike in three domains."""
+    change = np.repeat(np.random.default_rng(1).normal(size=10), 4)
+    base = dict.fromkeys("abc", np.zeros(40))
+    made = SimpleNamespace(
+        windows=lambda *split: 40,
+        documents_of=lambda domain, split, T, numbers: {"val": numbers // 4}[split],
+    )
+    found = compare(base, dict.fromkeys("abc", change), made, "val", 32)
+    loop = np.random.default_rng(2).choice(change[::4], (3, 20_000, 10)).mean(2)
+    for name, means in {"a": loop[0], "b": loop[1], "mean": loop.mean(0)}.items():
+        expected = np.quantile(means, [0.025, 0.975])
+        assert found[name]["interval"] == pytest.approx(expected, abs=0.06)
+
+
 def test_differences_are_paired_and_counted(data, losses):
     other = {d: values + (0.25 if d == "sums" else -0.25) for d, values in losses.items()}
     models = results({"base": losses, "other": other}, data, "test", 32)["models"]
@@ -87,12 +121,29 @@ def test_differences_are_paired_and_counted(data, losses):
     assert difference["worst"] == pytest.approx(0.25)
 
 
-def test_bits_per_byte_count_the_bytes_of_the_text(data):
+def test_two_models_are_judged_by_the_same_documents():
+    """What the one gains on every document has an interval without width."""
+    gains = np.repeat(np.random.default_rng(1).normal(size=10), 4)
+    made = SimpleNamespace(
+        windows=lambda *split: 40, documents_of=lambda domain, split, T, numbers: numbers // 4
+    )
+    three = [dict.fromkeys("ab", values) for values in (np.zeros(40), gains, gains + 0.1)]
+    found = judge(*three, made, "val", 32, parse_objective("mean", ["a", "b"]))
+    assert found["interval"] == pytest.approx([0.1, 0.1])
+
+
+def test_equal_losses_improve_nothing(data, losses):
+    models = results({"base": losses, "same": {**losses}}, data, "test", 32)["models"]
+    assert models["same"]["difference"]["improved"] == 0
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_bits_per_byte_count_the_bytes_of_the_text(data, split):
     """A loss of ln 2 at every token is one bit a token."""
     losses = {d: np.full(3, math.log(2)) for d in data.domains}
-    shown = results({"a": losses}, data, "test", 32)["models"]["a"]
+    shown = results({"a": losses}, data, split, 32)["models"]["a"]
     for d in data.domains:
-        tokens = data.tokens(d, "test")
+        tokens = data.tokens(d, split)
         text = Tokenizer(data.folder).decode(tokens[tokens != 0])
         assert shown["bits_per_byte"][d] == pytest.approx(len(tokens) / len(text.encode()))
     assert shown["nats"]["mean"] == pytest.approx(math.log(2))
@@ -148,6 +199,13 @@ def test_domains_with_few_documents_are_marked(data, losses):
     assert "3 of 3, worst -0.1000" in text
 
 
+@pytest.mark.parametrize("documents, marked", [(9, True), (10, False)])
+def test_fewer_than_ten_documents_are_marked(documents, marked):
+    result = made_results(["code", "prose"], ["base", "tuned"])
+    result["domains"]["code"] = {"documents": documents}
+    assert ("code*" in table(result)) is marked
+
+
 def test_the_command_prints_the_table_and_writes_json(script, data, small, copy_of_small, tmp_path):
     """The baseline stands first, wherever it was named. Another tokenizer brings a warning."""
     with open(copy_of_small / "tokenizer.json", "a") as file:
@@ -159,7 +217,7 @@ def test_the_command_prints_the_table_and_writes_json(script, data, small, copy_
     assert result["seq_len"] == 32
     assert list(result["models"]) == [str(copy_of_small), str(small)]
     assert result["models"][str(small)]["difference"]["mean"]["change"] == 0
-    assert table(result) in out
+    assert f"test split of {data.folder}, 32 tokens a sequence\n{table(result)}" in out
     assert f"warning: {copy_of_small / 'tokenizer.json'} is not the tokenizer" in out
     assert out.count("warning") == 1
 
@@ -194,3 +252,9 @@ def test_objectives_by_hand(text, change, data):
     found = judge(*losses, data, "val", 32, objective)
     assert found["change"] == pytest.approx(change)
     assert found["interval"] == pytest.approx([change, change])
+
+
+def test_an_objective_of_some_domains_alone():
+    some = parse_objective("a=2,b=1,c=1", ["a", "b", "c"]).only(["a", "b", "c"], ["a", "c"])
+    assert some.weights == pytest.approx([2 / 3, 1 / 3])
+    assert parse_objective("b=1", ["a", "b"]).only(["a", "b"], ["a"]) is None

@@ -73,6 +73,13 @@ def test_rounds_go_on_until_two_of_them_bring_nothing(more, asked, tmp_path, cap
     assert "the mean has not improved for two rounds" in capsys.readouterr().out
 
 
+def test_rounds_move_the_domains_that_are_trained_on_by_their_own_losses(tmp_path):
+    """y's and z's, ln 1 and ln 2, add 1/3 and 2/3; x has none of it, whatever its loss."""
+    runs = Known(tmp_path, lambda p: LN([9, 1, 2]), 300, ["y", "z"], x=99, y=99, z=99)
+    runs.search(mix.reweight, [150, 150], [9] * 3, **REWEIGHT)
+    assert runs.asked[:2] == [[150, 150], [133, 167]]
+
+
 def test_the_excess_is_what_the_whole_budget_would_buy(tmp_path):
     """y's loss falls from 4 to 2, alone in the mixture: half way there is 1 too much, x's nothing.
 
@@ -156,6 +163,21 @@ def test_doremi_is_the_mean_of_the_proxys_weights(data, small, tmp_path):
     assert [line["step"] for line in history.lines] == [1, 2]
 
 
+class Seeing(Shown):
+    def train_further(self, counts, seen, title, weigh, **changes):
+        self.seen = {d: int(n.sum()) for d, n in seen.items()}
+        super().train_further(counts, seen, title, weigh, **changes)
+
+
+def test_doremis_proxy_comes_after_the_windows_of_the_reference(data, small, tmp_path):
+    hyper = Hyperparameters(seq_len=32, batch_size=8, learning_rate=1e-2)
+    runs = Seeing(load(small), small, "small", data, hyper, tmp_path / "runs", 6000, 20)
+    untouched = dict.fromkeys(data.domains, 0.0)
+    mean = parse_objective("mean", data.domains)
+    mix.doremi(runs, History(tmp_path / "history.jsonl", {}, untouched, mean), {}, None)
+    assert runs.seen == dict.fromkeys(data.domains, 2000)
+
+
 def test_weights_of_sequences_scale_the_loss_they_are_trained_on(data, small, tmp_path):
     """Domain `code` counts three times: the first loss in the log is the weighted mean of the
     model's own losses. Weights of one leave the run bitwise as it is."""
@@ -212,6 +234,17 @@ def test_a_law_learns_how_far_from_what_is_more_than_noise(by_law, measured, sca
     law.correct(w, 3 + np.array([measured, noise]))
     assert law.scale[0] == pytest.approx(scale, rel=0.02)
     assert 1 <= law.scale[1] < 1.5
+
+
+def test_a_law_is_corrected_by_a_factor_of_five_at_most():
+    law = Law([{"x": LN([[2.0]])}, {"x": LN([[2.0]]) - 0.1}], np.array([1.0, 0]), np.array([3.0]))
+    law.correct(np.array([0.0, 1]), np.array([1.0]))
+    assert law.scale == [5]
+
+
+def test_what_a_cap_leaves_may_reach_another_cap():
+    w = mix.capped(np.array([0.6, 0.3, 0.1]), np.array([0.4, 0.35, 1]))
+    assert w == pytest.approx([0.4, 0.35, 0.25])
 
 
 def soft_experts(K: int, own: float = 0.4, last: float = 2, tokens: int = 400) -> Law:

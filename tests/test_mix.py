@@ -16,10 +16,10 @@ from matplotlib.figure import Figure
 import mix
 import prepare
 import train
-from eval import evaluate, parse_objective
+from eval import evaluate, parse_objective, results
 from mix import METHODS, RULES, Runs, update
 from model import can_compile, load
-from prepare import InputError
+from prepare import Data, InputError
 from train import Hyperparameters
 
 LN = np.log
@@ -209,6 +209,25 @@ def test_grow_trains_on_the_growing_quantities_and_compares_at_equal_length(sear
     assert f"fewer than 10 documents are measured of {', '.join(data.domains)};" in text
 
 
+def test_the_last_table_is_of_all_test_windows(search, data):
+    out, _ = search("uniform", method="uniform", eval_sequences=5)
+    for d, n in read(out / "result.json")["domains"].items():
+        assert n["sequences"] == data.windows(d, "test", 32)
+
+
+def test_overwrite_removes_the_runs_of_a_search(search):
+    out, _ = search("run", method="uniform", seed=1)
+    before = {path.name for path in (out / "runs").iterdir()}
+    search("run", method="uniform", overwrite=True)
+    assert not before & {path.name for path in (out / "runs").iterdir()}
+
+
+def test_a_search_remembers_the_passes_of_its_base(search):
+    out, _ = search("run", "scratch:tiny", method="uniform", base_sequences=64)
+    passes = read(out / "run.json")["passes"]
+    assert [sum(one["counts"].values()) for one in passes] == [64, 48]
+
+
 def test_the_objective_chooses_the_round(search):
     """As code is learnt the fastest, half of it has the best mean; less of it spares the others."""
     rounds = {}
@@ -265,6 +284,35 @@ def test_the_picture_of_a_single_mixture_shows_its_change_from_the_untouched_mod
     assert right.get_ylabel() == "change from the untouched model, nats per token"
     drawn = {line.get_label(): list(line.get_ydata()) for line in right.get_lines()}
     assert (drawn["a"], drawn["b"], drawn["mean"]) == ([-0.5], [0.25], [-0.125])
+
+
+def judged(interval, sure) -> dict:
+    found = {"change": sum(interval) / 2, "interval": interval, "objective": "mean"}
+    result = {"models": {"uniform": {}, "experts": {}}, "domains": {"a": {}}, "judged": found}
+    return result | {"difference": {"improved": 1}, "sure": sure and {"interval": sure}}
+
+
+@pytest.mark.parametrize(
+    "interval, sure, words",
+    [
+        ([-0.2, -0.1], [-0.2, -0.1], "\nbetter than uniform, by this seed"),
+        ([0.1, 0.2], [0.1, 0.2], "\nworse than uniform, by this seed"),
+        ([-0.1, 0.2], [0.1, 0.2], "\nnot distinguishable from uniform, by this seed"),
+        ([-0.2, -0.1], [-0.1, 0.2], "from uniform, by this seed (what differs are domains of"),
+        ([-0.2, -0.1], None, "from uniform, by this seed (what differs are domains of"),
+        ([0.0, 0.0], None, "experts is uniform"),
+    ],
+)
+def test_the_verdict_is_what_the_intervals_say(interval, sure, words):
+    assert words in mix.verdict(judged(interval, sure))
+
+
+@pytest.mark.parametrize("worst, said", [(0.05, "held"), (0.1, "held"), (0.2, "did not hold")])
+def test_whether_a_domain_was_spared(worst, said):
+    args = mix.make_parser().parse_args(["--method", "experts", "--spare", "0.1"])
+    result = {"models": {"untouched": {}, "experts": {"difference": {"worst": worst}}}}
+    [line] = mix.whether_spared(result, args)
+    assert line.startswith(f"--spare 0.1 {said} on the test split")
 
 
 def test_a_goal_that_is_not_trained_on(search):
@@ -414,6 +462,24 @@ def test_a_finished_search_prints_and_draws_its_result_again(searches, search):
     assert (out / "mix.png").read_bytes() == picture
 
 
+CHANGES = [
+    ({"eval_sequences": 5}, "eval_sequences was 20, is 5"),
+    ({"sequences": 40}, "sequences was 48, is 40"),
+    ({"objective": "worst"}, "objective was mean, is worst"),
+    ({"train_on": "code,sums"}, "train_on was"),
+    ({"base_sequences": 64}, "base_sequences was 6400, is 64"),
+    ({"base_lr": 0.5}, "base_lr was None, is 0.5"),
+    ({"method": "natural"}, "method was uniform, is natural"),
+]
+
+
+@pytest.mark.parametrize("change, said", CHANGES)
+def test_a_search_does_not_go_on_with_other_settings(change, said, searches, data, small, script):
+    out, _ = searches("uniform")
+    argv = mix_options(data, small, out, **{"method": "uniform", "resume": True} | change)
+    fails(script("mix", *argv), "--resume with other settings", said)
+
+
 @pytest.mark.parametrize(
     "method, fsdp", [("reweight", True), ("doremi", False), ("experts", False)]
 )
@@ -453,6 +519,16 @@ def runs(data, small, tmp_path) -> Runs:
     hyper = Hyperparameters(seq_len=32, batch_size=8, learning_rate=1e-2)
     measured = {"sequences": 8, "eval_sequences": 5}
     return Runs(load(small), small, "small", data, hyper, tmp_path / "runs", **measured)
+
+
+def test_as_many_documents_as_are_enough_make_a_domain_sure(runs, data, small, monkeypatch):
+    """Where the smallest domain has just as many, the verdict without the small ones is of all."""
+    losses = {"untouched": evaluate(load(small), data, "test", 32)}
+    domains = results(losses, data, "test", 32)["domains"]
+    monkeypatch.setattr("mix.FEW_DOCUMENTS", min(n["documents"] for n in domains.values()))
+    mean = parse_objective("mean", data.domains)
+    result = mix.comparison(runs, {"code": 1, "sums": 7}, "natural", mean)
+    assert result["sure"] == {key: result["judged"][key] for key in ("change", "interval")}
 
 
 ONE, TWO, THREE = ({"code": n, "sums": 8 - n} for n in (1, 2, 3))
@@ -624,3 +700,17 @@ def test_the_base_is_used_again(searches, search):
     assert "from `scratch:tiny`, after a pass over 128 sequences." in card
     assert [*folder.glob("base-tiny-*")] == [base]
     assert (base / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_a_base_is_named_by_its_data_and_its_settings(data, tmp_path, monkeypatch):
+    for name in ("train_once", "keep_run"):
+        monkeypatch.setattr(mix, name, lambda *run: None)
+    hyper = Hyperparameters(seq_len=32, batch_size=8, learning_rate=1e-2)
+    other = Data(shutil.copytree(data.folder, tmp_path / "d"))
+    other.identity = "of other tokens"
+    tiny = load("scratch:tiny", "meta")
+    changes = [[], ["--base-sequences", "64"], ["--base-lr", "0.1"]]
+    args = [mix.make_parser().parse_args(["--out", f"{tmp_path}/run", *words]) for words in changes]
+    folders = {mix.pretrain(tiny, data, hyper, each) for each in args}
+    folders.add(mix.pretrain(tiny, other, hyper, args[0]))
+    assert len(folders) == 4

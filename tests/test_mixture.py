@@ -8,7 +8,7 @@ import pytest
 from conftest import bins
 
 from prepare import InputError
-from train import Mixture, parse_mixture, rescale, times_seen
+from train import Hyperparameters, Mixture, parse_mixture, rescale, this_pass, times_seen
 
 T = 10
 LENGTHS = {"a": 1001, "b": 301, "c": 2500, "d": 75, "e": 4001}  # 100, 30, 249, 7, 400 windows
@@ -63,6 +63,15 @@ def test_windows_that_earlier_passes_over_this_data_saw_come_last_the_others_as_
     assert {d: n.sum() for d, n in seen.items()} == {"a": 70, "b": 0, "c": 0, "d": 0, "e": 0}
     aware, unaware = (drawn(Mixture(counted, {"a": 100}, T, 4, past)) for past in (seen, None))
     assert [draw for draw in unaware if not seen["a"][draw[1]]] == aware[:30]
+
+
+def test_a_pass_is_remembered_with_its_seed(data):
+    one = this_pass(
+        data, Hyperparameters(seq_len=32, batch_size=8, learning_rate=0.1, seed=3), {"sums": 9}
+    )
+    mixture = Mixture(data, {"sums": 9}, 32, seed=3)
+    drawn = sorted(mixture.window("sums", k) for k in range(9))
+    assert np.flatnonzero(times_seen(data, 32, [one])["sums"]).tolist() == drawn
 
 
 @pytest.mark.parametrize(

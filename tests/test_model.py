@@ -12,11 +12,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, fails
+from conftest import ROOT, fails, works
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from model import SHAPES, Config, GPTNeoX, attend, can_compile, load, save, sequences_at_once
+from model import (
+    SHAPES,
+    Config,
+    GPTNeoX,
+    attend,
+    can_compile,
+    load,
+    peak_flops,
+    save,
+    sequences_at_once,
+)
 from prepare import InputError, Tokenizer
 
 
@@ -63,6 +73,12 @@ def test_logits_loss_and_gradients_equal_those_of_transformers(tmp_path, switche
         assert_close(p.grad, gradients[name], msg=name)
 
 
+def test_the_epsilon_of_every_norm_counts(tmp_path):
+    oracle = theirs(tmp_path, layer_norm_eps=0.1, initializer_range=0.02)
+    tokens = torch.randint(211, (2, 20))
+    assert_close(load(tmp_path)(tokens), oracle(tokens).logits)
+
+
 @pytest.mark.parametrize("switches", SWITCHES)
 def test_transformers_loads_what_save_wrote(tmp_path, switches):
     theirs(tmp_path / "theirs", **switches)
@@ -93,6 +109,23 @@ def test_scratch_is_the_same_for_the_same_seed_and_takes_the_vocabulary():
     assert a.config.vocab_size == 4096
     assert torch.equal(a.embed_out.weight, b.embed_out.weight)
     assert not torch.equal(a.embed_out.weight, c.embed_out.weight)
+
+
+def test_random_weights_are_as_small_as_pythias_were():
+    """sqrt(2 / 5C), and 2 / (L sqrt(C)) of what is added to x; L = 4, C = 128."""
+    for name, p in load("scratch:tiny").named_parameters():
+        std = 0.0559
+        if name.endswith(("attention.dense.weight", "dense_4h_to_h.weight")):
+            std = 0.0442
+        if p.dim() == 2:
+            assert p.std().item() == pytest.approx(std, rel=0.03), name
+        else:
+            assert (p == (0.0 if name.endswith("bias") else 1.0)).all(), name
+
+
+@pytest.mark.parametrize("tokens, size", [(4000, 4096), (4096, 4096), (4097, 4224)])
+def test_a_vocabulary_is_rounded_up_to_a_multiple_of_128(tokens, size):
+    assert load("scratch:tiny", "meta", vocab_size=tokens).config.vocab_size == size
 
 
 def test_the_saved_tokenizer_is_the_same_in_transformers(small):
@@ -283,6 +316,16 @@ def test_generation_goes_on_when_the_window_is_full():
     assert list(model.generate(tokens, 24)) == expected[0, 20:].tolist()
 
 
+def test_generation_ends_before_the_end_and_little_temperature_is_greedy():
+    torch.manual_seed(0)
+    model = GPTNeoX(Config(211, 32, 2, 4, 64, 32))
+    tokens = torch.randint(211, (1, 5))
+    whole = list(model.generate(tokens, 20))
+    end = whole[-1]
+    assert list(model.generate(tokens, 20, end=end)) == whole[: whole.index(end)]
+    assert list(model.generate(tokens, 20, 1e-3)) == whole
+
+
 def test_the_command_line_speaks(script, small):
     """One model, or several, each under its name: the text is whole, however it came."""
     words = ["the old", "--tokens", 5, "--device", "cpu"]
@@ -295,6 +338,12 @@ def test_the_command_line_speaks(script, small):
     status, both, _ = script("model", small, f"{small}/", *words)
     assert both == f"---- {small}\n{out}---- {small}/\n{out}"
     fails(script("model", small, "\udcff"), "the prompt is not UTF-8")
+
+
+def test_the_command_line_draws_by_its_seed_and_temperature(script, small):
+    words = [small, "the old", "--tokens", 20, "--device", "cpu", "--temperature", 1]
+    said = [works(script("model", *words, "--seed", seed)) for seed in (1, 1, 2)]
+    assert said[0] == said[1] != said[2]
 
 
 def test_a_prompt_of_which_the_tokenizer_makes_nothing_begins_a_document(script, copy_of_small):
@@ -414,6 +463,16 @@ def test_presets_have_the_published_parameter_counts():
 def test_a_token_takes_6_operations_for_each_weight_that_multiplies_and_those_of_attention():
     """6 x 908,759,040, for the look-up of tokens is none, and 12 x 16 x 2048 x 2048."""
     assert load("scratch:pythia-1b", "meta").flops_per_token(2048) == 6_257_860_608
+
+
+@pytest.mark.parametrize(
+    "name, peak",
+    [("NVIDIA L40S", 362e12), ("NVIDIA L40", 181e12), ("NVIDIA L4", 121e12)]
+    + [("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA T4", None)],
+)
+def test_the_peak_of_a_gpu_is_its_own(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda"), torch.bfloat16) == peak
 
 
 # Peaks of training on sequences of 2048 tokens: bf16, compiled, weights in fp32, on an H200; the

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,9 +31,12 @@ from prepare import (
     Document,
     InputError,
     LeftOut,
+    Tokenizer,
     domain_named,
+    hash_of,
     place,
     read,
+    split_of,
     without_long_words,
 )
 
@@ -105,6 +109,29 @@ def test_the_split_depends_on_the_text_alone(tmp_path, data):
         assert set(texts_of(data, "prose", split)) <= set(texts_of(other, "mixed", split))
 
 
+def test_the_split_of_a_text_never_changes():
+    assert hash_of("a text") == 3555231153270761061
+    fractions = {"val": 0.3, "test": 0.1}
+    shares = [0, 0.099, 0.101, 0.399, 0.401, 0.999]
+    splits = [split_of(int(x * 2**64), fractions) for x in shares]
+    assert splits == ["test", "test", "val", "val", "train", "train"]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_token_of_any_split_changes_the_identity(data, tmp_path, split):
+    other = Path(shutil.copytree(data.folder, tmp_path / "d"))
+    known = data.size("sums", split)["sha256"]
+    text = (other / "meta.json").read_text()
+    (other / "meta.json").write_text(text.replace(known, known[::-1]))
+    assert Data(other).identity != data.identity
+
+
+def test_a_tenth_of_the_sample_and_a_twentieth_of_other_text_is_held_out(tmp_path):
+    for is_sample, share in ((True, 0.1), (False, 0.05)):
+        found = prepare.fractions_of(tmp_path / "d", False, None, None, is_sample)
+        assert found == {"val": share, "test": share}
+
+
 def test_empty_documents_and_duplicates_are_left_out_of_each_domain(tmp_path):
     texts = made_documents("sums", 80) + TEXTS
     more = ["", " \n\t", "\u3000", texts[3], texts[70], texts[3]]
@@ -114,6 +141,20 @@ def test_empty_documents_and_duplicates_are_left_out_of_each_domain(tmp_path):
     made = prepared(tmp_path / "d", {"a": a, "b": [write_jsonl(tmp_path / "b.jsonl", texts)]})
     assert made.meta["left_out"] == {"empty": 4, "duplicate": 3}
     assert all_texts(made, "a") == all_texts(made, "b") == sorted(texts)
+
+
+def test_duplicates_of_a_domain_that_records_name_are_left_out():
+    [batch] = place([Document("Free Text", "a")] * 2, {"val": 0.1, "test": 0.1}, by_record=True)
+    assert batch[1] == LeftOut("free_text", "duplicate")
+
+
+def test_what_is_left_out_adds_up(tmp_path):
+    for d in "ab":
+        texts = made_documents(d, 60)
+        write_jsonl(tmp_path / f"{d}.jsonl", [*texts, texts[0]])
+    prepared(tmp_path / "d", {"a": [tmp_path / "a.jsonl"]})
+    prepare.prepare(tmp_path / "d", {"b": [tmp_path / "b.jsonl"]}, add=True)
+    assert Data(tmp_path / "d").meta["left_out"] == {"duplicate": 2}
 
 
 def test_a_limit_hides_what_comes_after_it_whatever_the_number_of_workers(tmp_path, monkeypatch):
@@ -593,6 +634,15 @@ def test_a_word_without_end_does_not_stop_the_training_of_a_tokenizer(tmp_path, 
     assert without_long_words("abcdefg hi", 3) == "abc def g hi"
 
 
+def test_a_tokenizer_learns_from_the_train_split_alone(tmp_path):
+    fractions = {"val": 0.2, "test": 0.2}
+    texts = [text + " zqzq" * 50 for text in made_documents("sums", 200)]
+    held_out = [text for text in texts if split_of(hash_of(text), fractions) != "train"]
+    source = write_jsonl(tmp_path / "a.jsonl", made_documents("prose", 200) + held_out)
+    prepared(tmp_path / "d", {"a": [source]})
+    assert "zq" not in Tokenizer(tmp_path / "d").json
+
+
 def test_what_is_said_of_long_names_fits_100_columns(data, capsys):
     """Also of a data set that an earlier version made, whose meta.json says less."""
     known = Data(data.folder)
@@ -602,6 +652,14 @@ def test_what_is_said_of_long_names_fits_100_columns(data, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
     assert len({line.split()[0] for line in lines if "zzz" in line}) == 9
+
+
+def test_a_data_set_is_described_in_bytes_a_token(data, capsys):
+    prepare.describe(data, "d")
+    lines = capsys.readouterr().out
+    for name, file in data.meta["files"].items():
+        ratio = f"{file['bytes'] / file['tokens']:.2f}"
+        assert re.search(rf"(?m)^{name} .* {ratio}$", lines)
 
 
 def test_a_data_set_is_read_from_wherever_the_process_has_gone(data, tmp_path, monkeypatch):
@@ -651,6 +709,19 @@ def test_killed_half_way_it_leaves_no_data_and_no_process(tmp_path, data, script
     works(script("prepare", *argv, "--limit-tokens", 9000))
     assert [path.name for path in (tmp_path / "t").iterdir()] == ["d"]
     assert Data(out).domains == ["a"]
+
+
+def test_a_kill_while_domains_are_added_leaves_the_data_set_as_it_was(tmp_path, script):
+    for d in "ab":
+        write_jsonl(tmp_path / f"{d}.jsonl", made_documents(d, 60))
+    out = tmp_path / "d"
+    prepared(out, {"a": [tmp_path / "a.jsonl"]})
+    words = [f"b={tmp_path}/b.jsonl", *options(out=out, add=True, workers=1)]
+    for moment in ("rename .*/d/b.test.bin", "rename .*/d/b.train.bin", "rename .*/d/meta.json"):
+        assert Run(tmp_path, "prepare", *words, kill_at=moment).end()[0] == -9
+        assert Data(out).domains == ["a"]
+    works(script("prepare", *words))
+    assert Data(out).domains == ["a", "b"]
 
 
 def test_reading_prepared_data_does_not_import_torch():

@@ -194,6 +194,14 @@ def test_gradients_are_added_up_once_a_step(data, small, tmp_path):
     ends_well(*ranks(tmp_path, 2, train_counting, small, data.folder))
 
 
+def test_the_share_of_the_peak_is_of_all_gpus(monkeypatch):
+    tiny = model.load("scratch:tiny", "meta")
+    monkeypatch.setattr("train.peak_flops", lambda *of: 1000 * tiny.flops_per_token(32))
+    hyper = Hyperparameters(seq_len=32, batch_size=8, learning_rate=1e-2)
+    with conftest.as_rank(0, 2):
+        assert train.speed_words(tiny, hyper, 1000) == "1,000 tok/s, MFU 50%"
+
+
 ENDING = """
 import sys, torch
 import torch.distributed as dist

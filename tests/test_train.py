@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, assert_same_training, fails, log_of, same_weights, train_options, works
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import train
@@ -64,6 +65,12 @@ def test_the_schedule_rises_from_zero_and_falls_to_zero():
     assert rates[:199] == sorted(rates[:199])
     assert rates[201:] == sorted(rates[201:], reverse=True)
     assert train.learning_rate_at(0, 1, 1.0, 0.0) > 0
+
+
+def test_the_warmup_that_was_asked_for(data, small, tmp_path, script):
+    """Half of six steps: the first one's middle is a sixth of the way up."""
+    works(script("train", *train_options(data, small, tmp_path / "run", warmup=0.5)))
+    assert log_of(tmp_path / "run")[0]["lr"] == pytest.approx(1e-3 / 6)
 
 
 def test_training_helps_the_domain_it_is_given(data, small):
@@ -154,6 +161,17 @@ def test_a_run_leaves_a_hugging_face_folder_with_a_log(data, small, tmp_path, sc
     assert (out / "tokenizer.json").read_bytes() == (data.folder / "tokenizer.json").read_bytes()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_model_is_saved_in_the_type_that_was_asked_for(data, small, tmp_path, script, dtype):
+    words = train_options(data, small, tmp_path / "run", save_dtype=dtype)
+    works(script("train", *words))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "run", dtype="auto")
+    assert str(theirs.dtype) == f"torch.{dtype}"
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["torch_dtype"] == dtype
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    assert {str(weight.dtype) for weight in weights.values()} == {f"torch.{dtype}"}
+
+
 def test_the_model_card_says_what_the_model_is_made_of(data, small, tmp_path, script):
     """Base, mixture, hyperparameters, data and every domain's losses; no path of this machine."""
     out = tmp_path / "run"
@@ -231,6 +249,15 @@ def test_a_file_that_names_a_domain_twice_is_no_mixture(data, tmp_path):
         train.parse_mixture(str(mixture), data, None, 32)
 
 
+def test_more_than_four_times_through_a_domain_is_warned_of(data, capsys):
+    n = {d: data.windows(d, "train", 32) for d in data.domains}
+    counts = {"code": n["code"], "prose": 4 * n["prose"], "sums": 4 * n["sums"] + 1}
+    train.say_mixture(Mixture(data, counts, 32))
+    text = capsys.readouterr().out
+    assert "times through a domain: sums 4.0, prose 4.0\n" in text
+    assert "warning: more than 4 times through sums;" in text
+
+
 def test_a_searchs_folder_is_no_mixture_but_holds_one(data, tmp_path):
     (tmp_path / "mix.json").write_text("{}")
     with pytest.raises(InputError, match=f"expected {tmp_path}/mix.json, perhaps"):
@@ -274,6 +301,16 @@ def test_a_tuned_model_remembers_its_passes(data, small, tmp_path, script):
     expected = train.train(load(tmp_path / "one"), data, {"sums": 15}, STEPS_OF_8, seen=seen)
     found = load(tmp_path / "two").state_dict()
     torch.testing.assert_close(found, expected.state_dict(), rtol=0, atol=0)
+
+
+def test_passes_of_the_base_that_changed_are_named(data, small, tmp_path, script):
+    base = tmp_path / "base"
+    works(script("train", *train_options(data, small, base)))
+    words = train_options(data, base, tmp_path / "run", resume=True)
+    works(script("train", *words))
+    record = json.loads((base / "run.json").read_text())
+    (base / "run.json").write_text(json.dumps(record | {"passes": []}))
+    fails(script("train", *words), "--resume with other settings", "model's files was")
 
 
 @pytest.mark.parametrize(
