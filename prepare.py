@@ -160,6 +160,14 @@ def shortened(names: list[str], width: int) -> dict[str, str]:
     return short
 
 
+def new_bar(**look):
+    """A bar of tqdm's, without the thread that would watch it, and take memory."""
+    from tqdm import tqdm
+
+    tqdm.monitor_interval = 0
+    return tqdm(miniters=1, leave=False, **look)
+
+
 class Bar(contextlib.AbstractContextManager):
     """How far a stage has come: a bar on a terminal, elsewhere a line every 30 seconds.
 
@@ -167,8 +175,6 @@ class Bar(contextlib.AbstractContextManager):
     """
 
     def __init__(self, title: str, total: int, unit: str, done: int = 0):
-        from tqdm import tqdm
-
         self.title = title
         self.total = total
         self.unit = unit
@@ -177,9 +183,9 @@ class Bar(contextlib.AbstractContextManager):
         self.began = self.spoke = time.monotonic()
         on_terminal = sys.stderr.isatty()
         self.speaks = is_first_process() and not on_terminal
-        look = {"unit": unit, "unit_scale": unit == "B", "leave": False}
+        look = {"unit": unit, "unit_scale": unit == "B"}
         look["disable"] = not (is_first_process() and on_terminal)
-        self.bar = tqdm(desc=title, total=total, initial=done, **look)
+        self.bar = new_bar(desc=title, total=total, initial=done, **look)
 
     def to(self, done: int, words: str = "") -> None:
         """The stage has come to `done`; words: what else there is to say."""
@@ -206,14 +212,12 @@ class Bar(contextlib.AbstractContextManager):
 @contextlib.contextmanager
 def notice(words: str, shown: bool = True) -> Iterator[None]:
     """Words that stand on the terminal while the block runs, or for good where there is none."""
-    from tqdm import tqdm
-
     on_terminal = sys.stderr.isatty()
     shown = shown and is_first_process()
     if shown and not on_terminal:
         tell(words)
     # A bar without a bar: it finds its line where another one is shown already.
-    with tqdm(desc=words, bar_format="{desc}", leave=False, disable=not (shown and on_terminal)):
+    with new_bar(desc=words, bar_format="{desc}", disable=not (shown and on_terminal)):
         yield
 
 
