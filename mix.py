@@ -957,7 +957,7 @@ def draw_rounds(history: History, is_path: bool, left, right) -> None:
     title = f"Validation loss (untouched: {(history.untouched - first).mean():+.3f} in the mean)"
     if len(measured) == 1:
         first = history.untouched
-        start = "the untouched model"
+        start = "untouched"
         title = "Validation loss"
     changes = np.array([list(line["losses"].values()) for line in measured]) - first
     rounds = [line["round"] for line in measured]
@@ -972,7 +972,8 @@ def draw_rounds(history: History, is_path: bool, left, right) -> None:
         right.plot(rounds, changes[:, k], label=labels[d] if k in most else None, **style)
         guesses = [line["predicted"][k] - first[k] for line in foretold]
         right.plot([line["round"] for line in foretold], guesses, mfc="none", **style)
-    right.plot(rounds, changes.mean(1), "k--" if is_path else "k_", lw=2, label="mean")
+    of_mean = "k--" if is_path and len(measured) > 1 else "k_"
+    right.plot(rounds, changes.mean(1), of_mean, lw=2, label="mean")
     right.axhline(0, color="0.7", linewidth=1, zorder=0)
     left.set(title="The mixture", ylabel="share of the sequences (%)")
     left.set_ylim(0, 1.1 * left.dataLim.ymax)

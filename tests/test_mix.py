@@ -281,7 +281,7 @@ def test_the_picture_of_a_single_mixture_shows_its_change_from_the_untouched_mod
     history.add({"a": 1, "b": 1}, np.array([2.5, 2.25]))
     left, right = Figure().subplots(1, 2)
     mix.draw_rounds(history, True, left, right)
-    assert right.get_ylabel() == "change from the untouched model, nats per token"
+    assert right.get_ylabel() == "change from untouched, nats per token"
     drawn = {line.get_label(): list(line.get_ydata()) for line in right.get_lines()}
     assert (drawn["a"], drawn["b"], drawn["mean"]) == ([-0.5], [0.25], [-0.125])
 
