@@ -658,6 +658,8 @@ def find_device(name: str | None) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.partition(":")[0] not in ("cpu", "cuda", "mps", "xpu"):
         raise InputError(f"--device {name}: expected cpu, cuda, cuda:N, mps or xpu")
+    if ":" in name and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+        raise InputError(f"--device {name} is one device for all ranks; give --device cuda")
     try:
         device = torch.device(name)
         if name == "cuda":
@@ -815,13 +817,17 @@ def compile_for(
             except Exception as e:
                 if is_out_of_memory(e):
                     raise
+                # A compiler's own line tells most; what torch says of it is long.
+                lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+                telling = [line for line in lines if "error:" in line] + lines + [repr(e)]
+                reason = telling[0][:160]
+                # Other ranks, where it did not, now wait for this one's share of a layer.
+                if is_sharded(model) and world_size() > 1:
+                    way_out = "--no-compile does without it"
+                    raise InputError(f"torch.compile failed: {reason}; {way_out}") from None
                 # Remove what is broken and try again; with nothing new to remove, go on eagerly.
                 broken = broken_libraries(e)
                 if broken <= removed:
-                    # A compiler's own line tells most; what torch says of it is long.
-                    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-                    telling = [line for line in lines if "error:" in line] + lines + [repr(e)]
-                    reason = telling[0][:160]
                     say(f"warning: torch.compile failed, going on without it: {reason}")
                     model.run_eagerly()
                     break

@@ -59,6 +59,7 @@ from model import (
     finish,
     is_sharded,
     load,
+    on_all_ranks,
     peak_flops,
     pinned,
     rank,
@@ -679,7 +680,7 @@ def fill(model: GPTNeoX, name: str | Path, **scratch) -> None:
 
 def keep(model: GPTNeoX, data: Data, out: Path, dtype: torch.dtype = torch.float32) -> None:
     """Save the finished model, if that is not done, and remove its checkpoints; on every rank."""
-    if not (out / "model.safetensors").is_file():
+    if not on_all_ranks((out / "model.safetensors").is_file(), model.device):
         weights = torch_state().get_model_state_dict(model, options=gather_options())
         weights = {name: weight.to(dtype) for name, weight in weights.items()}
         check_finite(weights)

@@ -63,6 +63,13 @@ OPTIONS = [  # and what is said of them
 ]
 
 
+def test_ranks_do_not_share_a_gpu(script, data, small, tmp_path, monkeypatch):
+    """Not even where the run was begun on one, which --resume would go on with."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    words = short_run(data, small, tmp_path / "run", device="cuda:0")
+    fails(script("train", *words), "cuda:0 is one device for all ranks; give --device cuda")
+
+
 @both
 @pytest.mark.parametrize("option, words", OPTIONS)
 def test_an_option_that_cannot_be(script, data, small, tmp_path, name, option, words):

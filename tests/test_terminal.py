@@ -19,7 +19,7 @@ import prepare
 from eval import parse_objective
 from mix import History, draw
 from model import Config, GPTNeoX, compile_for
-from prepare import Bar, Data, cli, load_json, notice, tell
+from prepare import Bar, Data, InputError, cli, load_json, notice, tell
 
 # ---- where it goes ----
 
@@ -238,6 +238,15 @@ def test_a_compiler_that_fails_is_done_without(network, tmp_path, capsys, messag
     assert f"torch.compile failed, going on without it: {shown}" in text
     tokens = torch.zeros(2, 8, dtype=torch.int64)
     assert network(tokens, tokens).shape == (2, 8)
+
+
+def test_a_compiler_that_fails_ends_a_model_that_is_spread_over_ranks(network, monkeypatch):
+    """Where it fails on one of them alone, the others wait for that one's share of a layer."""
+    monkeypatch.setattr("model.is_sharded", lambda model: True)
+    monkeypatch.setattr("model.world_size", lambda: 2)
+    network.token_losses = None
+    with pytest.raises(InputError, match="torch.compile failed: .*; --no-compile does without it"):
+        compile_for(network, 2, 8, torch.float32, training=False)
 
 
 def test_a_broken_compiler_on_the_path_ends_no_run(data, small, tmp_path, script, monkeypatch):

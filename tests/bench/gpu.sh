@@ -3,7 +3,7 @@
 # of it pay; and in ten more whether a search finds a better mixture than uniform at the size of pythia-70m, and what that
 # mixture does for pythia-410m.
 #
-#     bash tests/bench/gpu.sh [DATA [SIDE …]]         # sides of tests.bench beside reweight: transformers or litgpt, if installed
+#     bash tests/bench/gpu.sh [DATA [SIDE …]]         # sides of tests.bench beside reweight, such as "litgpt compiled", if installed
 #     MINUTES=15 bash tests/bench/gpu.sh              # with enough time for all of it
 #
 # DATA should have ten documents or more of every domain to measure on: prepare.py --val-fraction 0.2 --test-fraction 0.1.
@@ -32,9 +32,11 @@ part 50 python tests/bench/variants.py --profile
 part 150 python tests/bench/variants.py --turns 3
 part 120 python tests/bench/variants.py --turns 2 --steps 1 --micro-batches 8 --only "cast once"
 # Whether larger micro-batches than train.py's, 8 of 64 sequences, would pay.
-for rows in 8 16; do
-    part 40 python tests/bench/variants.py --turns 2 --steps 2 --only present --model pythia-70m --sequences "$rows" \
-        --micro-batches $((64 / rows))
+for model in pythia-70m pythia-410m pythia-1b; do
+    for rows in 8 16; do
+        part 40 python tests/bench/variants.py --turns 2 --steps 1 --only present --model "$model" --sequences "$rows" \
+            --micro-batches $((64 / rows))
+    done
 done
 test -d "$data" || part 60 python prepare.py
 part 600 python tests/bench/scoreboard.py --data "$data" --model scratch:pythia-70m --seq-len 1024 --lr 1e-3 \
