@@ -8,6 +8,7 @@ from conftest import command, fails, log_of, options, train_options
 
 from mix import verdict
 from model import load
+from train import Hyperparameters, train
 
 reason = "no CUDA GPU on this machine: the GPU path is not tested here"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason=reason)
@@ -64,6 +65,28 @@ def test_every_step_has_the_loss_that_it_has_on_the_cpu(data, small, tmp_path, o
     losses = [line["loss"] for line in log_of(out)]
     assert losses == pytest.approx([line["loss"] for line in log_of(on_cpu)], abs=5e-3)
     assert after(out) == pytest.approx(after(on_cpu), abs=5e-3)
+
+
+def test_a_run_that_was_interrupted_goes_on_with_the_state_of_its_optimizer(data, small, tmp_path):
+    hyper = Hyperparameters(seq_len=32, batch_size=8, learning_rate=1e-2)
+
+    def run(name, validate=None):
+        how = {"out": tmp_path / name, "save_every": 2, "validate": validate}
+        train(load(small, "cuda"), data, {"code": 30, "sums": 34}, hyper, **how)
+
+    def interrupt(done):
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run("interrupted", interrupt)
+    run("interrupted")
+    run("whole")
+    losses = [
+        [line["loss"] for line in log_of(tmp_path / name)] for name in ("interrupted", "whole")
+    ]
+    assert len(losses[0]) == 8
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
 def test_training_that_runs_out_of_memory_names_a_smaller_micro_batch(data, tmp_path):
