@@ -360,7 +360,7 @@ def results(
             models[name]["difference"] = compare(baseline, by_domain, data, split, seq_len)
             if objective and objective.name != "mean":
                 row = judge(baseline, baseline, by_domain, data, split, seq_len, objective)
-                models[name]["objective"] = row
+                models[name]["objective"] = row | {"name": objective.name}
     return {
         "data": str(data.folder),
         "split": split,
@@ -407,8 +407,8 @@ def table(result: dict) -> str:
         if better:
             cells.append(["domains better", "", "", *better])
         if shown and "objective" in models[shown[0]]:
-            judged = [signed(models[name]["objective"]) for name in shown]
-            cells.append(["goal", "", "", *judged])  # the objective
+            judged = [models[name]["objective"] for name in shown]
+            cells.append([judged[0].get("name", "goal"), "", "", *map(signed, judged)])
         bits = [models[name]["bits_per_byte"]["mean"] for name in (baseline, *shown)]
         cells.append(["bits per byte", "", *(f"{value:.4f}" for value in bits)])
         if lines:
@@ -444,11 +444,15 @@ def main():
     add("--check-data", action="store_true", help="compare the data with its hashes first")
     args = parser.parse_args()
     check_range(args, ("seq_len",), 1)
-    places = [Path(name).resolve() if Path(name).exists() else name for name in args.models]
-    if len(set(places)) < len(places):
+
+    def place(name: str) -> Path | str:
+        return Path(name).resolve() if Path(name).exists() else name
+
+    if len(set(map(place, args.models))) < len(args.models):
         raise InputError("the same model is named twice")
     if args.baseline:  # it comes first, whether it was named among the models or not
-        args.models = [args.baseline, *(name for name in args.models if name != args.baseline)]
+        others = [name for name in args.models if place(name) != place(args.baseline)]
+        args.models = [args.baseline, *others]
     if args.json:
         check_place(Path(args.json), "--json")
         if Path(args.json).is_dir():

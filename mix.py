@@ -11,6 +11,7 @@ split, trained on as many sequences.
 import contextlib
 import json
 import math
+import re
 import shlex
 import sys
 import time
@@ -222,7 +223,7 @@ def experts(runs: "Runs", history: "History", start: dict[str, int], args) -> di
     found = mixture_of(w)
     note = "the best by the law"
     history.foretell(found, law.losses(w), note)
-    measured = runs.measure(found, note)
+    measured = runs.measure(found, note, keep=args.spare is not None)
     free = (measured - history.untouched).max()
     history.add(found, measured, bound=free)
     law.correct(w, measured)
@@ -238,10 +239,10 @@ def experts(runs: "Runs", history: "History", start: dict[str, int], args) -> di
         history.add(sparing, runs.measure(sparing, note))
         return history.best()["counts"]
 
-    # The trade-off: from the one mixture to the other. None of these is trained.
+    # The trade-off: from the one mixture to the other.
     for bound in np.linspace(free, tight, 5)[1:]:
         w = weights_for(history.objective, bound)
-        note = f"not trained, no domain above {bound:+.4f}"
+        note = f"by the law alone, no domain above {bound:+.4f}"
         history.foretell(mixture_of(w), law.losses(w), note, bound=bound)
     if args.spare is None:
         return history.best()["counts"]  # which may be the start's
@@ -444,12 +445,12 @@ def write_run(run: Run, data: Data, **more) -> None:
     prepare.write_json(run.folder / "run.json", record)
 
 
-def has_weights(run: Run) -> bool:
-    """Whether a run's weights are there; if they are not what its record says, they are removed."""
+def remove_damaged(run: Run) -> None:
+    """Remove a run's weights if they are not what its record says."""
     weights = run.folder / "model.safetensors"
     sha256 = read_run(run).get("sha256")
     if not weights.is_file():
-        return False
+        return
     # Weights appear whole; those without a hash are of a run that was killed at its very end.
     is_whole = (run.folder / "config.json").is_file()
     if is_whole and sha256:
@@ -457,7 +458,6 @@ def has_weights(run: Run) -> bool:
     if not is_whole:
         say(f"{weights} is damaged, and made anew")
         weights.unlink()
-    return is_whole
 
 
 def train_once(
@@ -470,12 +470,13 @@ def train_once(
     """
     if rank() == 0:
         run.folder.mkdir(parents=True, exist_ok=True)
-        if not has_weights(run):
-            write_run(run, data)
+        remove_damaged(run)
     barrier()  # the others look when damaged weights are gone
     if on_all_ranks((run.folder / "model.safetensors").is_file(), model.device):
         train.fill(model, run.folder)
         return
+    if rank() == 0:
+        write_run(run, data)
     if base is not None:
         train.fill(model, base)
     seen = train.times_seen(data, run.hyper.seq_len, run.passes)
@@ -565,18 +566,13 @@ class Runs:
         return evaluate(self.model, self.data, "val", self.hyper.seq_len, *how)
 
     def losses_of(
-        self,
-        run: Run,
-        limit: int,
-        title: str,
-        is_wanted: Callable[[Losses], bool] | None = None,
-        per_token: bool = False,
+        self, run: Run, limit: int, title: str, per_token: bool = False, keep: bool = False
     ) -> Losses:
         """A run's losses, of at most `limit` windows a domain, which are kept; it is trained only
         if they are not there yet. What that costs is counted all the same.
 
-        is_wanted(losses): whether the weights are kept, too; None: they are not. per_token: the
-        losses of every token.
+        per_token: of every token. Else the weights are kept, too, until keep_only, if they are the
+        best by now or `keep` is set.
         """
         T = self.hyper.seq_len
         windows = [min(limit, self.data.windows(d, "val", T)) for d in self.domains]
@@ -595,15 +591,14 @@ class Runs:
             except train.Stopped:
                 keep_run(self.model, self.data, run)  # so that no step is done again
                 raise
-            if is_wanted and is_wanted(losses):
+            if not per_token and (keep or self.score(domain_means(losses)) <= self.lowest):
                 keep_run(self.model, self.data, run)
             if rank() == 0:
                 named = {f"{d}.val": values for d, values in losses.items()}
                 with prepare.replacing(path) as partial, open(partial, "wb") as file:
                     np.savez(file, run=run.folder.name, **named)
-        if rank() == 0:
-            for checkpoint in train.checkpoints(run.folder):
-                prepare.remove(checkpoint)
+                for checkpoint in train.checkpoints(run.folder):
+                    prepare.remove(checkpoint)
         barrier()
         return losses
 
@@ -616,15 +611,8 @@ class Runs:
         return None
 
     def measure(self, counts: dict[str, int], title: str = "run", keep: bool = False) -> np.ndarray:
-        """The mixture's losses (D,), its training under a title.
-
-        Its weights are kept, until keep_only, if they are the best by now or `keep` is set.
-        """
-
-        def is_wanted(losses: Losses) -> bool:
-            return keep or self.score(domain_means(losses)) <= self.lowest
-
-        losses = self.losses_of(self.run(counts), self.eval_sequences, title, is_wanted)
+        """The mixture's losses (D,), its training under a title. keep: its weights, in any case."""
+        losses = self.losses_of(self.run(counts), self.eval_sequences, title, keep=keep)
         means = domain_means(losses)
         self.lowest = min(self.lowest, self.score(means))
         return means
@@ -634,12 +622,13 @@ class Runs:
         return self.losses_of(self.run(counts, **changes), limit, title, per_token=True)
 
     def keep_only(self, *mixtures: dict[str, int]) -> None:
-        """Remove the weights of all other mixtures; their losses stay."""
+        """Remove the weights and checkpoints of all other mixtures; their losses stay."""
         kept = [self.run(counts).folder for counts in mixtures]
         if rank() == 0:
-            for weights in self.folder.glob("*/model.safetensors"):
-                if weights.parent not in kept:
-                    weights.unlink()
+            for pattern in ("*/model.safetensors", "*/checkpoint-*"):
+                for path in self.folder.glob(pattern):
+                    if path.parent not in kept:
+                        prepare.remove(path)
 
 
 class History:
@@ -944,8 +933,8 @@ def draw_trade_off(history: History, spared: list[dict], taken: dict, axes) -> N
 def draw_rounds(history: History, is_path: bool, left, right) -> None:
     """On the left the shares of every mixture, on the right changes of loss from the first one's.
 
-    That is where the differences are; the untouched model's stands in words. Of a single one it is
-    the change from the untouched model's.
+    That is where the differences are; the untouched model's stands in words. With one mixture only:
+    changes from the untouched model's.
     """
     mixtures = history.lines[1:]
     measured = history.measured()
@@ -1194,26 +1183,27 @@ def next_steps(args, result: dict) -> list[str]:
     """Commands that are worth a try now."""
     parser = make_parser()
     given = {name: x for name, x in vars(args).items() if x != parser.get_default(name)}
-    steps = [f"next    python {prepare.beside('model.py')} {shlex.quote(args.out)} 'def main('"]
-    if args.model.startswith("EleutherAI/pythia-"):
+    out = str(Path(args.out))  # without a slash at its end
+    steps = [f"next    python {prepare.beside('model.py')} {shlex.quote(out)} 'def main('"]
+    launcher = shlex.join(train.launcher())
+    if re.match(r"EleutherAI/pythia-\d+m", args.model):
         # Of what was asked of the search, what train.py knows too, and serves a larger model.
         of_train = prepare.ArgumentParser("")
         train.add_options(of_train, "")
         known = vars(of_train.parse_args([]))
-        larger = {"data": args.data, "model": "pythia-1b", "mix": f"{args.out}/mix.json"}
-        larger |= {"sequences": args.sequences, "out": f"{args.out}-larger"}
-        left = {*larger, *train.NOT_KEPT, "lr", "micro_batch_size"}
-        larger |= {name: x for name, x in given.items() if name in known and name not in left}
-        words = [*train.launcher(), prepare.beside("train.py"), *train.words_of(larger)]
-        steps = [f"next    {shlex.join(words)}"]
+        larger = {"data": args.data, "model": "pythia-1b", "mix": f"{out}/mix.json"}
+        larger["out"] = f"{out}-larger"
+        dropped = {*larger, *train.NOT_KEPT, "sequences", "lr", "micro_batch_size"}
+        larger |= {name: x for name, x in given.items() if name in known and name not in dropped}
+        words = shlex.join(train.words_of(larger))
+        steps = [f"next    {launcher} {prepare.beside('train.py')} {words}"]
     if args.method == "reweight" and "better than" not in verdict(result):
         # docs/scoreboard.md: experts are better than uniform on three data sets. What was asked of
         # this search, they are asked, too.
-        left = {"method", *train.NOT_KEPT, *own_options(args)}
-        same = {name: x for name, x in given.items() if name not in left}
-        words = [*train.launcher(), sys.argv[0], "--method", "experts"]
-        words += ["--out", f"{args.out}-experts", *train.words_of(same)]
-        steps.append(f"better  {shlex.join(words)}")
+        dropped = {"method", *train.NOT_KEPT, *own_options(args)}
+        same = {name: x for name, x in given.items() if name not in dropped}
+        words = ["--method", "experts", "--out", f"{out}-experts", *train.words_of(same)]
+        steps.append(f"better  {launcher} {shlex.quote(sys.argv[0])} {shlex.join(words)}")
     return steps
 
 

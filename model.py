@@ -659,7 +659,8 @@ def find_device(name: str | None) -> torch.device:
     if name.partition(":")[0] not in ("cpu", "cuda", "mps", "xpu"):
         raise InputError(f"--device {name}: expected cpu, cuda, cuda:N, mps or xpu")
     if ":" in name and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
-        raise InputError(f"--device {name} is one device for all ranks; give --device cuda")
+        kind = name.partition(":")[0]
+        raise InputError(f"--device {name} is one device for all ranks; give --device {kind}")
     try:
         device = torch.device(name)
         if name == "cuda":
@@ -796,7 +797,8 @@ def compile_for(
 ) -> None:
     """Compile what batches of this shape need, now and once, by a batch of zeros.
 
-    Whatever a compiler, its cache or the linker raises, the model goes on, if need be eagerly.
+    Whatever a compiler, its cache or the linker raises, the model goes on, if need be eagerly; but
+    one that is spread over ranks raises InputError.
     """
     shape = (rows, seq_len, training)
     if not (model.to_compile or model.compiled) or shape in model.compiled_for:
@@ -819,21 +821,25 @@ def compile_for(
                     raise
                 # A compiler's own line tells most; what torch says of it is long.
                 lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-                telling = [line for line in lines if "error:" in line] + lines + [repr(e)]
+                telling = [line for line in lines if "error:" in line]
+                telling += [line for line in lines if not line.endswith("raised:")] + [repr(e)]
                 reason = telling[0][:160]
-                # Other ranks, where it did not, now wait for this one's share of a layer.
+                # What is broken is removed.
+                broken = broken_libraries(e) - removed
+                for path in broken:
+                    path.unlink(missing_ok=True)
+                removed |= broken
+                # Other ranks, where it did not fail, now wait for this one's share of a layer.
                 if is_sharded(model) and world_size() > 1:
                     way_out = "--no-compile does without it"
+                    if broken:
+                        way_out = "what its cache held half written is gone: try again"
                     raise InputError(f"torch.compile failed: {reason}; {way_out}") from None
-                # Remove what is broken and try again; with nothing new to remove, go on eagerly.
-                broken = broken_libraries(e)
-                if broken <= removed:
+                # It is tried again; where nothing was removed, it goes on eagerly.
+                if not broken:
                     say(f"warning: torch.compile failed, going on without it: {reason}")
                     model.run_eagerly()
                     break
-                removed |= broken
-                for path in broken:
-                    path.unlink(missing_ok=True)
                 torch._dynamo.reset()
                 model.compile_parts()
     model.zero_grad(set_to_none=True)

@@ -58,8 +58,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Adds to every option's help its default, if it has one."""
 
     def _get_help_string(self, action):
-        is_none = action.default is None or action.default is False
-        if is_none or not action.option_strings or action.default == argparse.SUPPRESS:
+        has_none = action.default is None or action.default is False  # 0 == False, and is one
+        if has_none or not action.option_strings or action.default == argparse.SUPPRESS:
             return action.help
         return f"{action.help} (default: %(default)s)"
 
@@ -849,7 +849,9 @@ def source_files(source: str) -> list[Path | HubFile]:
         kinds.update(file.suffix or "no ending" for file in sorted(unread))
     counts = first_of([f"{n:,} {kind}" for kind, n in kinds.most_common()])
     if kinds and not files:
-        there = f"; there are {counts} (docs/data.md makes .jsonl of such)"
+        there = (
+            f"; there are {counts} (hidden, or of another kind: docs/data.md says how to take it)"
+        )
     if not files:
         known = ".txt, .jsonl, .ndjson, .json (these also with .gz or .zst) or .parquet"
         raise InputError(f"{source}: no file there that ends in {known}{there}")

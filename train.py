@@ -258,7 +258,7 @@ def parse_mixture(
         if not all(pairs):
             expected = "uniform, natural, horizon, FILE.json or arxiv=608,github=226"
             if os.path.isfile(f"{text}/mix.json"):  # which takes names of any length
-                expected = f"{text}/mix.json, perhaps"
+                expected = f"{Path(text) / 'mix.json'}, perhaps"
             raise InputError(f"{option} {text}: expected {expected}")
         counts = {pair[1]: int(pair[2]) for pair in pairs}
         if len(counts) < len(pairs):
@@ -1000,13 +1000,15 @@ def words_of(options: dict) -> list[str]:
 
 
 def parse_args(parser: prepare.ArgumentParser):
-    """The command line; with --resume, what it leaves out is as it was when the run was begun."""
+    """The command line; with --resume, what it leaves out is as it was given last."""
     args = parser.parse_args()
     if args.resume and args.overwrite:
         raise InputError("--resume goes on and --overwrite starts anew: give one of them")
-    path = Path(args.out) / "run.json"
-    if args.resume and not path.is_file() and prepare.is_first_process():
-        prepare.tell(f"{args.out} holds no run to go on with: this is a new one")
+    out = Path(args.out)
+    path = out / "run.json"
+    begins = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    if args.resume and begins and prepare.is_first_process():
+        prepare.tell(f"{out} holds no run to go on with: this is a new one")
     if args.resume and path.is_file():
         options = read_record(args.out, "--overwrite starts anew")["options"]
         # Those of another script's run are not this one's: check_folder says whose it is.
@@ -1052,11 +1054,11 @@ def claim(
                 for pattern in own_files:
                     for path in out.glob(pattern):
                         prepare.remove(path)
-                known = {"settings": settings, "passes": passes, "options": {}}
+                known = {"settings": settings, "passes": passes, "options": None}
                 known["code"] = source_digest()
-            # The newest, for what does not change the result may be given anew.
+            # Those given last. A finished run's record stays: what starts from it has its hash.
             options = {name: x for name, x in vars(args).items() if name not in NOT_KEPT}
-            if options != known["options"]:
+            if options != known["options"] and not (out / "model.safetensors").is_file():
                 prepare.write_json(record, known | {"options": options})
         # The others look only now.
         barrier()
@@ -1180,7 +1182,7 @@ def add_options(parser: prepare.ArgumentParser, out: str) -> None:
     add("--data", default=prepare.SAMPLE, help="a folder that prepare.py wrote")
     names = "a folder, a name on the hub, or scratch:SIZE"
     add("--model", default="scratch:tiny", help=names)
-    add("--sequences", type=int, metavar="N", help="length of a pass; --mix may have its own")
+    add("--sequences", type=int, metavar="N", help="length of a pass")
     add("--seq-len", type=int, metavar="T", help="tokens a sequence; default: the model's context")
 
     add = parser.add_argument_group("how").add_argument
@@ -1208,9 +1210,11 @@ def add_options(parser: prepare.ArgumentParser, out: str) -> None:
     add("--device", help="default: cuda where there is one, else cpu")
     add("--dtype", choices=dtypes[::2], help="of autocast; default: bfloat16 where it is fast")
     add("--no-compile", action="store_true", help="do without torch.compile")
-    add("--activation-checkpointing", action="store_true", help="keep less, compute more")
-    spread_it = "spread the model over the ranks: it fits no GPU"
-    add("--fsdp", action=argparse.BooleanOptionalAction, default=False, help=spread_it)
+    back = {"dest": "no_compile", "action": "store_false", "default": False}
+    add("--compile", **back, help="take --no-compile back, with --resume")
+    either = {"action": argparse.BooleanOptionalAction, "default": False}
+    add("--activation-checkpointing", **either, help="keep less, compute more")
+    add("--fsdp", **either, help="spread the model over the ranks: it fits no GPU")
 
 
 def set_up(args) -> tuple[Data, Hyperparameters]:
@@ -1342,7 +1346,8 @@ def main():
     parser = prepare.ArgumentParser(__doc__)
     add_options(parser, "out/train")
     add = parser.add_argument
-    kinds = "uniform, natural, horizon, FILE.json, or counts like arxiv=608,github=226"
+    kinds = "uniform, natural, horizon, FILE.json, or counts like arxiv=608,github=226; the last "
+    kinds += "three are taken as they are, or scaled to --sequences"
     add("--mix", default="uniform", help=kinds)
     add("--eval-every", type=int, metavar="N", default=0, help="steps between validation losses")
     args = parse_args(parser)

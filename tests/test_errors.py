@@ -64,7 +64,6 @@ OPTIONS = [  # and what is said of them
 
 
 def test_ranks_do_not_share_a_gpu(script, data, small, tmp_path, monkeypatch):
-    """Not even where the run was begun on one, which --resume would go on with."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     words = short_run(data, small, tmp_path / "run", device="cuda:0")
     fails(script("train", *words), "cuda:0 is one device for all ranks; give --device cuda")
@@ -87,7 +86,8 @@ def test_a_split_shorter_than_a_sequence(script, tmp_path):
 
 
 def test_a_real_process_says_it_the_same_way(tmp_path):
-    fails(command("mix.py", "--model", "scratch:huge", "--data", tmp_path), "not a data set")
+    words = options(model="scratch:huge", data=tmp_path, out=tmp_path / "run")
+    fails(command("mix.py", *words), "not a data set")
 
 
 # ---- the run's folder ----

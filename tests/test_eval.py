@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, fails, options
+from conftest import SMALL, fails, options, works
 from transformers import AutoModelForCausalLM
 
 from eval import (
@@ -220,6 +220,13 @@ def test_the_command_prints_the_table_and_writes_json(script, data, small, copy_
     assert f"test split of {data.folder}, 32 tokens a sequence\n{table(result)}" in out
     assert f"warning: {copy_of_small / 'tokenizer.json'} is not the tokenizer" in out
     assert out.count("warning") == 1
+
+
+def test_the_baseline_is_read_once_however_it_is_written(script, data, small, tmp_path):
+    again = f"{small.parent}/../{small.parent.name}/{small.name}"
+    words = options(data=data.folder, json=tmp_path / "r.json")
+    works(script("eval", small, "--baseline", again, *words, *SMALL))
+    assert list(json.loads((tmp_path / "r.json").read_text())["models"]) == [again]
 
 
 def test_a_typo_in_the_second_name_is_found_before_the_first_is_read(script, data, copy_of_small):

@@ -33,7 +33,7 @@ class Known(Runs):
         self.law = law
         self.asked = []
 
-    def measure(self, counts, title="run"):
+    def measure(self, counts, title="run", keep=False):
         self.asked.append(list(counts.values()))
         return self.law(self.shares(counts))
 

@@ -262,10 +262,20 @@ def test_where_the_rule_found_nothing_the_better_search_is_of_the_same(monkeypat
     first, _ = mix.next_steps(mix.make_parser().parse_args(pythia), result)
     assert first == (
         "next    python ../train.py --data data/sample --model pythia-1b --mix out/mix/mix.json"
-        " --sequences 1600 --out out/mix-larger --seq-len 512 --batch-size 8 --no-compile"
+        " --out out/mix-larger --seq-len 512 --batch-size 8 --no-compile"
     )
-    own = mix.make_parser().parse_args(["--model", "out/my model"])
-    assert mix.next_steps(own, result)[0] == "next    python ../model.py out/mix 'def main('"
+    own = mix.make_parser().parse_args(["--model", "out/my model", "--out", "out/mix/"])
+    monkeypatch.setattr("sys.argv", ["my dir/mix.py"])
+    assert mix.next_steps(own, result) == [
+        "next    python 'my dir/model.py' out/mix 'def main('",
+        "better  python 'my dir/mix.py' --method experts --out out/mix-experts"
+        " --model 'out/my model'",
+    ]
+    assert (
+        "python 'my dir/train.py' --data"
+        in mix.next_steps(mix.make_parser().parse_args(pythia), result)[0]
+    )
+    monkeypatch.setattr("sys.argv", ["../mix.py"])
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     *_, last = mix.next_steps(mix.make_parser().parse_args(["--fsdp"]), result)
     assert last == (
@@ -608,6 +618,10 @@ def test_only_the_weights_of_the_best_by_now_are_written(runs, monkeypatch):
         monkeypatch.setattr(runs, "score", lambda losses, score=score: score)
         runs.measure(counts, keep=name == "asked for")
     assert weights_of(runs, *mixtures) == [True, False, True, True]
+    # One that is measured already may be trained now, for the comparison.
+    (runs.run(mixtures[1]).folder / "checkpoint-00000001").mkdir()
+    runs.measure(mixtures[1])
+    assert (runs.run(mixtures[1]).folder / "checkpoint-00000001").exists()
     runs.token_losses({"code": 8}, 5, "expert")
     assert weights_of(runs, {"code": 8}) == [False]
 
@@ -634,8 +648,11 @@ def test_only_weights_go_that_nobody_wants(runs, tmp_path):
     own.write_text("the search's own")
     for counts in (ONE, TWO, THREE):
         runs.train(counts)
+        (runs.run(counts).folder / "checkpoint-00000001").mkdir()
     runs.keep_only(ONE | {"prose": 0}, TWO)
     assert weights_of(runs, ONE, TWO, THREE) == [True, True, False]
+    left = {path.parent for path in runs.folder.glob("*/checkpoint-*")}
+    assert left == {runs.run(counts).folder for counts in (ONE, TWO)}
     runs.train(THREE)
     runs.keep_only(THREE)
     assert weights_of(runs, ONE, TWO, THREE) == [False, False, True]

@@ -479,7 +479,7 @@ def test_two_domains_whose_files_some_disks_would_take_for_one_are_an_error(both
         ("a=table.csv", [".csv is not read", ".jsonl"]),
         ("a=pipe.jsonl", ["pipe.jsonl: a broken link, or no file"]),
         ("a=links", ["links/gone.jsonl: a broken link"]),
-        ("a=source", ["source: no file there", "there are 2 .py, 1 .md (docs/data.md"]),
+        ("a=source", ["source: no file there", "there are 2 .py, 1 .md (hidden, or of another"]),
         ("a.jsonl", ["name=path"]),
         ("a=", ["name=path"]),
         ("../x=a.jsonl", ["'../x'"]),

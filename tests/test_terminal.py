@@ -240,13 +240,20 @@ def test_a_compiler_that_fails_is_done_without(network, tmp_path, capsys, messag
     assert network(tokens, tokens).shape == (2, 8)
 
 
-def test_a_compiler_that_fails_ends_a_model_that_is_spread_over_ranks(network, monkeypatch):
+@pytest.mark.parametrize("is_broken, way_out", [(False, "--no-compile does"), (True, "try again")])
+def test_a_compiler_that_fails_ends_a_model_that_is_spread_over_ranks(
+    network, tmp_path, monkeypatch, is_broken, way_out
+):
     """Where it fails on one of them alone, the others wait for that one's share of a layer."""
+    broken = tmp_path / "cut.so"
+    broken.write_text("half")
+    monkeypatch.setattr("model.broken_libraries", lambda error: {broken} if is_broken else set())
     monkeypatch.setattr("model.is_sharded", lambda model: True)
     monkeypatch.setattr("model.world_size", lambda: 2)
     network.token_losses = None
-    with pytest.raises(InputError, match="torch.compile failed: .*; --no-compile does without it"):
+    with pytest.raises(InputError, match=f"torch.compile failed: .*; .*{way_out}"):
         compile_for(network, 2, 8, torch.float32, training=False)
+    assert broken.exists() is not is_broken
 
 
 def test_a_broken_compiler_on_the_path_ends_no_run(data, small, tmp_path, script, monkeypatch):

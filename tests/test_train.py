@@ -304,11 +304,15 @@ def test_a_tuned_model_remembers_its_passes(data, small, tmp_path, script):
 
 
 def test_passes_of_the_base_that_changed_are_named(data, small, tmp_path, script):
+    """What is no part of what the base is may be given anew."""
     base = tmp_path / "base"
     works(script("train", *train_options(data, small, base)))
     words = train_options(data, base, tmp_path / "run", resume=True)
     works(script("train", *words))
+    works(script("train", "--resume", "--out", base, "--save-every", 7, "--save-dtype", "float16"))
+    works(script("train", *words))
     record = json.loads((base / "run.json").read_text())
+    assert record["options"]["save_dtype"] == "float32"
     (base / "run.json").write_text(json.dumps(record | {"passes": []}))
     fails(script("train", *words), "--resume with other settings", "model's files was")
 
