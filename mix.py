@@ -1185,7 +1185,6 @@ def next_steps(args, result: dict) -> list[str]:
     given = {name: x for name, x in vars(args).items() if x != parser.get_default(name)}
     out = str(Path(args.out))  # without a slash at its end
     steps = [f"next    python {prepare.beside('model.py')} {shlex.quote(out)} 'def main('"]
-    launcher = shlex.join(train.launcher())
     if re.match(r"EleutherAI/pythia-\d+m", args.model):
         # Of what was asked of the search, what train.py knows too, and serves a larger model.
         of_train = prepare.ArgumentParser("")
@@ -1195,15 +1194,16 @@ def next_steps(args, result: dict) -> list[str]:
         larger["out"] = f"{out}-larger"
         dropped = {*larger, *train.NOT_KEPT, "sequences", "lr", "micro_batch_size"}
         larger |= {name: x for name, x in given.items() if name in known and name not in dropped}
-        words = shlex.join(train.words_of(larger))
-        steps = [f"next    {launcher} {prepare.beside('train.py')} {words}"]
+        words = train.words_of(larger)
+        launcher = shlex.join(train.launcher(words))
+        steps = [f"next    {launcher} {prepare.beside('train.py')} {shlex.join(words)}"]
     if args.method == "reweight" and "better than" not in verdict(result):
         # docs/scoreboard.md: experts are better than uniform on three data sets. What was asked of
         # this search, they are asked, too.
         dropped = {"method", *train.NOT_KEPT, *own_options(args)}
         same = {name: x for name, x in given.items() if name not in dropped}
         words = ["--method", "experts", "--out", f"{out}-experts", *train.words_of(same)]
-        steps.append(f"better  {launcher} {shlex.quote(sys.argv[0])} {shlex.join(words)}")
+        steps.append(f"better  {shlex.join([*train.launcher(words), sys.argv[0], *words])}")
     return steps
 
 

@@ -841,22 +841,27 @@ def stoppable() -> Iterator[None]:
 
 def resume_command() -> str:
     options = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
-    return shlex.join([*launcher(), sys.argv[0], *options, "--resume"])
+    return shlex.join([*launcher(options), sys.argv[0], *options, "--resume"])
 
 
-def launcher() -> list[str]:
-    """What stood before the script's name: python, or torchrun with its own options."""
+def launcher(options: list[str]) -> list[str]:
+    """What stood before the script's name: python, or torchrun with its own options.
+
+    options: those of the script that are to follow.
+    """
     ranks = os.environ.get("LOCAL_WORLD_SIZE")
     if ranks is None:
         return ["python"]
+    # torchrun would look for --start among its own options, of which two begin so.
+    end = ["--"] if any(word.startswith("--start") for word in options) else []
     # On Linux torchrun, which is the parent, shows its command line, up to the script's name.
     with contextlib.suppress(OSError, ValueError):
         called = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
-        called = called[: called.index(sys.argv[0])]
+        called = [word for word in called[: called.index(sys.argv[0])] if word != "--"]
         for i, word in enumerate(called):
             if word == "torch.distributed.run" or Path(word).name == "torchrun":
-                return ["torchrun", *called[i + 1 :]]
-    return ["torchrun", f"--nproc_per_node={ranks}"]
+                return ["torchrun", *called[i + 1 :], *end]
+    return ["torchrun", f"--nproc_per_node={ranks}", *end]
 
 
 @functools.cache  # the code that runs is that which was read first
@@ -1017,6 +1022,10 @@ def parse_args(parser: prepare.ArgumentParser):
             args = parser.parse_args([*words_of(known), *sys.argv[1:]])
         except InputError as e:
             raise InputError(f"{path} is damaged: {e}; --overwrite starts anew") from None
+        # Its options are not another method's.
+        if "method" in known and args.method != known["method"]:
+            changed = f"method was {known['method']}, is {args.method}"
+            raise InputError(f"{out}: --resume with other settings: {changed}")
     return args
 
 
@@ -1333,8 +1342,7 @@ def show_result(args) -> None:
     say(f"validation losses, {result['seq_len']} tokens a sequence", table(result))
     say(f"model, log and train.png in {out}")
     words = [args.model, args.out, "--data", args.data]
-    if args.seq_len:
-        words += ["--seq-len", str(args.seq_len)]
+    words += words_of({name: vars(args)[name] for name in ("seq_len", "device", "dtype")})
     # Of another seed, eval.py would draw other random weights.
     if args.model.startswith("scratch:") and args.seed:
         del words[0]

@@ -282,6 +282,10 @@ def test_where_the_rule_found_nothing_the_better_search_is_of_the_same(monkeypat
         "better  torchrun --nproc_per_node=2 ../mix.py --method experts --out out/mix-experts"
         " --fsdp"
     )
+    # Else torchrun takes --start for a part of its own --start-method.
+    *_, last = mix.next_steps(mix.make_parser().parse_args(["--start", "natural"]), result)
+    assert last.startswith("better  torchrun --nproc_per_node=2 -- ../mix.py --method experts")
+    assert last.endswith(" --start natural")
 
 
 def test_the_picture_of_a_single_mixture_shows_its_change_from_the_untouched_model(tmp_path):
@@ -480,6 +484,7 @@ CHANGES = [
     ({"base_sequences": 64}, "base_sequences was 6400, is 64"),
     ({"base_lr": 0.5}, "base_lr was None, is 0.5"),
     ({"method": "natural"}, "method was uniform, is natural"),
+    ({"method": "experts"}, "method was uniform, is experts"),
 ]
 
 
