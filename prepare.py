@@ -767,12 +767,27 @@ PULL = "it stands for a file that Git LFS keeps: git lfs pull"
 Sources = dict[str | None, list[Path | HubFile]]
 
 
+class Keys(NamedTuple):
+    """Where a record has its text and, if it names one, its domain; nested keys with dots."""
+
+    text: str = "text"
+    domain: str | None = None
+
+
+class Line(NamedTuple):
+    """A line of a file, a row of a .parquet or the whole of a .txt, as it was read."""
+
+    record: bytes | dict
+    path: Path
+    number: int  # from 1
+    domain: str | None  # None: the record names it
+
+
 class Document(NamedTuple):
-    """A text, the domain that it belongs to and, once that is known, its split."""
+    """A text, and the domain that it belongs to."""
 
     domain: str
     text: str
-    split: str = ""
 
 
 class LeftOut(NamedTuple):
@@ -782,6 +797,9 @@ class LeftOut(NamedTuple):
     domain: str | None
     reason: str
     message: str = ""
+
+
+Item = Line | Document | LeftOut  # what a stream of text is made of
 
 
 def ending(file: Path | HubFile) -> str:
@@ -870,10 +888,10 @@ def matches(name: list[str], pattern: list[str]) -> bool:
     return bool(name) and fnmatchcase(name[0], pattern[0]) and matches(name[1:], pattern[1:])
 
 
-def records(path: Path, file, keys: list[str]) -> Iterator[bytes | dict]:
+def records(path: Path, file, keys: Keys) -> Iterator[bytes | dict]:
     """The lines of an open file as bytes, of which a .txt has one; a .parquet's rows as dicts.
 
-    keys: the columns that are needed. Raises InputError if it cannot be read to its end.
+    Raises InputError if it cannot be read to its end.
     """
     kind = ending(path)
     library = ""
@@ -886,7 +904,7 @@ def records(path: Path, file, keys: list[str]) -> Iterator[bytes | dict]:
             parquet = ParquetFile(file)
             # Where a column is missing, an error is to tell of the others.
             there = {*parquet.schema_arrow.names}
-            columns = [key if key in there else key.split(".")[0] for key in keys]
+            columns = [key if key in there else key.split(".")[0] for key in filter(None, keys)]
             if not there.issuperset(columns):
                 columns = None
             for batch in parquet.iter_batches(16, columns=columns):
@@ -950,19 +968,17 @@ def look_up(record: dict, key: str) -> str:
     return value
 
 
-def document_of(
-    line: bytes | dict, path: Path, number: int, domain: str | None, text_key: str, domain_key: str
-) -> Document | LeftOut | None:
-    """The document in line, or row, `number` of a file; None for a blank line."""
+def document_of(line: Line, keys: Keys) -> Document | LeftOut | None:
+    """The document in a line; None for a blank one."""
+    record, path, number, domain = line
     is_txt = ending(path).startswith(".txt")
     try:
-        record = line
-        if isinstance(line, bytes):
-            if not line.strip() and not is_txt:
+        if isinstance(record, bytes):
+            if not record.strip() and not is_txt:
                 return None
-            if len(line) > LONGEST:
+            if len(record) > LONGEST:
                 raise ValueError(f"longer than {LONGEST:,} bytes")
-            text = line.decode()
+            text = record.decode()
             if number == 1:  # which some editors begin with a mark of the order of bytes
                 text = text.removeprefix("\ufeff")
             if text.startswith(POINTER):
@@ -970,14 +986,14 @@ def document_of(
             if text.strip() in ("{", "[") and not is_txt:
                 way_out = "a line is an object, as jq -c . or, of a list, jq -c '.[]' writes it"
                 raise ValueError(f"JSON over many lines; {way_out}")
-            record = {text_key: text}
+            record = {keys.text: text}
             if not is_txt:
                 record = json.loads(text)
-        label = domain
-        if domain_key:
-            label = look_up(record, domain_key)
+        if keys.domain:
+            label = look_up(record, keys.domain)
             domain_named(label, by_record=True)  # or it is a bad line
-        return Document(label, look_up(record, text_key))
+            return Document(label, look_up(record, keys.text))
+        return Document(domain, look_up(record, keys.text))
     except (ValueError, RecursionError, InputError) as e:
         why = str(e)
         if isinstance(e, UnicodeDecodeError):
@@ -988,14 +1004,11 @@ def document_of(
         return LeftOut(domain, "bad", message)
 
 
-def read(
-    sources: Sources, text_key: str, domain_key: str | None, full: set[str] = frozenset()
-) -> Iterator[Document | LeftOut]:
-    """Every document of the sources, and every line that should hold one, while a bar counts bytes.
+def read(sources: Sources, keys: Keys, full: set[str] = frozenset()) -> Iterator[Line | LeftOut]:
+    """Every line of the sources, while a bar counts bytes.
 
     full: domains that are read no further, from when they are in it.
     """
-    keys = list(filter(None, [text_key, domain_key]))
     files = [(domain, file) for domain, files in sources.items() for file in files]
     done = 0  # bytes, to the end of this file
     with Bar("read", sum(size_of(file) for _, file in files), "B") as bar:
@@ -1010,16 +1023,23 @@ def read(
                 path = source.fetch()
             with open(path, "rb") as file:
                 try:
-                    for number, line in enumerate(records(path, file, keys), 1):
+                    for number, record in enumerate(records(path, file, keys), 1):
                         if domain in full:
                             break
                         bar.to(start + file.tell(), domain or path.name)
-                        item = document_of(line, path, number, domain, text_key, domain_key)
-                        if item:
-                            yield item
+                        yield Line(record, path, number, domain)
                 # If the domain is full by then, the fault does not matter.
                 except InputError as e:
                     yield LeftOut(domain, "unreadable", str(e))
+
+
+def documents_in(items: Iterable[Item], keys: Keys) -> Iterator[Document | LeftOut]:
+    """The items, with what is in a line in that line's place."""
+    for item in items:
+        if isinstance(item, Line):
+            item = document_of(item, keys)
+        if item:
+            yield item
 
 
 # ---- splits ----
@@ -1050,45 +1070,6 @@ def domain_named(label: str, by_record: bool) -> str:
         use = "use A-Z a-z 0-9 - _ (100 at most; not mean, improved, worst)"
         raise InputError(f"{label[:100]!r} cannot be a domain; {use}")
     return domain
-
-
-def place(
-    documents: Iterable[Document | LeftOut], fractions: dict[str, float], by_record: bool = False
-) -> Iterator[list[Document | LeftOut]]:
-    """Documents with their splits, less empty and duplicate ones, in lists of some BLOCK of text.
-
-    Raises InputError for domains whose names are unfit.
-    """
-    batch = []
-    size = 0  # of its text, about
-    labels: dict[str, str] = {}  # by name of the domain in lower case
-    # Of every document a hash of 64 bits is kept in memory, not its text.
-    seen: dict[str, set[int]] = defaultdict(set)
-    for item in documents:
-        size += 100  # what holds no text takes memory too
-        if isinstance(item, Document):
-            label, text, _ = item
-            domain = domain_named(label, by_record)
-            # Not every disk tells upper case from lower.
-            known = labels.setdefault(domain.lower(), label)
-            if known != label:
-                both = f"{known!r} and {label!r} would both be called {domain.lower()}"
-                raise InputError(f"{both}; rename one of them, or give their records one spelling")
-            key = hash_of(text)
-            if not text.strip():
-                item = LeftOut(domain, "empty")
-            elif key in seen[domain]:
-                item = LeftOut(domain, "duplicate")
-            else:
-                item = Document(domain, text, split_of(key, fractions))
-                seen[domain].add(key)
-                size += len(text)
-        batch.append(item)
-        if size >= BLOCK:
-            yield batch
-            batch = []
-            size = 0
-    yield batch
 
 
 # ---- the sample ----
@@ -1208,34 +1189,56 @@ def make_sample(
 
 
 class Encoded(NamedTuple):
-    """A document's tokens as they stand in a bin, and the number of UTF-8 bytes of its text."""
+    """A document as it stands in a bin: its tokens, the last of them the end-of-text id."""
 
-    domain: str
-    split: str
-    tokens: bytes
-    size: int
+    domain: str  # until it is placed, as the record spells it
+    key: int  # hash_of the text
+    tokens: bytes  # as uint16; none of a blank text
+    size: int  # of the text, in UTF-8 bytes
+    split: str = ""  # until it is placed
 
 
-def encode(batch: list[Document | LeftOut], tokenizer: Tokenizer) -> list[Encoded | LeftOut]:
-    """The tokens of each document, ended by the end-of-text id."""
+def in_batches(items: Iterable[Item]) -> Iterator[list[Item]]:
+    """The items in lists of some BLOCK of memory."""
+    batch = []
+    size = 0
+    for item in items:
+        batch.append(item)
+        size += 100  # what holds no text takes memory too
+        if isinstance(item, Line) and isinstance(item.record, bytes):
+            size += len(item.record)
+        else:
+            size += len(str(item))
+        if size >= BLOCK:
+            yield batch
+            batch = []
+            size = 0
+    yield batch
+
+
+def encode(batch: list[Item], keys: Keys, tokenizer: Tokenizer) -> list[Encoded | LeftOut]:
+    """The documents in a batch, as they stand in bins."""
     encoded = []
-    for item in batch:
+    end = np.array(tokenizer.end_of_text, "<u2").tobytes()
+    for item in documents_in(batch, keys):
         if isinstance(item, Document):
-            ids = np.append(tokenizer.encode(item.text), np.uint16(tokenizer.end_of_text))
-            tokens = ids.astype("<u2").tobytes()
-            item = Encoded(item.domain, item.split, tokens, len(item.text.encode()))
+            domain, text = item
+            tokens = b""
+            if text.strip():
+                tokens = tokenizer.encode(text).astype("<u2", copy=False).tobytes() + end
+            item = Encoded(domain, hash_of(text), tokens, len(text.encode()))
         encoded.append(item)
     return encoded
 
 
-_tokenizer: Tokenizer | None = None  # of a worker process
+_encode = None  # of a worker process: `encode`, less the batch
 
 
-def start_worker(tokenizer: Path) -> None:
-    global _tokenizer
+def start_worker(keys: Keys, tokenizer: Path) -> None:
+    global _encode
     # Ctrl-C is for the process that started this one. When that ends, this one does, too.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _tokenizer = Tokenizer(tokenizer)
+    _encode = functools.partial(encode, keys=keys, tokenizer=Tokenizer(tokenizer))
 
     def end_with_parent():
         multiprocessing.parent_process().join()
@@ -1244,23 +1247,23 @@ def start_worker(tokenizer: Path) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def encode_in_worker(batch: list[Document | LeftOut]) -> list[Encoded | LeftOut]:
-    return encode(batch, _tokenizer)
+def encode_in_worker(batch: list[Item]) -> list[Encoded | LeftOut]:
+    return _encode(batch)
 
 
 def encode_all(
-    batches: Iterator[list[Document | LeftOut]], workers: int, tokenizer: Path
-) -> Iterator[list[Encoded | LeftOut]]:
-    """`encode` for every batch, in order, by several processes."""
+    batches: Iterable[list[Item]], keys: Keys, workers: int, tokenizer: Path
+) -> Iterator[Encoded | LeftOut]:
+    """What `encode` makes of all batches, in order, by several processes."""
     if workers <= 1:
         own = Tokenizer(tokenizer)
         for batch in batches:
-            yield encode(batch, own)
+            yield from encode(batch, keys, own)
         return
     # Libraries' threads do not outlive a fork.
     context = multiprocessing.get_context("spawn")
     # A few batches wait for every worker, so that memory stays bounded and none is idle.
-    pool = ProcessPoolExecutor(workers, context, start_worker, (tokenizer,))
+    pool = ProcessPoolExecutor(workers, context, start_worker, (keys, tokenizer))
     try:
         # Workers start here, and ignore Ctrl-C from their first moment.
         with on_interrupt(signal.SIG_IGN):
@@ -1270,16 +1273,54 @@ def encode_all(
         for batch in batches:
             waiting.append(pool.submit(encode_in_worker, batch))
             if len(waiting) == 3 * workers:
-                yield waiting.popleft().result()
+                yield from waiting.popleft().result()
         while waiting:
-            yield waiting.popleft().result()
+            yield from waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
+def place(
+    encoded: Iterable[Encoded | LeftOut], fractions: dict[str, float], by_record: bool = False
+) -> Iterator[Encoded | LeftOut]:
+    """Documents with their domains and splits, less blank ones and a domain's duplicates.
+
+    by_record: whether records name the domains. Raises InputError for names that are unfit.
+    """
+    labels: dict[str, str] = {}  # by name of the domain in lower case
+    # Of every document a hash of 64 bits is kept in memory, not its text.
+    seen: dict[str, set[int]] = defaultdict(set)
+    for item in encoded:
+        if isinstance(item, LeftOut):
+            yield item
+            continue
+        label, key, tokens, size, _ = item
+        domain = domain_named(label, by_record)
+        # Not every disk tells upper case from lower.
+        known = labels.setdefault(domain.lower(), label)
+        if known != label:
+            both = f"{known!r} and {label!r} would both be called {domain.lower()}"
+            raise InputError(f"{both}; rename one of them, or give their records one spelling")
+        if not tokens:
+            yield LeftOut(domain, "empty")
+        elif key in seen[domain]:
+            yield LeftOut(domain, "duplicate")
+        else:
+            seen[domain].add(key)
+            yield Encoded(domain, key, tokens, size, split_of(key, fractions))
+
+
+def append_to(folder: Path, contents: dict[str, bytearray]) -> None:
+    """Write to the end of each folder/NAME.bin what belongs there. None of them stays open."""
+    for name, content in contents.items():
+        path = folder / f"{name}.bin"
+        with naming(path), open(path, "ab") as file:
+            file.write(content)
+
+
 def write_bins(
     folder: Path,
-    batches: Iterator[list[Encoded | LeftOut]],
+    documents: Iterable[Encoded | LeftOut],
     limit_tokens: int | None,
     max_bad: int,
     full: set[str],
@@ -1291,30 +1332,34 @@ def write_bins(
     """
     files: dict[str, Counter] = {}
     left_out = Counter()
-    for batch in batches:
-        # What each file gets of this batch, so that none need stay open.
-        contents = defaultdict(bytearray)
-        for item in batch:
-            # What other workers read ahead of the limit is not counted, bad or not.
-            if item.domain in full:
-                continue
-            if isinstance(item, LeftOut):
-                left_out[item.reason] += 1
-                if left_out["bad"] > max_bad or item.reason == "unreadable":
-                    raise InputError(item.message)
-                continue
-            names = [f"{item.domain}.{split}" for split in SPLITS]
+    waiting = defaultdict(bytearray)  # what each file gets next
+    size = 0  # of it, in bytes
+    for item in documents:
+        # What other workers read ahead of the limit is not counted, bad or not.
+        if item.domain in full:
+            continue
+        if isinstance(item, LeftOut):
+            left_out[item.reason] += 1
+            if left_out["bad"] > max_bad or item.reason == "unreadable":
+                raise InputError(item.message)
+            continue
+        names = [f"{item.domain}.{split}" for split in SPLITS]
+        if names[0] not in files:
             for name in names:
-                files.setdefault(name, Counter(documents=0, tokens=0, bytes=0))
-            name = f"{item.domain}.{item.split}"
-            contents[name] += item.tokens
-            files[name].update(documents=1, tokens=len(item.tokens) // 2, bytes=item.size)
-            if limit_tokens and sum(files[name]["tokens"] for name in names) >= limit_tokens:
-                full.add(item.domain)
-        for name, content in contents.items():
-            path = folder / f"{name}.bin"
-            with naming(path), open(path, "ab") as file:
-                file.write(content)
+                files[name] = Counter(documents=0, tokens=0, bytes=0)
+        name = f"{item.domain}.{item.split}"
+        waiting[name] += item.tokens
+        files[name]["documents"] += 1
+        files[name]["tokens"] += len(item.tokens) // 2
+        files[name]["bytes"] += item.size
+        if limit_tokens and sum(files[name]["tokens"] for name in names) >= limit_tokens:
+            full.add(item.domain)
+        size += len(item.tokens)
+        if size >= BLOCK:
+            append_to(folder, waiting)
+            waiting.clear()
+            size = 0
+    append_to(folder, waiting)
     return files, left_out
 
 
@@ -1542,9 +1587,10 @@ def prepare(
     if not sources:
         sources = {}
         sample, overlap = make_sample(fractions)
+    keys = Keys(text_key, domain_key)
 
-    def documents(full: set[str] = frozenset()) -> Iterable[Document | LeftOut]:
-        return read(sources, text_key, domain_key, full) if sources else sample
+    def items(full: set[str] = frozenset()) -> Iterable[Item]:
+        return read(sources, keys, full) if sources else sample
 
     # The same command, after it was killed, finds its own leftovers; another one does not.
     name = hashlib.sha256(repr((sources, domain_key)).encode()).hexdigest()[:8]
@@ -1553,15 +1599,14 @@ def prepare(
         path = stage / "tokenizer.json"
         # Behind a domain's limit nothing bad counts, and only write_bins knows where that is.
         most = None if limit_tokens else max_bad
-        loaded = make_tokenizer(tokenizer, documents(), fractions, size, path, most)
+        loaded = make_tokenizer(tokenizer, documents_in(items(), keys), fractions, size, path, most)
         # From text to bins, as a stream: nothing is read before there is room for it.
         full = set()
-        placed = place(documents(full), fractions, by_record=domain_key is not None)
-        # Closed, so that the workers end before their files go.
-        encoding = contextlib.closing(encode_all(placed, workers, path))
-        # Of other sources a bar counts what is read.
-        with encoding as encoded, notice("tokenizing the sample", shown=bool(sample)):
-            files, left_out = write_bins(stage, encoded, limit_tokens, max_bad, full)
+        encoding = encode_all(in_batches(items(full)), keys, workers, path)
+        placed = place(encoding, fractions, by_record=domain_key is not None)
+        # Closed, so that the workers end before their files go. Of other sources a bar counts.
+        with contextlib.closing(encoding), notice("tokenizing the sample", shown=bool(sample)):
+            files, left_out = write_bins(stage, placed, limit_tokens, max_bad, full)
         check_splits(stage, files, left_out, sources, min_documents)
         # What is said of it all in meta.json, without which a folder is no data set.
         named = {d or domain_key: list(map(str, paths)) for d, paths in sources.items()}

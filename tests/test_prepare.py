@@ -30,11 +30,12 @@ from prepare import (
     Data,
     Document,
     InputError,
+    Keys,
     LeftOut,
     Tokenizer,
+    documents_in,
     domain_named,
     hash_of,
-    place,
     read,
     split_of,
     without_long_words,
@@ -143,9 +144,15 @@ def test_empty_documents_and_duplicates_are_left_out_of_each_domain(tmp_path):
     assert all_texts(made, "a") == all_texts(made, "b") == sorted(texts)
 
 
-def test_duplicates_of_a_domain_that_records_name_are_left_out():
-    [batch] = place([Document("Free Text", "a")] * 2, {"val": 0.1, "test": 0.1}, by_record=True)
-    assert batch[1] == LeftOut("free_text", "duplicate")
+def placed(documents: list[Document], by_record: bool, tokenizer: Tokenizer) -> list:
+    encoded = prepare.encode(documents, Keys(), tokenizer)
+    return list(prepare.place(encoded, {"val": 0.1, "test": 0.1}, by_record))
+
+
+def test_duplicates_of_a_domain_that_records_name_are_left_out(data):
+    first, again = placed([Document("Free Text", "a")] * 2, True, Tokenizer(data.folder))
+    assert first.domain == "free_text"
+    assert again == LeftOut("free_text", "duplicate")
 
 
 def test_what_is_left_out_adds_up(tmp_path):
@@ -182,8 +189,9 @@ def test_a_limit_hides_what_comes_after_it_whatever_the_number_of_workers(tmp_pa
 
 
 def test_workers_keep_the_order_and_few_batches_wait_for_them(data):
-    batches = [[Document("a", f"{i} {j}", "val") for j in range(3)] for i in range(20)]
-    batches[7].append(LeftOut("a", "empty"))
+    texts = [[f"{i} {j}" for j in range(3)] for i in range(20)]
+    batches = [[Document("a", text) for text in batch] for batch in texts]
+    batches[7].append(LeftOut("a", "unreadable", "damaged"))
     path = data.folder / "tokenizer.json"
     taken = []
     found = []
@@ -193,18 +201,22 @@ def test_workers_keep_the_order_and_few_batches_wait_for_them(data):
             taken.append(batch)
             yield batch
 
-    for encoded in prepare.encode_all(as_they_are_taken(), 2, path):
-        found.append(encoded)
-        assert len(taken) <= len(found) + 6
-    assert found == list(prepare.encode_all(iter(batches), 1, path))
-    assert [len(batch) for batch in found] == [3] * 7 + [4] + [3] * 12
+    for item in prepare.encode_all(as_they_are_taken(), Keys(), 2, path):
+        found.append(item)
+        assert len(taken) <= len(found) // 3 + 7
+    assert found == list(prepare.encode_all(batches, Keys(), 1, path))
+    assert found.pop(24) == batches[7][-1]
+    assert [item.key for item in found] == [hash_of(text) for batch in texts for text in batch]
 
 
-def test_batches_are_bounded_where_documents_hold_nothing():
-    """A small file may have millions of empty documents and of duplicates."""
-    documents = [Document("a", ""), Document("a", "the same")] * 15_000
-    sizes = [len(batch) for batch in place(documents, {"val": 0.1, "test": 0.1})]
-    assert sum(sizes) == 30_000 and max(sizes) < 20_000
+def test_batches_are_bounded_where_lines_hold_little(tmp_path):
+    """A small file may have millions of blank lines, or rows."""
+    lines = [prepare.Line(record, tmp_path / "a", 1, "a") for record in (b"\n", {"text": ""})]
+    for line in lines:
+        sizes = [len(batch) for batch in prepare.in_batches([line] * 30_000)]
+        assert sum(sizes) == 30_000 and max(sizes) < 12_000
+    long = prepare.Line({"body": {"text": "x" * 2**20}}, tmp_path / "a.parquet", 1, "a")
+    assert [len(batch) for batch in prepare.in_batches([long] * 3)] == [1, 1, 1, 0]
 
 
 # ---- sources ----
@@ -249,8 +261,12 @@ SOURCES = {
 }
 
 
+def documents_of(sources: dict, *keys: str) -> list[Document | LeftOut]:
+    return list(documents_in(read(sources, Keys(*keys)), Keys(*keys)))
+
+
 def read_texts(source: Path) -> list[str]:
-    documents = list(read({"a": prepare.source_files(str(source))}, "text", None))
+    documents = documents_of({"a": prepare.source_files(str(source))})
     assert {type(document) for document in documents} == {Document}
     return [document.text for document in documents]
 
@@ -308,7 +324,7 @@ def test_a_parquet_becomes_many_domains_by_a_key(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "all.parquet")
     made = prepared(tmp_path / "d", {None: [tmp_path / "all.parquet"]}, domain_key="meta.set")
     assert all_texts(made, "b") == sorted(f"b {i}" for i in range(80))
-    bad, *_ = read({None: [tmp_path / "all.parquet"]}, "text", "meta.nope")
+    bad, *_ = documents_of({None: [tmp_path / "all.parquet"]}, "text", "meta.nope")
     assert "no string under 'meta.nope'; there are 'text', 'meta.set'; --text-key" in bad.message
 
 
@@ -375,7 +391,7 @@ GOOD = b'{"text": "some text"}\n'
 def test_a_bad_line_is_named_by_file_number_and_reason(tmp_path, name, content, number, why):
     path = tmp_path / name
     path.write_bytes(content)
-    bad = [line for line in read({"a": [path]}, "text", None) if isinstance(line, LeftOut)]
+    bad = [item for item in documents_of({"a": [path]}) if isinstance(item, LeftOut)]
     assert bad[0][:2] == ("a", "bad")
     assert bad[0].message.startswith(f"{path}:{number}: ") and why in bad[0].message
 
@@ -409,8 +425,8 @@ def test_a_line_of_300_megabytes_in_a_small_file(tmp_path, data, pack):
     done = command("prepare.py", *argv, memory=300e6)
     assert done.returncode == 0 and "1 bad" in done.stdout, done.stderr
     assert len(all_texts(Data(tmp_path / "d"), "a")) == 160
-    documents = read({"a": [source]}, "text", None)
-    bad = next(line for line in documents if isinstance(line, LeftOut))
+    documents = documents_of({"a": [source]})
+    bad = next(item for item in documents if isinstance(item, LeftOut))
     assert bad.message.startswith(f"{source}:81: longer than 16,777,216 bytes;")
 
 
@@ -462,10 +478,10 @@ def test_what_cannot_be_the_name_of_a_domain(label):
 
 
 @pytest.mark.parametrize("both, by_record", [(("web", "Web"), False), (("a b", "a/b"), True)])
-def test_two_domains_whose_files_some_disks_would_take_for_one_are_an_error(both, by_record):
+def test_two_domains_whose_files_some_disks_would_take_for_one_are_an_error(data, both, by_record):
     documents = [Document(label, "text") for label in both]
     with pytest.raises(InputError, match=f"'{both[0]}' and '{both[1]}'"):
-        list(place(documents, {"val": 0.1, "test": 0.1}, by_record))
+        placed(documents, by_record, Tokenizer(data.folder))
 
 
 @pytest.mark.parametrize(
