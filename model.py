@@ -10,6 +10,7 @@ In comments on shapes B is sequences, T tokens, C hidden_size, H heads, D = C / 
 import contextlib
 import ctypes
 import functools
+import logging
 import math
 import os
 import re
@@ -806,6 +807,8 @@ def compile_for(
     device = model.device
     tokens = torch.zeros(rows, seq_len, dtype=torch.int64, device=device)
     removed = set()
+    # Where CUDA's toolkit is installed and there is no GPU, it would warn of that.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     with prepare.notice("compiling (once)"):
         if not model.compiled:
             model.compile_parts()
