@@ -1084,6 +1084,9 @@ SAMPLE_FILES = {
 }
 
 
+SHORTEST = 200  # characters of a text of the sample
+
+
 def pieces_of(text: str) -> Iterator[str]:
     """A text cut, at blank lines before unindented ones, into pieces of about 4096 characters."""
     piece = ""
@@ -1101,13 +1104,18 @@ def pieces_of(text: str) -> Iterator[str]:
 def docstrings_of(module: str) -> Iterator[str]:
     """The docstrings of the classes and functions in a module's text, the outermost first.
 
-    Some of those that are not in triple double quotes, short ones as a rule, are missing.
+    Short ones are missing, and some that are not in triple double quotes.
     """
-    # Syntax trees take most of the sample's time: a class or function without any gets none.
-    parts = re.split(r"\n(?=class |def |@)", module)
+    # Syntax trees take most of the sample's time: a class or function whose docstrings are all too
+    # short for the sample gets none.
+    parts = []
+    for part in re.split(r"\n(?=class |def |@)", module):
+        quoted = part.split('"""')[1::2]
+        if max(map(len, quoted), default=0) >= SHORTEST:
+            parts.append(part)
     nodes = deque()
     try:
-        nodes.extend([ast.parse(part) for part in parts if '"""' in part])
+        nodes.extend([ast.parse(part) for part in parts])
     except SyntaxError:  # it was cut inside a string, or is for a newer Python
         with contextlib.suppress(SyntaxError):
             nodes.append(ast.parse(module))
@@ -1164,7 +1172,7 @@ def make_sample(
         for text in sample_texts(domain):
             # Boilerplate comes again and again: left out are short texts, and those of which more
             # than half of the 13-grams of words stood in earlier ones.
-            if len(text) < 200:
+            if len(text) < SHORTEST:
                 continue
             words = re.findall(r"\w+", text)
             grams = {hash(tuple(words[i : i + 13])) for i in range(len(words) - 12)}
