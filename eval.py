@@ -79,7 +79,7 @@ def check_tokens(tokens: torch.Tensor, model: GPTNeoX, data: Data) -> None:
 
 
 def warn_of_another_tokenizer(model: str, data: Data) -> None:
-    """Say so where a model comes with another tokenizer than the data was made with."""
+    """Warn if a model comes with another tokenizer than the data was made with."""
     if model.startswith("scratch:"):
         return
     path = model_folder(model) / "tokenizer.json"
@@ -124,8 +124,8 @@ def evaluate(
 ) -> Losses:
     """Mean loss of every sequence of every domain's split: {domain: (n,) float64}, nats per token.
 
-    limit: of each domain at most so many sequences, evenly spaced. after_batch: may raise, to stop
-    it. per_token: the loss of every token instead, (n, T) float32, 4 n T bytes a domain. Under
+    limit: at most this many sequences of each domain, evenly spaced. after_batch: may raise, to
+    stop here. per_token: the loss of every token instead, (n, T) float32, 4 n T bytes a domain. Under
     torchrun the ranks share the work and return the same. Touches no random state. Raises
     InputError where a split is shorter than one sequence, or a loss is not finite.
     """
@@ -138,17 +138,17 @@ def evaluate(
     else:
         losses = torch.zeros(len(windows), dtype=torch.float64)
 
-    # Always B rows, so that a compiled model sees one shape; and as many batches on every rank,
-    # of which the last ones can be empty.
+    # Always B rows, so that a compiled model sees one shape; and equally many batches on every
+    # rank, the last of which may be all padding.
     fits = sequences_at_once(model, seq_len, dtype, device, training=False)
     B = min(fits, math.ceil(len(windows) / world_size()))
     stride = world_size() * B
     batches = math.ceil(len(windows) / stride)
-    # Losses go to their places in one array; the ranks' arrays, zero elsewhere, are added up.
     what = f"evaluating {B} sequences of {seq_len} tokens"
     memory = (what, "try a shorter --seq-len or a smaller model")
     with enough_memory(*memory):
         compile_for(model, B, seq_len, dtype, training=False)
+    # Every rank fills its own places in `losses`, 0 elsewhere; then the ranks' arrays are added up.
     with enough_memory(*memory), Bar(f"evaluate {split}", batches, "batch") as bar:
         for number in range(batches):
             i = number * stride + rank() * B
@@ -165,7 +165,7 @@ def evaluate(
     if world_size() > 1:
         losses = add_up(losses.to(device))
 
-    # Back to domains.
+    # Split them by domain again.
     ends = np.cumsum([len(numbers[d]) for d in data.domains])
     by_domain = np.split(losses.cpu().numpy(), ends[:-1])
     losses_of = dict(zip(data.domains, by_domain, strict=True))
@@ -195,7 +195,7 @@ def bootstrap(
 ) -> np.ndarray:
     """Means (resamples,) over resampled documents, each taken with all its sequences.
 
-    differences: (n,), of every sequence. documents: (n,), the number of each one's.
+    differences: (n,), of every sequence. documents: (n,), the document each belongs to.
     """
     _, index = np.unique(documents, return_inverse=True)
     total = np.bincount(index, weights=differences)
@@ -223,7 +223,7 @@ def resampled_changes(
     """
     rows = []
     for k, domain in enumerate(baseline):
-        # Of the same window by both models, so that how hard a window is plays no part.
+        # Paired: both models on the same window, so that how hard it is cancels out.
         difference = other[domain] - baseline[domain]
         numbers = evaluated_windows(data, domain, split, seq_len, len(difference))
         documents = data.documents_of(domain, split, seq_len, numbers)
@@ -240,7 +240,7 @@ class Objective:
     weights: np.ndarray | None  # (K,), of sum 1
 
     def of(self, changes: np.ndarray) -> np.ndarray:
-        """Of changes (K, …) of the losses, from the untouched model's: (…)."""
+        """The objective (…) of changes (K, …) in the losses from the untouched model's."""
         if self.weights is None:
             return changes.max(0)
         return np.tensordot(self.weights, changes, 1)
@@ -323,7 +323,7 @@ def judge(
 # ---- results ----
 
 
-# What a result.json has, for one thing, if it is sound.
+# What a sound result.json has at least.
 RESULT = {"split": str, "seq_len": int, "domains": dict, "models": dict}
 
 
@@ -431,7 +431,7 @@ def main():
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("models", nargs="+", metavar="MODEL", help="folders or names on the hub")
-    add("--baseline", metavar="MODEL", help="what the others are held against; default: the first")
+    add("--baseline", metavar="MODEL", help="what the others are compared with; default: the first")
     add("--data", default=SAMPLE, help="a folder that prepare.py wrote")
     add("--split", default="test", choices=SPLITS, help="which documents")
     tokens = "tokens a sequence; default: the baseline's context"
@@ -445,13 +445,13 @@ def main():
     args = parser.parse_args()
     check_range(args, ("seq_len",), 1)
 
-    def place(name: str) -> Path | str:
+    def resolved(name: str) -> Path | str:
         return Path(name).resolve() if Path(name).exists() else name
 
-    if len(set(map(place, args.models))) < len(args.models):
+    if len(set(map(resolved, args.models))) < len(args.models):
         raise InputError("the same model is named twice")
     if args.baseline:  # it comes first, whether it was named among the models or not
-        others = [name for name in args.models if place(name) != place(args.baseline)]
+        others = [name for name in args.models if resolved(name) != resolved(args.baseline)]
         args.models = [args.baseline, *others]
     if args.json:
         check_place(Path(args.json), "--json")

@@ -51,8 +51,8 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return raised / raised.sum()
 
 
-# The post's `A=A+sm(LA×r` lost at least a bracket. Its three readings: what is added to the
-# quantities A, by the losses L and a rate r; and a rate that was found by trying.
+# The post's `A=A+sm(LA×r` lost at least one bracket. For each of three readings: what is added to
+# the quantities A, given the losses L and a rate r; and the default rate, found by trying.
 RULES = {
     "multiplicative": (lambda A, L, r: softmax(L) * A * r, 1.0),
     "additive": (lambda A, L, r: softmax(L) * r, 400.0),
@@ -82,7 +82,7 @@ def reweight(runs: "Runs", history: "History", start: dict[str, int], args) -> d
     Returns the counts of the best round.
     """
     A = np.array([start.get(d, 0) for d in runs.train_on], dtype=np.float64)
-    # A search that goes on replays its rounds: what was measured before comes from its files.
+    # A resumed search replays its rounds; losses measured before are read from its files.
     for number in range(1, args.rounds + 1):
         sequences = args.sequences
         if args.grow:
@@ -94,7 +94,7 @@ def reweight(runs: "Runs", history: "History", start: dict[str, int], args) -> d
         if number - history.best()["round"] == 2:
             say(f"stopped: the {history.objective.name} has not improved for two rounds")
             break
-        A = update(A, L[runs.trained], args.rate, args.rule)  # of those that may have a share
+        A = update(A, L[runs.trained], args.rate, args.rule)  # L of domains that may have a share
     return history.best()["counts"]
 
 
@@ -102,9 +102,9 @@ def reweight(runs: "Runs", history: "History", start: dict[str, int], args) -> d
 
 
 SOFT = 0.5  # λ: the share of an expert's sequences that are its own domain's
-STEPS = 25  # that an expert takes at least, of a smaller batch if need be
-WINDOWS = 25  # of each domain, at least, on which it is measured
-MEASURED = 2**20  # tokens of all domains that are enough for that; each takes 4 bytes
+STEPS = 25  # that an expert takes at least, in smaller batches if need be
+WINDOWS = 25  # of each domain that an expert is measured on, at least
+MEASURED = 2**20  # tokens, over all domains, that are enough for that; each takes 4 bytes
 
 
 class Law:
@@ -117,8 +117,8 @@ class Law:
     """
 
     def __init__(self, losses: list[Losses], start: np.ndarray, known: np.ndarray):
-        # By domain, (K, tokens): each expert's probability of a token over the best one's, which
-        # no weights change.
+        # By domain, (K, tokens): each expert's probability of a token, divided by the best one's;
+        # the divisor does not depend on w.
         self.odds = []
         for domain in losses[0]:
             of_experts = np.stack([one[domain].ravel() for one in losses])
@@ -146,6 +146,7 @@ class Law:
 
     def accounts(self, w: np.ndarray) -> np.ndarray:
         """The share of each domain's tokens that each expert accounts for: (D, K)."""
+        # A domain whose loss really moves `scale` times as far as predicted counts as much more.
         rows = []
         for odds in self.odds:
             mixed = w.astype(np.float32) @ odds
@@ -154,7 +155,10 @@ class Law:
 
 
 def capped(w: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Weights in the proportions of w, of sum 1, none above `high`, if that leaves a choice."""
+    """Weights of sum 1, none above `high`, otherwise in the proportions of w.
+
+    If `high` adds up to 1 or less there is no choice: they are in its proportions.
+    """
     if high.sum() <= 1:
         return (high + 1e-9) / (high + 1e-9).sum()
     w = w / w.sum()
@@ -177,10 +181,10 @@ def best_weights(
     is_worst = v is None
     if is_worst:
         v = np.full(len(law.odds), 1 / len(law.odds))
-    penalty = np.zeros(len(v))  # what a domain counts for beside v
+    penalty = np.zeros(len(v))  # added to v for domains above the bound
     steps = 500
     if bound < np.inf:
-        steps = 1000  # a bound is met later, and then to a thousandth of a nat
+        steps = 1000  # a bound takes longer to meet, to a thousandth of a nat
     w = capped(np.ones(len(high)), high)
     for step in range(steps):
         w = capped((v + penalty) @ law.accounts(w), high)
@@ -202,8 +206,9 @@ def experts(runs: "Runs", history: "History", start: dict[str, int], args) -> di
 
     Expert k is the base trained on 1/K of a pass, with a schedule of its own, in the
     proportions (1 - λ) u + λ e_k, u the start's. Weights w of what they predict stand for the
-    mixture (1 - λ) u + λ w. That says how the losses of two mixtures differ; what they are, a run
-    on the start, and how far they differ, one on the best. Of these two the better one is found.
+    mixture (1 - λ) u + λ w. The experts tell in which direction losses move between mixtures. A run
+    on the start tells their level, and a run on the best mixture by the law how far they really
+    move; of these two mixtures the better one is the result.
     """
     u = runs.shares(start)
     begun = runs.measure(start, "the start")
@@ -218,7 +223,7 @@ def experts(runs: "Runs", history: "History", start: dict[str, int], args) -> di
     def mixture_of(w: np.ndarray) -> dict[str, int]:
         return runs.counts((1 - SOFT) * u + SOFT * w)
 
-    # One end of the trade-off, the lowest objective: `free` is the largest change of a domain.
+    # One end of the trade-off, the lowest objective; `free` is the largest change in any domain.
     w = weights_for(history.objective)
     found = mixture_of(w)
     note = "the best by the law"
@@ -228,7 +233,7 @@ def experts(runs: "Runs", history: "History", start: dict[str, int], args) -> di
     history.add(found, measured, bound=free)
     law.correct(w, measured)
 
-    # The other end, by the law as corrected: `tight` is the lowest that this change can be.
+    # The other end, by the corrected law; `tight` is the lowest that this change can be.
     w = weights_for(WORST)
     sparing = mixture_of(w)
     predicted = law.losses(w)
@@ -257,15 +262,15 @@ def experts(runs: "Runs", history: "History", start: dict[str, int], args) -> di
 def losses_of_experts(
     runs: "Runs", start: dict[str, int], sequences: int | None = None
 ) -> list[Losses]:
-    """Train an expert for each domain on so many sequences: its loss of every token measured.
+    """Train an expert for each domain on `sequences`; returns each one's loss of every token.
 
-    sequences: None: they share one pass.
+    sequences: None: the experts share one pass.
     """
     u = runs.shares(start)
     sequences = sequences or max(1, runs.sequences // len(u))
     # A few steps of a large batch would leave the experts too much alike.
     batch_size = min(runs.hyper.batch_size, math.ceil(sequences / STEPS))
-    # To measure it on half as many sequences as it is trained on takes a sixth of the time.
+    # Measuring an expert on half as many sequences as it trained on takes a sixth of the time.
     D = len(runs.domains)
     enough = MEASURED // (D * runs.hyper.seq_len)
     windows = max(WINDOWS, min(sequences // (2 * D), enough))
@@ -308,15 +313,15 @@ def doremi_step(
 class Proxy:
     """DoReMi's proxy while it trains: the weights α of the domains' losses, and how they move.
 
-    reference: (sequences, T), the reference model's loss of every token of the pass. domains: (n,)
-    the number of each sequence's. sampled: (K,), shares of the pass.
+    reference: (n, T), the reference model's loss of every token of the pass. domains: (n,), the
+    number of each sequence's domain. sampled: (K,), shares of the pass.
     """
 
     def __init__(self, reference: torch.Tensor, domains: np.ndarray, sampled: np.ndarray):
         K = len(sampled)
         self.reference = reference
         self.domains = domains
-        self.sampled = sampled.clip(1e-9)  # of a domain that does not occur no loss is weighted
+        self.sampled = sampled.clip(1e-9)  # a divisor: not 0 for a domain that does not occur
         self.alpha = np.full(K, 1 / K)
         self.scores = np.zeros(K)
         self.sums = np.zeros((2, K))  # of the step: excess and tokens, by domain
@@ -351,8 +356,8 @@ class Proxy:
 def doremi(runs: "Runs", history: "History", start: dict[str, int], args) -> dict[str, int]:
     """DoReMi (2305.10429): the mean of the weights that a proxy's loss takes on.
 
-    The reference is the base tuned on uniform, the proxy the base tuned on other windows of it,
-    where a domain has as many.
+    The reference is the base tuned on uniform; the proxy is the base tuned on other windows, also
+    uniform, as far as a domain has them.
     """
     uniform = runs.counts(np.ones(len(runs.train_on)))
     passes = [*runs.passes, train.this_pass(runs.data, runs.hyper, uniform)]
@@ -383,7 +388,7 @@ def doremi(runs: "Runs", history: "History", start: dict[str, int], args) -> dic
 
 
 class Method(NamedTuple):
-    """A way to find a mixture, and its own options: {option: what argparse is told of it}."""
+    """A way to find a mixture, and its own options: {option: arguments of add_argument}."""
 
     find: Callable[["Runs", "History", dict[str, int], object], dict[str, int]]
     cost: str = "not known"  # of training
@@ -400,8 +405,8 @@ REWEIGHT_OPTIONS = {
 }
 
 EXPERTS_OPTIONS = {
-    "--expert-sequences": {"type": int, "metavar": "N", "help": "default: they share a pass"},
-    "--spare": {"type": float, "metavar": "X", "help": "nats that a domain may lose, by the law"},
+    "--expert-sequences": {"type": int, "metavar": "N", "help": "each; default: they share a pass"},
+    "--spare": {"type": float, "metavar": "X", "help": "most nats that a domain's loss may rise"},
 }
 
 METHODS = {
@@ -409,7 +414,9 @@ METHODS = {
     "natural": Method(fixed, "no pass", has_start=False),
     "reweight": Method(reweight, "a pass a round, of --rounds at most", REWEIGHT_OPTIONS),
     "doremi": Method(doremi, "3 passes", has_start=False),
-    "experts": Method(experts, "a pass, which experts share, and 2 or 3", EXPERTS_OPTIONS, False),
+    "experts": Method(
+        experts, "a pass, which experts share, and 2 or 3", EXPERTS_OPTIONS, is_path=False
+    ),
 }
 
 
@@ -417,7 +424,7 @@ METHODS = {
 
 
 class Run(NamedTuple):
-    """A run of `train` that is kept, in a folder that all that determines it gives its name."""
+    """A run of `train` that is kept, in a folder named by a hash of all that determines it."""
 
     folder: Path
     settings: dict  # all that determines it
@@ -463,7 +470,7 @@ def remove_damaged(run: Run) -> None:
 def train_once(
     model: GPTNeoX, base: str | Path | None, data: Data, run: Run, save_every: int, title: str
 ) -> None:
-    """Make the model, in place, the base (None: itself) trained on a run's mixture.
+    """Turn the model, in place, into the base (None: itself) trained on a run's mixture.
 
     Weights that keep_run kept are loaded, if they are of this very run (else InputError) and
     undamaged.
@@ -471,7 +478,7 @@ def train_once(
     if rank() == 0:
         run.folder.mkdir(parents=True, exist_ok=True)
         remove_damaged(run)
-    barrier()  # the others look when damaged weights are gone
+    barrier()  # the other ranks look only when damaged weights are gone
     if on_all_ranks((run.folder / "model.safetensors").is_file(), model.device):
         train.fill(model, run.folder)
         return
@@ -485,11 +492,11 @@ def train_once(
 
 
 def keep_run(model: GPTNeoX, data: Data, run: Run) -> None:
-    """Keep the model as a run's weights, whose hash its record gets."""
+    """Keep the model as a run's weights, and their hash in its record."""
     train.keep(model, data, run.folder)
     if rank() == 0 and "sha256" not in read_run(run):
         write_run(run, data, sha256=prepare.sha256_of(run.folder / "model.safetensors"))
-    barrier()  # all are to read it, for the passes of a base order those after it
+    barrier()  # every rank reads a base's record: its passes decide the order of later ones
 
 
 @dataclass
@@ -511,7 +518,7 @@ class Runs:
     eval_sequences: int  # of a domain, at most
     save_every: int = 0
     train_on: list[str] | None = None  # domains that may have a share; None: all
-    score: Callable[[np.ndarray], float] = np.mean  # of losses (D,); of the lowest, weights stay
+    score: Callable[[np.ndarray], float] = np.mean  # of losses (D,); the best one's weights stay
 
     def __post_init__(self):
         T = self.hyper.seq_len
@@ -519,13 +526,13 @@ class Runs:
         self.train_on = self.train_on or self.domains
         self.trained = [self.domains.index(d) for d in self.train_on]
         self.passes = train.passes_of(self.base)  # that the base was trained on
-        self.tokens = {"trained": 0, "evaluated": 0}  # as if nothing had been kept
+        self.tokens = {"trained": 0, "evaluated": 0}  # the cost, as if nothing had been kept
         self.lowest = np.inf  # score of a mixture
         self.windows = np.array([self.data.windows(d, "train", T) for d in self.train_on])
         self.cap = 4 * self.windows / self.sequences  # shares (K,) of 4 repeats (2305.16264)
 
     def counts(self, shares: np.ndarray, sequences: int | None = None) -> dict[str, int]:
-        """Shares (K,) of train_on, in any unit, as a mixture of so many sequences, or of a pass."""
+        """Shares (K,) of train_on, in any unit, as a mixture: counts (by default a pass)."""
         weights = dict(zip(self.train_on, np.asarray(shares).tolist(), strict=True))
         return rescale(weights, sequences or self.sequences)
 
@@ -568,11 +575,11 @@ class Runs:
     def losses_of(
         self, run: Run, limit: int, title: str, per_token: bool = False, keep: bool = False
     ) -> Losses:
-        """A run's losses, of at most `limit` windows a domain, which are kept; it is trained only
-        if they are not there yet. What that costs is counted all the same.
+        """A run's losses on at most `limit` windows a domain, read from its folder or, if they are
+        not there yet, trained for, measured and kept. Either way the cost is counted.
 
-        per_token: of every token. Else the weights are kept, too, until keep_only, if they are the
-        best by now or `keep` is set.
+        per_token: the loss of every token. Otherwise the weights are kept, too (until keep_only),
+        if they are the best so far or `keep` is set.
         """
         T = self.hyper.seq_len
         windows = [min(limit, self.data.windows(d, "val", T)) for d in self.domains]
@@ -583,7 +590,7 @@ class Runs:
             kind = "tokens"
         path = run.folder / f"{kind}-{limit}.npz"
         losses = self.kept_losses(path)
-        # All do the same; and none writes before all have looked.
+        # All ranks do the same, and none writes before all have looked.
         if not on_all_ranks(losses is not None, self.model.device):
             train_once(self.model, self.base, self.data, run, self.save_every, title)
             try:
@@ -611,7 +618,7 @@ class Runs:
         return None
 
     def measure(self, counts: dict[str, int], title: str = "run", keep: bool = False) -> np.ndarray:
-        """The mixture's losses (D,), its training under a title. keep: its weights, in any case."""
+        """The mixture's losses (D,). title: of its bar. keep: keep its weights in any case."""
         losses = self.losses_of(self.run(counts), self.eval_sequences, title, keep=keep)
         means = domain_means(losses)
         self.lowest = min(self.lowest, self.score(means))
@@ -634,7 +641,7 @@ class Runs:
 class History:
     """The mixtures that were tried, in their order, as lines of history.jsonl and of the log.
 
-    windows: how many a domain has to train on. untouched: the base's losses (K,), of all domains.
+    windows: how many a domain has to train on. untouched: the base's losses (D,), of all domains.
     objective: what a mixture is judged by.
     """
 
@@ -657,26 +664,26 @@ class History:
         return history
 
     def begin(self) -> None:
-        """The head of the table, and the untouched model's line."""
+        """Say the head of the table, and add the untouched model's line."""
         say("", "share of the mixture and validation loss, nats per token")
-        K = len(self.domains)
+        D = len(self.domains)
         width = 17
-        if K > 5:
+        if D > 5:
             width = 11
         head = "".join(f"{d:>{width}}" for d in prepare.shortened(self.domains, width - 1).values())
-        if K > 8:
+        if D > 8:
             head = "  the largest moves from the first mixture"
         say(f"{'round':>5}{self.objective.name:>7}{head}")
         self.add(None, self.untouched)
 
     def score(self, losses: np.ndarray) -> float:
-        """The objective of losses (K,): a weighted mean, or the largest change."""
+        """The objective of losses (D,): a weighted mean, or the largest change."""
         if self.objective.weights is None:
             losses = losses - self.untouched
         return float(self.objective.of(losses))
 
     def add(self, counts: dict[str, int] | None, losses: np.ndarray | None = None, **more) -> None:
-        """Note a mixture, its validation losses (K,) if they were measured, and more."""
+        """Note a mixture, its validation losses (D,) if they were measured, and more."""
         line = {"round": len(self.lines), "counts": counts}
         line |= {"objective": None, "mean": None, "worst": None, "losses": None}
         if losses is not None:
@@ -691,7 +698,7 @@ class History:
         say(self.words(line))
 
     def foretell(self, counts: dict[str, int], losses: np.ndarray, note: str, **more) -> None:
-        """Note a mixture whose losses (K,) are predicted."""
+        """Note a mixture whose losses (D,) are predicted."""
         note = f"{note}: {self.objective.name} {self.score(losses):.4f} predicted"
         self.add(counts, note=note, predicted=losses.tolist(), **more)
 
@@ -754,7 +761,7 @@ class History:
         return [line for line in self.lines if line["counts"] and line["losses"]]
 
     def changes(self, line: dict) -> np.ndarray:
-        """Of a mixture's losses from the untouched model's (K,), as measured, or as predicted."""
+        """A mixture's changes (D,) from the untouched model's losses: measured, else predicted."""
         losses = line.get("predicted")
         if line["losses"]:
             losses = list(line["losses"].values())
@@ -763,7 +770,7 @@ class History:
     def best(self, bound: float = np.inf) -> dict:
         """The line with the lowest objective; the earlier one of equals.
 
-        bound: of those by which no domain's loss rises by more.
+        bound: only lines by which no domain's loss rises by more.
         """
         lines = [line for line in self.measured() if line["worst"] <= bound]
         return min(lines, key=lambda line: line["objective"])
@@ -802,7 +809,7 @@ def pretrain(model: GPTNeoX, data: Data, hyper: Hyperparameters, args) -> Path:
     with contextlib.ExitStack() as stack:
         if rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            # Other searches may want it, too, and one that is nearly done is waited for.
+            # Another search may be making it: one that is nearly done is waited for.
             is_near = (folder / "model.safetensors").is_file()
             way_out = "wait until it has pretrained that base"
             stack.enter_context(prepare.locked(folder / ".lock", folder, is_near, way_out))
@@ -813,12 +820,12 @@ def pretrain(model: GPTNeoX, data: Data, hyper: Hyperparameters, args) -> Path:
 
 
 def base_of(model: GPTNeoX, data: Data, hyper: Hyperparameters, args) -> tuple[str | Path, str]:
-    """What every run starts from, pretrained where it is scratch; and what says which that is."""
+    """The model that every run starts from, pretrained if it is scratch; and what identifies it."""
     if args.model.startswith("scratch:"):
         folder = pretrain(model, data, hyper, args)
         return folder, folder.name
-    # A folder is what its files hold, which the first rank has hashed for all; a model of the hub
-    # has its commit in its name.
+    # A folder is identified by its files, whose hashes the first rank has recorded; a model of the
+    # hub by its name, which has the commit.
     settings = train.read_record(args.out)["settings"]
     return args.model, str(settings["model's files"] or args.model)
 
@@ -829,8 +836,8 @@ def base_of(model: GPTNeoX, data: Data, hyper: Hyperparameters, args) -> tuple[s
 def comparison(runs: Runs, counts: dict[str, int], method: str, objective: Objective) -> dict:
     """Untouched, uniform and the mixture found, on the test split; the model ends as the last one.
 
-    Uniform has as many sequences. `difference` is the mixture found less uniform; `judged` that of
-    the objective, and `sure` likewise without the domains that have too few documents.
+    Uniform has as many sequences. `difference` is the losses of the mixture found minus uniform's;
+    `judged` the same for the objective, `sure` without domains of too few documents.
     """
     data = runs.data
     T = runs.hyper.seq_len
@@ -860,7 +867,7 @@ def comparison(runs: Runs, counts: dict[str, int], method: str, objective: Objec
 
 
 def verdict(result: dict) -> str:
-    """What the table says of the mixture found and of uniform, in words."""
+    """How the mixture found compares with uniform, in words."""
     difference = result["difference"]
     name = list(result["models"])[-1]
     low, high = result["judged"]["interval"]
@@ -874,8 +881,11 @@ def verdict(result: dict) -> str:
     if low > 0:
         words = "worse than"
     few = ""
-    low, high = (result["sure"] or {"interval": (0, 0)})["interval"]
-    if words != "not distinguishable from" and low <= 0 <= high:
+    is_sure = False
+    if result["sure"]:
+        low, high = result["sure"]["interval"]
+        is_sure = not low <= 0 <= high
+    if words != "not distinguishable from" and not is_sure:
         words = "not distinguishable from"
         few = f" (what differs are domains of fewer than {FEW_DOCUMENTS} documents)"
     better = f"better in {difference['improved']} of {len(result['domains'])} domains"
@@ -887,8 +897,8 @@ def verdict(result: dict) -> str:
 
 
 def draw(out: Path, objective: Objective, is_path: bool) -> None:
-    """mix.png, of a search that has ended: mixtures and changes of loss, by round, and of a law the
-    trade-off."""
+    """Draw mix.png of a finished search: by round the mixtures and the changes of loss and, where
+    the method predicts losses, the trade-off."""
     from matplotlib.figure import Figure
 
     history = History.read(out / "history.jsonl", objective)
@@ -931,10 +941,10 @@ def draw_trade_off(history: History, spared: list[dict], taken: dict, axes) -> N
 
 
 def draw_rounds(history: History, is_path: bool, left, right) -> None:
-    """On the left the shares of every mixture, on the right changes of loss from the first one's.
+    """Left: the shares of every mixture. Right: changes of loss from the first mixture's.
 
-    That is where the differences are; the untouched model's stands in words. With one mixture only:
-    changes from the untouched model's.
+    Mixtures differ much less from each other than from the untouched model, whose change is only
+    told in the title. If only one mixture was measured: changes from the untouched model's.
     """
     mixtures = history.lines[1:]
     measured = history.measured()
@@ -950,7 +960,7 @@ def draw_rounds(history: History, is_path: bool, left, right) -> None:
         title = "Validation loss"
     changes = np.array([list(line["losses"].values()) for line in measured]) - first
     rounds = [line["round"] for line in measured]
-    # A legend has room for so many names: those of the domains that changed most.
+    # A legend has room for 20 names: those of the domains that changed most.
     most = np.argsort(-np.abs(changes).max(0), kind="stable")[:20]
     labels = prepare.shortened(history.domains, 20)
     for k, d in enumerate(history.domains):
@@ -1041,7 +1051,7 @@ def begin_history(runs: Runs, path: Path, objective: Objective) -> History:
 
 
 def parse_train_on(text: str | None, data: Data) -> list[str]:
-    """--train-on as domains, of which there are all by default. Raises InputError."""
+    """--train-on as a list of domains, by default all. Raises InputError."""
     if text is None:
         return data.domains
     domains = sorted({d.strip() for d in text.split(",")})
@@ -1052,7 +1062,7 @@ def parse_train_on(text: str | None, data: Data) -> list[str]:
 
 
 def parse_start(args, data: Data, seq_len: int, train_on: list[str]) -> dict[str, int]:
-    """--start as counts of these domains, which it becomes if it is a file. Raises InputError."""
+    """--start as counts of these domains; args.start, if a file, becomes them. Or InputError."""
     how = (args.sequences, seq_len, train_on, "--start")
     first = train.parse_mixture(args.start, data, *how)
     if not any(first.get(d) for d in train_on) or any(first[d] for d in first.keys() - train_on):
@@ -1145,7 +1155,7 @@ def main():
             cost = dict(runs.tokens)
             if history.round_of(counts) is None:
                 history.add(counts, runs.measure(counts, "the mixture found", keep=True))
-            # The comparison needs no others.
+            # The comparison needs no other mixtures.
             uniform = runs.counts(np.ones(len(train_on)), sum(counts.values()))
             runs.keep_only(uniform, counts)
             clock["search"] = time.perf_counter()
@@ -1153,9 +1163,9 @@ def main():
             if rank() == 0:
                 write_results(runs, history, counts, cost, result, args)
             clock["comparison"] = time.perf_counter()
-        # Last, for it makes the run a finished one.
+        # Last, because the weights make the run a finished one.
         train.keep(model, data, out, getattr(torch, args.save_dtype))
-    # Of a search that was finished before, too.
+    # Also if the search was finished before.
     if rank() == 0:
         with train.decorating(out / "mix.png"):
             draw(out, objective, METHODS[args.method].is_path)
@@ -1186,7 +1196,7 @@ def next_steps(args, result: dict) -> list[str]:
     out = str(Path(args.out))  # without a slash at its end
     steps = [f"next    python {prepare.beside('model.py')} {shlex.quote(out)} 'def main('"]
     if re.match(r"EleutherAI/pythia-\d+m", args.model):
-        # Of what was asked of the search, what train.py knows too, and serves a larger model.
+        # Keep those of the search's options that train.py has, too, and that suit a larger model.
         of_train = prepare.ArgumentParser("")
         train.add_options(of_train, "")
         known = vars(of_train.parse_args([]))
@@ -1198,8 +1208,8 @@ def next_steps(args, result: dict) -> list[str]:
         launcher = shlex.join(train.launcher(words))
         steps = [f"next    {launcher} {prepare.beside('train.py')} {shlex.join(words)}"]
     if args.method == "reweight" and "better than" not in verdict(result):
-        # docs/scoreboard.md: experts are better than uniform on three data sets. What was asked of
-        # this search, they are asked, too.
+        # docs/scoreboard.md: experts are better than uniform on three data sets. Suggest them, with
+        # the options of this search.
         dropped = {"method", *train.NOT_KEPT, *own_options(args)}
         same = {name: x for name, x in given.items() if name not in dropped}
         words = ["--method", "experts", "--out", f"{out}-experts", *train.words_of(same)]
@@ -1208,7 +1218,7 @@ def next_steps(args, result: dict) -> list[str]:
 
 
 def wall_time(clock: dict[str, float], resumed: bool) -> str:
-    """What the stages took, of the times at which each ended; if resumed, since then."""
+    """What each stage took, by the times at which they ended; if resumed, since then."""
     ends = list(clock.values())
     stages = zip(list(clock)[1:], np.diff(ends), strict=True)
     # A stage that took no time did not take place.

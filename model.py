@@ -18,7 +18,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 
@@ -131,9 +131,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 class Linear(nn.Linear):
     def forward(self, x):
-        # On a GPU the matrix product adds the bias at no cost. Added apart, the bias's gradient was
-        # summed before the products that read the same values, and inductor computed these twice.
-        # On a CPU, apart, the addition fuses with what follows.
+        # On a GPU the matrix product adds the bias at no cost. Added separately, its gradient would
+        # be summed before the products that read the same values, and inductor would compute these
+        # twice. On a CPU a separate addition fuses with what follows.
         if x.is_cuda or self.bias is None:
             return super().forward(x)
         y = F.linear(x, self.weight)
@@ -208,10 +208,10 @@ class GPTNeoX(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.to_compile = False  # by compile_for, when it is first used
+        self.to_compile = False  # whether compile_for is to compile it, when first used
         self.compiled = False
         self.compiled_for = set()  # shapes of batches; see compile_for
-        # Of activations: keep only what enters a layer, compute the rest anew for the gradient.
+        # Keep only the input of each layer; compute the rest again for the gradient.
         self.activation_checkpointing = False
         self.gpt_neox = nn.ModuleDict(
             {
@@ -277,7 +277,7 @@ class GPTNeoX(nn.Module):
         if targets is None:
             return self.embed_out(self.gpt_neox.final_layer_norm(x))
         losses = self.token_losses(x.flatten(0, 1), targets.flatten())
-        # A copy, for FSDP's hooks want no view.
+        # A copy, because FSDP's hooks cannot take a view.
         return losses.view_as(tokens).clone()
 
     def token_losses(self, x: Tensor, targets: Tensor) -> Tensor:
@@ -289,10 +289,12 @@ class GPTNeoX(nn.Module):
         """torch.compile what takes the time; all layers share one compilation."""
         # Else dynamo cuts graphs so that DDP can overlap them; here a layer is a graph anyway.
         torch._dynamo.config.optimize_ddp = False
-        # The first time, inductor would compile torch's headers for each set of vector instructions
-        # that the CPU has, to see that the compiler can, in 10 seconds; one for their C++20 knows
-        # AVX-512, and where it does not, all goes on eagerly. AMX and VNNI it tries all the same.
+        # Otherwise inductor first compiles torch's headers once for each of the CPU's vector
+        # instruction sets, to see whether the compiler can: 10 seconds. One that knows the C++20 of
+        # these headers knows AVX-512; if it does not, everything runs eagerly. AMX and VNNI are
+        # tested all the same.
         torch._inductor.config.cpp.vec_isa_ok = True
+        # Tell inductor, too, what `start` told torch.
         torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled())
         for layer in self.gpt_neox.layers:
             layer.compile(dynamic=False)
@@ -301,7 +303,7 @@ class GPTNeoX(nn.Module):
         self.compiled_for = set()
 
     def run_eagerly(self) -> None:
-        """Take compile_parts back."""
+        """Undo compile_parts."""
         for layer in self.gpt_neox.layers:
             layer._compiled_call_impl = None
         del self.token_losses  # the compiled one, which hides the method
@@ -316,9 +318,9 @@ class GPTNeoX(nn.Module):
         end: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[int]:
-        """What follows tokens (1, T) int64, as it comes: at most so many new ids, without `end`.
+        """The ids that follow tokens (1, T) int64, one by one: at most new_tokens, up to any `end`.
 
-        The likeliest token each time or, if temperature > 0, one that is drawn.
+        Each is the likeliest or, if temperature > 0, drawn at random.
         """
         c = self.config
         limit = c.max_position_embeddings
@@ -366,16 +368,16 @@ class GPTNeoX(nn.Module):
         return 6 * matrices + 12 * c.num_hidden_layers * c.hidden_size * seq_len
 
     def bytes_per_token(self, training: bool, dtype: torch.dtype) -> int:
-        """Memory that a token takes, compiled.
+        """Memory that a token takes in a compiled model, in bytes.
 
-        Measured in training in bf16, where 40 C a layer, 2 V and 16 bytes a parameter are from 2%
-        less to 11% more than pythia-70m, 410m and 1b took on an H200; reckoned elsewhere.
+        Measured for training in bf16: 40 C a layer, 2 V, and 16 bytes a parameter add up to between
+        2% less and 11% more than pythia-70m, 410m and 1b took on an H200. The rest is estimated.
         """
         c = self.config
-        # One layer at a time, and the logits: as they are, in fp32, as a softmax.
+        # Of one layer at a time, and of the logits: as computed, in fp32, and as a softmax.
         if not training:
             return 40 * c.hidden_size + 8 * c.vocab_size
-        # Of every layer what its gradient needs; of a checkpointed one only what enters it.
+        # Every layer keeps what its gradient needs; a checkpointed one keeps only its input.
         layer = 40 * c.hidden_size
         if self.activation_checkpointing:
             layer = 4 * c.hidden_size
@@ -407,21 +409,23 @@ def read_config(path: Path) -> Config:
     for name, newer in newer_names.items():
         if rope.get(newer) is not None:
             values[name] = rope[newer]
-    # Each value by itself: of its type, and a number of a size that a model has.
+    # Each value by itself: its type and, for a number, a size that a model can have.
     settings = {}
-    for name, field in Config.__dataclass_fields__.items():
+    for field in fields(Config):
+        name = field.name
         value = values.get(name, field.default)
         if type(value) is int and field.type is float and abs(value) < 2**53:  # 10000 is 10000.0
             value = float(value)
-        fits = isinstance(value, field.type)
+        is_sound = isinstance(value, field.type)
         if field.type in (int, float):
-            fits = type(value) is field.type and 0 < value < {int: 2**20, float: 1e9}[field.type]
+            most = {int: 2**20, float: 1e9}[field.type]
+            is_sound = type(value) is field.type and 0 < value < most
         is_default = type(value) is type(field.default) and value == field.default
-        if not fits and not is_default:
+        if not is_sound and not is_default:
             expected = getattr(field.type, "__name__", field.type)
             raise InputError(f"{path}: {name} is {value!r}, expected a sensible {expected}")
         settings[name] = value
-    # All together.
+    # Then all of them together.
     config = Config(**settings)
     R = config.rotary_dims
     if config.num_hidden_layers > 1024 or R * config.max_position_embeddings > 2**27:
@@ -435,7 +439,7 @@ def read_config(path: Path) -> Config:
 
 @functools.cache
 def model_folder(name: str) -> Path:
-    """The folder of a model: `name` itself or, of the hub, one in the cache, named by the commit.
+    """The folder of a model: `name` itself or, from the hub, one in the cache named by commit.
 
     Raises InputError.
     """
@@ -446,7 +450,7 @@ def model_folder(name: str) -> Path:
 
 
 def pinned(name: str) -> str:
-    """A name on the hub as ORG/NAME@COMMIT, what its revision is now; others as they are."""
+    """A name on the hub as ORG/NAME@COMMIT, with its revision's commit now; others unchanged."""
     if name.startswith("scratch:") or Path(name).exists():
         return name
     # The cache has it as …/models--ORG--NAME/snapshots/COMMIT.
@@ -464,7 +468,7 @@ def weight_files(name: str) -> list[Path]:
     if not index.is_file():
         hint = "some revisions of a Pythia have only .bin files, which are not read: take main"
         raise InputError(f"{name}: has no model.safetensors; {hint}")
-    # What an index names comes from outside: nothing but shards, all in this folder.
+    # An index comes from outside: it may name nothing but shards in this folder.
     weight_map = prepare.load_json(index).get("weight_map")
     shards = []
     if isinstance(weight_map, dict):
@@ -479,7 +483,7 @@ def weight_files(name: str) -> list[Path]:
     return [folder / shard for shard in shards]
 
 
-# Of old checkpoints: what today's code makes for itself.
+# Buffers in old checkpoints, which are left out: the model computes them itself.
 BUFFERS = (".attention.bias", ".attention.masked_bias", ".attention.rotary_emb.inv_freq")
 
 
@@ -493,7 +497,7 @@ def read_tensors(path: Path, shapes: dict[str, list[int]], device, dtype) -> dic
             continue
         if name not in shapes:
             raise InputError(f"{path}: unknown tensor {name}")
-        # Opened anew for each, to let go of the memory that the last one took.
+        # Opened anew for each tensor, to free the memory that the last one took.
         with safe_open(path, framework="pt") as file:
             found = list(file.get_slice(name).get_shape())
             if found != shapes[name]:
@@ -507,7 +511,7 @@ def read_tensors(path: Path, shapes: dict[str, list[int]], device, dtype) -> dic
 
 
 def read_weights(files: list[Path], model: GPTNeoX, device, dtype: torch.dtype) -> None:
-    """Replace a model's parameters by the tensors of these files, which must be just its own."""
+    """Replace a model's parameters by the tensors in these files, neither more nor fewer."""
     shapes = {name: list(p.shape) for name, p in model.state_dict().items()}
     weights = {}
     for path in files:
@@ -515,7 +519,7 @@ def read_weights(files: list[Path], model: GPTNeoX, device, dtype: torch.dtype) 
             weights |= read_tensors(path, shapes, device, dtype)
         except SafetensorError as e:
             raise InputError(f"{path}: not a whole safetensors file ({e})") from None
-    # Of tied embeddings a file has only one.
+    # If embeddings are tied, a file has only one of them.
     tied = model.config.tie_word_embeddings
     if tied and "gpt_neox.embed_in.weight" in weights:
         weights["embed_out.weight"] = weights["gpt_neox.embed_in.weight"]
@@ -555,7 +559,7 @@ def load(
     vocab_size: int | None = None,
     seed: int = 0,
 ) -> GPTNeoX:
-    """A model from a Hugging Face folder, of the hub, or with random weights (`scratch:SIZE`).
+    """A model from a Hugging Face folder, from the hub, or with random weights (`scratch:SIZE`).
 
     On the hub `pythia-70m` is EleutherAI's; any other is `ORG/NAME` or `ORG/NAME@REVISION`.
     vocab_size and seed are for scratch; the vocabulary is rounded up to a multiple of 128, like
@@ -627,7 +631,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
         mode = partial.stat().st_mode
         try:
             save_file(tensors, partial, metadata={"format": "pt"})
-        # A disk that is full, for one.
+        # A full disk, for example.
         except SafetensorError as e:
             raise OSError(str(e)) from None
         partial.chmod(mode)
@@ -657,10 +661,10 @@ def find_device(name: str | None) -> torch.device:
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.partition(":")[0] not in ("cpu", "cuda", "mps", "xpu"):
+    kind, colon, _ = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps", "xpu"):
         raise InputError(f"--device {name}: expected cpu, cuda, cuda:N, mps or xpu")
-    if ":" in name and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
-        kind = name.partition(":")[0]
+    if colon and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
         raise InputError(f"--device {name} is one device for all ranks; give --device {kind}")
     try:
         device = torch.device(name)
@@ -685,12 +689,13 @@ def start(device_name: str | None = None) -> torch.device:
             mallopt = ctypes.CDLL(None).mallopt
             mallopt(-4, 0)
             mallopt(-1, -1)
-        # Else a compiled embedding adds up its gradient in the order in which threads arrive.
-        # use_deterministic_algorithms imports the compiler, in two seconds; compile_parts tells it.
+        # Otherwise a compiled embedding adds up its gradient in the order in which threads arrive.
+        # Not by use_deterministic_algorithms: that imports the compiler, which takes two seconds.
+        # compile_parts calls it.
         torch.set_deterministic_debug_mode("error")
         torch.utils.deterministic.fill_uninitialized_memory = False
     if dist.is_torchelastic_launched() and not dist.is_initialized():
-        # The others wait while one saves.
+        # Long, because the others wait while one rank saves.
         timeout = timedelta(hours=2)
         if device.type == "cuda":
             dist.init_process_group("nccl", device_id=device, timeout=timeout)
@@ -703,7 +708,7 @@ def finish() -> None:
     """What every script ends with."""
     if dist.is_initialized():
         dist.destroy_process_group()
-        # A thread of gloo that lets go of a tensor while Python shuts down aborts the process.
+        # If a thread of gloo frees a tensor while Python shuts down, the process aborts.
         time.sleep(0.1)
 
 
@@ -728,7 +733,7 @@ def add_up(tensor: Tensor) -> Tensor:
 
 
 def on_all_ranks(true: bool, device: torch.device) -> bool:
-    """Whether it is true on every rank: of a file, say, which one may see later than another."""
+    """Whether `true` holds on all ranks: that a file is there, say, which some may see later."""
     return add_up(torch.tensor(float(not true), device=device)).item() == 0
 
 
@@ -763,7 +768,7 @@ def autocast(device: torch.device, dtype: torch.dtype):
 
 
 def can_compile(device: torch.device, no_compile: bool = False) -> tuple[bool, str]:
-    """Whether torch.compile is used here, and why; where it fails, compile_for does without it."""
+    """Whether to try torch.compile here, and why; if that fails, compile_for copes."""
     if no_compile:
         return False, "eager (--no-compile)"
     default = "clang++" if sys.platform == "darwin" else "g++"
@@ -776,13 +781,13 @@ def can_compile(device: torch.device, no_compile: bool = False) -> tuple[bool, s
 
 
 def broken_libraries(error: Exception) -> set[Path]:
-    """What a process that was killed while it compiled has left cut short in the compiler's cache.
+    """Truncated libraries in the compiler's cache, left by a process killed while compiling.
 
-    Those that the error names (the system's are not ours to remove), and empty ones, which it need
-    not name, for they are probes of what the CPU can.
+    They are those that the error names, if they lie in the cache (others are not ours to remove),
+    and all empty ones: probes of the CPU's instruction sets, which the error need not name.
     """
     broken = set()
-    # There may be no cache: its folder may be what cannot be made.
+    # There may be no cache: perhaps its folder is the very thing that could not be made.
     with contextlib.suppress(OSError):
         from torch._inductor.runtime.cache_dir_utils import cache_dir
 
@@ -793,13 +798,21 @@ def broken_libraries(error: Exception) -> set[Path]:
     return broken
 
 
+def telling_line(error: Exception) -> str:
+    """The start of the line that tells most: a compiler's own, for torch's report is long."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "error:" in line]
+    telling += [line for line in lines if not line.endswith("raised:")] + [repr(error)]
+    return telling[0][:160]
+
+
 def compile_for(
     model: GPTNeoX, rows: int, seq_len: int, dtype: torch.dtype, training: bool
 ) -> None:
-    """Compile what batches of this shape need, now and once, by a batch of zeros.
+    """Compile the model for batches of this shape, once, by running a batch of zeros.
 
-    Whatever a compiler, its cache or the linker raises, the model goes on, if need be eagerly; but
-    one that is spread over ranks raises InputError.
+    Whatever the compiler, its cache or the linker raises, the model still works, eagerly if need
+    be; only if it is spread over ranks does that raise InputError.
     """
     shape = (rows, seq_len, training)
     if not (model.to_compile or model.compiled) or shape in model.compiled_for:
@@ -822,23 +835,20 @@ def compile_for(
             except Exception as e:
                 if is_out_of_memory(e):
                     raise
-                # A compiler's own line tells most; what torch says of it is long.
-                lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-                telling = [line for line in lines if "error:" in line]
-                telling += [line for line in lines if not line.endswith("raised:")] + [repr(e)]
-                reason = telling[0][:160]
+                reason = telling_line(e)
                 # What is broken is removed.
                 broken = broken_libraries(e) - removed
                 for path in broken:
                     path.unlink(missing_ok=True)
                 removed |= broken
-                # Other ranks, where it did not fail, now wait for this one's share of a layer.
+                # Ranks where it did not fail now wait for this one's share of a layer: it cannot
+                # go on alone.
                 if is_sharded(model) and world_size() > 1:
                     way_out = "--no-compile does without it"
                     if broken:
                         way_out = "what its cache held half written is gone: try again"
                     raise InputError(f"torch.compile failed: {reason}; {way_out}") from None
-                # It is tried again; where nothing was removed, it goes on eagerly.
+                # Try again if something was removed, else go on eagerly.
                 if not broken:
                     say(f"warning: torch.compile failed, going on without it: {reason}")
                     model.run_eagerly()
@@ -866,24 +876,24 @@ def sequences_at_once(
 ) -> int:
     """How many sequences to take at a time, the same on all ranks.
 
-    On a GPU as many as its memory holds by arithmetic, but no more than make 4 GB of logits in
-    fp32 or a tenth of the memory; elsewhere some 300 MB, which is 32 sequences of tiny.
+    On a GPU as many as fit its memory by arithmetic, but with at most 4 GB, or a tenth of the
+    memory, of logits in fp32; elsewhere what takes 300 MB, which is 32 sequences of tiny.
     """
     if device.type != "cuda":
-        sequence = seq_len * model.bytes_per_token(False, dtype)
-        return max(1, 296 * 2**20 // sequence)
+        bytes_each = seq_len * model.bytes_per_token(False, dtype)
+        return max(1, 296 * 2**20 // bytes_each)
     memory = torch.cuda.get_device_properties(device).total_memory
-    # Of each parameter its fp32 weight; in training its gradient, too, and Adam's two moments.
+    # Each parameter's fp32 weight and, in training, its gradient and Adam's two moments.
     state = 4 * model.parameter_count()
     if training:
         state *= 4
     if is_sharded(model):
         state //= world_size()
-    # A tenth stays free, for memory is handed out in pieces that do not fill it.
-    sequence = seq_len * model.bytes_per_token(training, dtype)
-    fits = (memory * 9 // 10 - state) // sequence
-    logits = min(2**30, memory // 40) // (seq_len * model.config.vocab_size)
-    sequences = max(1, min(fits, logits))
+    # A tenth stays free, because the allocator's blocks never fill the memory.
+    bytes_each = seq_len * model.bytes_per_token(training, dtype)
+    by_memory = (memory * 9 // 10 - state) // bytes_each
+    by_logits = min(2**30, memory // 40) // (seq_len * model.config.vocab_size)
+    sequences = max(1, min(by_memory, by_logits))
     # GPUs may differ; a batch is cut the same way on all of them.
     if dist.is_initialized():
         least = torch.tensor(sequences, device=device)
@@ -902,7 +912,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def enough_memory(what: str, way_out: str):
-    """Make an InputError, with what to try, of running out of memory."""
+    """Turn running out of memory into an InputError that says what to try."""
     try:
         yield
     except (RuntimeError, MemoryError) as e:
@@ -942,10 +952,10 @@ def main():
     parser = prepare.ArgumentParser(__doc__)
     add = parser.add_argument
     add("models", nargs="+", metavar="MODEL", help="folders or names on the hub")
-    add("prompt", help="what they go on with")
+    add("prompt", help="the text to continue")
     add("--tokens", type=int, default=100, help="how many to add")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
-    add("--seed", type=int, default=0, help="of what is drawn")
+    add("--seed", type=int, default=0, help="of random choices")
     add("--device", help="default: cuda where there is one, else cpu")
     args = parser.parse_args()
     device = find_device(args.device)

@@ -44,31 +44,31 @@ SPLITS = ("train", "val", "test")
 END_OF_TEXT = "<|endoftext|>"
 SAMPLE = "data/sample"
 FEW_DOCUMENTS = 10  # an interval from fewer says little; such a domain is marked
-SECONDS_BETWEEN_LINES = 30  # of a log that says how far a stage has come
+SECONDS_BETWEEN_LINES = 30  # of progress, where there is no terminal
 
 
 # ---- errors and the command line ----
 
 
 class InputError(Exception):
-    """What was given cannot be used; the message is one line: what is wrong, where, what to do."""
+    """The input cannot be used; the message is one line: what is wrong, where, and what to do."""
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Adds to every option's help its default, if it has one."""
 
     def _get_help_string(self, action):
-        has_none = action.default is None or action.default is False  # 0 == False, and is one
+        has_none = action.default is None or action.default is False  # 0 is a default, but == False
         if has_none or not action.option_strings or action.default == argparse.SUPPRESS:
             return action.help
         return f"{action.help} (default: %(default)s)"
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, with a script's docstring as its help, and with errors of one line."""
+    """argparse's parser, with a script's docstring as its help, and with errors of one line."""
 
     def __init__(self, doc: str):
-        # An option that is cut short would not be known again in a command to paste.
+        # No abbreviations: commands to paste look for options by their full names.
         super().__init__(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
 
     def error(self, message: str):
@@ -77,11 +77,11 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def cli(main, way_on: str = "") -> None:
     """Run a script's main function; bad input ends in one line on stderr and exit status 2."""
-    # way_on is said after what may end a sound run: an interruption, or a fault of the system.
+    # way_on: what to do next, said when Ctrl-C or the system, not bad input, ended the run.
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # of a daemon, for one
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
-        # A name that is no UTF-8, or a terminal that is none, costs a character, not the run.
+        # A file's name or a terminal that is not UTF-8 spoils a character, not the run.
         stream = getattr(sys, name)
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -96,7 +96,7 @@ def cli(main, way_on: str = "") -> None:
         if isinstance(e, MemoryError):
             message = f"out of memory: {message or 'there is no more'}; free some, or ask for less"
             message += way_on
-        if isinstance(e, OSError) and e.filename:
+        elif isinstance(e, OSError) and e.filename:
             message = f"{e.filename}: {e.strerror}"
         elif isinstance(e, OSError):
             message += way_on
@@ -107,7 +107,7 @@ def cli(main, way_on: str = "") -> None:
 
 
 def check_range(args, names: tuple[str, ...], low: float, high: float = 2**31 - 1) -> None:
-    """Raise InputError if an option, by its name in Python, is given and out of range."""
+    """Raise InputError if one of these options (names in Python) is given and out of range."""
     for name in names:
         value = vars(args)[name]
         if value is not None and not low <= value <= high:
@@ -115,34 +115,34 @@ def check_range(args, names: tuple[str, ...], low: float, high: float = 2**31 - 
 
 
 def is_first_process() -> bool:
-    """Whether this process speaks for all, by torchrun's word; model.rank knows the rest."""
+    """Whether this process prints for all ranks, by torchrun's variables: no torch here."""
     return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"
 
 
 def bars_aside():
-    """A context in which bars are cleared to print; then they are drawn again, below."""
+    """A context to print in: progress bars are cleared, and drawn again below when it ends."""
     if "tqdm" in sys.modules:
         return sys.modules["tqdm"].tqdm.external_write_mode()
     return contextlib.nullcontext()
 
 
 def tell(*lines: str, end: str = "\n") -> None:
-    """Print lines at once. Where nobody reads any more (`| head`), go on without a word."""
+    """Print lines, and flush. If nobody reads them any more (`| head`), go on silently."""
     try:
         with bars_aside():
             print(*lines, sep="\n", end=end, flush=True)
     except BrokenPipeError:
-        # Else Python complains of it when it ends.
+        # Otherwise Python complains of it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def beside(script: str) -> str:
-    """Another of the scripts, as this one was called, for a command to paste."""
+    """The path of another script, in the form this one was called by, for a command to paste."""
     return shlex.quote(str(Path(sys.argv[0]).with_name(script)))
 
 
 def first_of(words: list[str], most: int = 4) -> str:
-    """Words in one line; of many the first ones, and how many there are more."""
+    """Words in one line: the first `most` of them, and how many more there are."""
     more = len(words) - most
     if more > 0:
         words = [*words[:most], f"{more} more"]
@@ -161,7 +161,7 @@ def shortened(names: list[str], width: int) -> dict[str, str]:
 
 
 def new_bar(**look):
-    """A bar of tqdm's, without the thread that would watch it, and take memory."""
+    """A tqdm bar, without tqdm's monitor thread, which takes memory."""
     from tqdm import tqdm
 
     tqdm.monitor_interval = 0
@@ -198,7 +198,7 @@ class Bar(contextlib.AbstractContextManager):
             far = f"{self.unit} {done:,} of {self.total:,}"
             if self.unit == "B":
                 far = f"{done / self.total:.0%}"
-            # The rest takes as long as what this run has done, not what an earlier one did.
+            # By this run's own speed: a resumed stage begins at `first`, not at 0.
             left = (now - self.began) / (done - self.first) * (self.total - done)
             said = filter(None, [far, words, f"{left / 60:.1f} min left"])
             tell(f"{self.title}: {', '.join(said)}")
@@ -211,12 +211,12 @@ class Bar(contextlib.AbstractContextManager):
 
 @contextlib.contextmanager
 def notice(words: str, shown: bool = True) -> Iterator[None]:
-    """Words that stand on the terminal while the block runs, or for good where there is none."""
+    """Show words on the terminal while the block runs; without a terminal, print them."""
     on_terminal = sys.stderr.isatty()
     shown = shown and is_first_process()
     if shown and not on_terminal:
         tell(words)
-    # A bar without a bar: it finds its line where another one is shown already.
+    # A tqdm that shows its description only: it takes a line of its own beside another bar.
     with new_bar(desc=words, bar_format="{desc}", disable=not (shown and on_terminal)):
         yield
 
@@ -226,7 +226,7 @@ def notice(words: str, shown: bool = True) -> Iterator[None]:
 
 def sync(path: Path) -> None:
     """Wait until a file, or a folder's list of files, is on the disk."""
-    # Windows does that for neither a folder nor a file that is open to be read.
+    # Windows cannot do that to a folder, nor to a file that is open for reading.
     if os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -236,7 +236,7 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file or folder to write, which becomes `path` when the block ends well; or InputError."""
+    """A temporary path to write, which becomes `path` if the block succeeds; or InputError."""
     # What was there stays until the new one is on the disk, whatever happens.
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -252,7 +252,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """A file, a link, or a folder with all that is in it, if it is there."""
+    """Remove a file, a link, or a folder with all that is in it, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -286,7 +286,7 @@ def load_json(path: Path, shape: dict | type = dict) -> dict:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Give the faults of writing to an open file, a full disk for one, the file's name."""
+    """Add the file's name to errors of writing to an open file (a full disk), which lack it."""
     try:
         yield
     except OSError as e:
@@ -294,7 +294,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def check_place(path: Path, option: str = "--out") -> None:
-    """Raise InputError if a file or folder cannot be made there, with what is missing above it."""
+    """Raise InputError if `path`, and the folders missing above it, cannot be made."""
     above = path.absolute()
     if path.is_symlink() and not path.exists():
         raise InputError(f"{path}: a broken link; choose another {option}")
@@ -319,7 +319,7 @@ def locked(
 ) -> Iterator[None]:
     """Keep other processes out of `folder` while the block runs; a lock ends with its process.
 
-    wait: for another process to let go, rather than raise InputError with that way out.
+    wait: until another process lets go; otherwise InputError, with that way out.
     """
     with open(path, "a") as file:
         try:
@@ -342,7 +342,7 @@ def locked(
 
 @contextlib.contextmanager
 def asking_hub(what: str, also: str = "") -> Iterator[None]:
-    """Say what comes from the hub, and raise InputError, with what helps, if it does not."""
+    """Say what is fetched from the hub; if that fails, raise InputError with what helps."""
     from huggingface_hub import logging
     from huggingface_hub.utils import disable_progress_bars
 
@@ -361,7 +361,7 @@ def asking_hub(what: str, also: str = "") -> Iterator[None]:
     except Exception as e:  # of several libraries
         kinds = [kind.__name__ for kind in type(e).__mro__ if kind.__name__ in faults]
         status = getattr(getattr(e, "response", None), "status_code", None)
-        # A file's fault, not the network's, has its name, or is one of writing to it.
+        # The disk's fault, not the network's: the error names a file, or says there is no room.
         if isinstance(e, OSError) and (e.filename or e.errno in (errno.ENOSPC, errno.EDQUOT)):
             fault = f"the hub's cache: {e.strerror}; HF_HOME puts that elsewhere"
         elif kinds:
@@ -383,7 +383,7 @@ def hub_folder(name: str, patterns: list[str]) -> Path:
     name: `pythia-70m` or `ORG/NAME@REVISION`. Raises InputError.
     """
     repo, _, revision = name.partition("@")
-    # No network is asked for a mistyped size.
+    # A mistyped size fails here, without asking the network.
     if "/" not in repo:
         sizes = r"14m|31m|70m|160m|410m|1b|1\.4b|2\.8b|6\.9b|12b"
         if not re.fullmatch(rf"pythia-({sizes})(-deduped)?", repo):
@@ -423,7 +423,7 @@ def hub_files(repo: str, revision: str) -> list[HubFile]:
     from huggingface_hub import get_cached_repo_tree, snapshot_download
 
     with asking_hub(f"the list of hf://datasets/{repo}{revision}"):
-        # For no pattern, this only finds the commit, and keeps the list of its files in the cache.
+        # Without patterns this fetches no file: only the commit, and the list of its files.
         found = {"repo_type": "dataset", "revision": revision.removeprefix("@") or None}
         folder = Path(snapshot_download(repo, allow_patterns=[], **found))
         commit = folder.name
@@ -471,8 +471,8 @@ class Tokenizer:
         if self.end_of_text is None or self.vocab_size > 2**16:
             expected = f"expected {END_OF_TEXT}, and at most 65,536 (uint16), as pythia-70m has"
             raise InputError(f"{path}: {self.vocab_size:,} tokens; {expected}")
-        # Or a text could end a document.
         self._path = path
+        # Otherwise a text that spells the token out could end its document.
         if self.end_of_text in self._slowly(f"a {END_OF_TEXT} b"):
             raise InputError(f"{path}: a text can hold {END_OF_TEXT}; make that a special token")
         self._encoded = 0  # characters so far
@@ -493,14 +493,14 @@ class Tokenizer:
         return fastokens_encoding(json.loads(self.json), self._tiktoken)
 
     def encode(self, text: str) -> np.ndarray:
-        """(n,) uint16, less an end-of-text id. Raises UnicodeEncodeError for a lone surrogate, and
-        InputError for what the tokenizer does not know."""
+        """(n,) uint16, without an end-of-text id. Raises UnicodeEncodeError for a lone surrogate,
+        and InputError for text that the tokenizer cannot encode."""
         text.encode()
         if self._tiktoken is None:
             return self._slowly(text)
         if self._tokenizer.normalizer and not unicodedata.is_normalized("NFC", text):
             text = self._tokenizer.normalizer.normalize_str(text)
-        # Of little text fastokens would take longer to load than it saves.
+        # For little text, loading fastokens takes longer than it saves.
         self._encoded += len(text)
         if self._encoded > 2**22 and self._fastokens is not None:
             return fastokens_ids(self._fastokens, text)
@@ -535,7 +535,7 @@ def rank_encoding(spec: dict, tokenizer):
         vocab = spec["model"]["vocab"]
         merges = [m.split(" ") if isinstance(m, str) else m for m in spec["model"]["merges"]]
         special = {token["content"] for token in spec["added_tokens"] if token["special"]}
-        # What is added and not special can only be runs of spaces, which Pythia's tokenizer has.
+        # Added tokens that are not special may only be runs of spaces, as in Pythia's tokenizer.
         runs = [token["content"] for token in spec["added_tokens"] if not token["special"]]
         if not is_plain_byte_level_bpe(spec, runs):
             return None
@@ -550,7 +550,7 @@ def rank_encoding(spec: dict, tokenizer):
         plain = [(token, i) for token, i in vocab.items() if token not in special]
         ranks = {bytes(byte_of[c] for c in token): i for token, i in plain}
         ranks |= {run.encode(): tokenizer.token_to_id(run) for run in runs}
-    except (KeyError, TypeError, ValueError, AttributeError):  # not of the shape that is looked for
+    except (KeyError, TypeError, ValueError, AttributeError):  # not the JSON of such a BPE
         return None
     # tiktoken panics on two tokens of one id, and on a text with a byte that is no token; UTF-8
     # has all bytes but C0, C1 and F5 to FF.
@@ -559,8 +559,8 @@ def rank_encoding(spec: dict, tokenizer):
         return None
     if not all(bytes([b]) in ranks for b in used_by_utf8):
         return None
-    # GPT-2's pattern. Where runs of spaces are tokens of their own they are cut out first, and what
-    # is white space thereafter holds no two spaces in a row.
+    # GPT-2's pattern. If runs of spaces are tokens of their own, they are cut out first, and no
+    # white space after that has two spaces in a row.
     first = ""
     space = r"\s"
     if runs:
@@ -592,8 +592,8 @@ def fastokens_encoding(spec: dict, tiktoken_encoding):
 
 def hard_text() -> str:
     """What tokenizers differ in: characters of every kind, runs of spaces, contractions, digits."""
-    # Letters join the a before them, digits the 1 after them, white space the space between. Of
-    # characters that another version of Unicode adds, there are many in a row.
+    # A letter joins the a before it, a digit the 1 after it, white space the space between. Every
+    # third code point is enough: a new version of Unicode adds many characters in a row.
     code_points = [*range(0, 0xD800, 3), *range(0xE000, 0x20000, 3), *range(0x20000, 0x33480, 97)]
     text = "".join(f"a{chr(i)} {chr(i)}1" for i in code_points)
     text += "".join(" " * n + end for n in range(60) for end in ("x", ".", "\n", "\t ", "\u3000"))
@@ -608,11 +608,11 @@ def fastokens_ids(encoder, text: str) -> np.ndarray:
 
 
 def is_plain_byte_level_bpe(spec: dict, runs: list[str]) -> bool:
-    """Whether a tokenizer.json has, beside its vocabulary, nothing that ranks do not know."""
+    """Whether vocabulary and merges are all of a tokenizer.json that determines the ids."""
     for token in spec["added_tokens"]:
         if token["lstrip"] or token["rstrip"] or token["single_word"]:
             return False
-        # What is not normalized is found in a text as it was before NFC.
+        # Such a token is looked for before NFC; here NFC always comes first.
         if not token["special"] and not token["normalized"]:
             return False
     pre = spec["pre_tokenizer"]
@@ -628,7 +628,7 @@ def is_plain_byte_level_bpe(spec: dict, runs: list[str]) -> bool:
 
 
 def ids_are_ranks(vocab: dict[str, int], merges: list, special: set[str], tokenizer) -> bool:
-    """Whether every merge makes a newer token than the one before it, and all make every token."""
+    """Whether ids rise with the merges, and the merges make every token but the special ones."""
     newest = -1
     for a, b in merges:
         made = vocab[a + b]
@@ -637,7 +637,7 @@ def ids_are_ranks(vocab: dict[str, int], merges: list, special: set[str], tokeni
         newest = made
     for token, i in vocab.items():
         itself = [t.id for t in tokenizer.model.tokenize(token)] == [i]
-        # Merges make all but special tokens, which no text may become.
+        # True of all tokens but the special ones, which no text may become.
         if itself == (token in special):
             return False
     return True
@@ -645,7 +645,7 @@ def ids_are_ranks(vocab: dict[str, int], merges: list, special: set[str], tokeni
 
 # ---- data ----
 
-# A domain's name is part of a file's; other rows of tables have the names that are left out.
+# A domain's name is part of file names. The excluded names are those of other rows in tables.
 DOMAIN = re.compile(r"(?!(?:mean|improved|worst)$)[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
 AGAIN = "remove the folder and prepare it again"
 OPEN_MAPS = 64  # files that a Data keeps open, of the 256 or 1024 that a process may have
@@ -680,7 +680,7 @@ class Data:
         hashes = [(name, file["sha256"]) for name, file in sorted(self.meta["files"].items())]
         # Changes when any token does.
         self.identity = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]
-        self._root = self.folder.absolute()  # wherever the process goes
+        self._root = self.folder.absolute()  # right even after a chdir
         self._map = functools.lru_cache(OPEN_MAPS)(np.memmap)
 
     def tokens(self, domain: str, split: str) -> np.memmap:
@@ -692,7 +692,7 @@ class Data:
         return self.meta["files"][f"{domain}.{split}"]
 
     def windows(self, domain: str, split: str, seq_len: int) -> int:
-        """How many whole windows the split holds. Raises InputError if not one."""
+        """How many whole windows the split holds. Raises InputError if there is none."""
         tokens = self.size(domain, split)["tokens"]
         if seq_len < 1 or tokens <= seq_len:
             which = f"{domain}'s {split} split, which has {tokens:,} tokens"
@@ -700,7 +700,7 @@ class Data:
         return (tokens - 1) // seq_len
 
     def window(self, domain: str, split: str, seq_len: int, number: int) -> np.ndarray:
-        """Window `number` of the split: (T + 1,) uint16, copied: a view keeps its file open."""
+        """Window `number` of the split: (T + 1,) uint16, a copy, as a view keeps its file open."""
         start = number * seq_len
         return np.array(self.tokens(domain, split)[start : start + seq_len + 1])
 
@@ -720,7 +720,7 @@ class Data:
                 bar.to(bar.done + 1)
 
     def check_tokenizer(self) -> None:
-        """Likewise of tokenizer.json alone, which takes no time."""
+        """The same for tokenizer.json alone, which takes no time."""
         self.check_file("tokenizer.json", self.meta["tokenizer"]["sha256"])
 
     def check_file(self, name: str, sha256: str) -> None:
@@ -730,7 +730,7 @@ class Data:
 
 
 def is_meta(meta: dict) -> bool:
-    """Whether a meta.json has what is used of it, for every domain and split."""
+    """Whether a meta.json has all that is used of it, for every domain and split."""
     tokenizer = {"sha256": str, "vocab_size": int, "end_of_text": int}
     if not fits(meta, {"format": int, "tokenizer": tokenizer, "files": dict}):
         return False
@@ -743,14 +743,14 @@ def is_meta(meta: dict) -> bool:
     for file in meta["files"].values():
         if not fits(file, {"documents": int, "tokens": int, "bytes": int, "sha256": str}):
             return False
-        # An empty split would be divided by.
+        # Both are divided by.
         if min(file["tokens"], file["bytes"]) < 1:
             return False
     return all(map(DOMAIN.fullmatch, domains))
 
 
 def fits(value, shape: dict | type) -> bool:
-    """Whether a value from JSON is of a type or, of an object, its values are of these types."""
+    """Whether a value from JSON has a type or is an object whose values have these types."""
     if isinstance(shape, dict):
         return isinstance(value, dict) and all(fits(value.get(k), v) for k, v in shape.items())
     return type(value) is shape
@@ -759,9 +759,9 @@ def fits(value, shape: dict | type) -> bool:
 # ---- sources to documents ----
 
 READABLE = re.compile(r"\.(txt|jsonl|ndjson|json)(\.gz|\.zst)?$|\.parquet$")
-BLOCK = 2**20  # bytes of text, about, that are read or handed to a worker at a time
+BLOCK = 2**20  # bytes, about, that a worker gets or that are written at a time
 LONGEST = 2**24  # bytes of the longest document
-POINTER = "version https://git-lfs"  # how a file begins that only stands for another
+POINTER = "version https://git-lfs"  # begins a file that only stands for another
 PULL = "it stands for a file that Git LFS keeps: git lfs pull"
 # Files by domain; None: their records name the domain.
 Sources = dict[str | None, list[Path | HubFile]]
@@ -791,8 +791,8 @@ class Document(NamedTuple):
 
 
 class LeftOut(NamedTuple):
-    """What goes into no bin: "empty", a "duplicate" or, with an error's message, a "bad" line or
-    the "unreadable" rest of a file."""
+    """What goes into no bin. reason: "empty", "duplicate" or, with an error's message, "bad" (a
+    line) or "unreadable" (the rest of a file)."""
 
     domain: str | None
     reason: str
@@ -800,6 +800,12 @@ class LeftOut(NamedTuple):
 
 
 Item = Line | Document | LeftOut  # what a stream of text is made of
+
+
+def check_left_out(item: LeftOut, bad: int, max_bad: int) -> None:
+    """Raise InputError if this is the unreadable rest of a file, or more than max_bad are bad."""
+    if item.reason == "unreadable" or bad > max_bad:
+        raise InputError(item.message)
 
 
 def ending(file: Path | HubFile) -> str:
@@ -813,9 +819,9 @@ def size_of(file: Path | HubFile) -> int:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """What is in a folder and all below it, but for what is hidden."""
+    """The files in a folder and all folders below it, except hidden ones."""
     found = []
-    # Links are followed, but not back to a folder that was seen: two of them would never end.
+    # Links are followed, but into no folder twice: two that lead to each other never end.
     seen = {os.path.realpath(folder)}
     for above, folders, names in os.walk(folder, followlinks=True):
         found += [Path(above, name) for name in names if not name.startswith(".")]
@@ -842,7 +848,7 @@ def source_files(source: str) -> list[Path | HubFile]:
         found = [file for file in listed if matches(file.name.split("/"), pattern.split("/"))]
     elif path.is_dir():
         found = files_below(path)
-    elif path.exists():  # whatever characters it has in its name
+    elif path.exists():  # even if its name looks like a glob
         found = [path]
     elif source.startswith(("http://", "https://")):
         raise InputError(f"{source}: fetch it, and give its path; of the hub: hf://datasets/…")
@@ -873,14 +879,14 @@ def source_files(source: str) -> list[Path | HubFile]:
     if not files:
         known = ".txt, .jsonl, .ndjson, .json (these also with .gz or .zst) or .parquet"
         raise InputError(f"{source}: no file there that ends in {known}{there}")
-    # Text of another kind, for one, would be missed only much later.
+    # Otherwise someone would notice only much later that some text is missing.
     if kinds:
         tell(f"{source}: not read: {counts} (hidden, or of another kind)")
     return files
 
 
 def matches(name: list[str], pattern: list[str]) -> bool:
-    """Whether a glob matches a file on the hub as it does one on a disk; both come in parts."""
+    """Whether a glob matches a file on the hub, as on a disk; both are split at the slashes."""
     if not pattern:
         return not name
     if pattern[0] == "**":  # any number of folders
@@ -889,7 +895,7 @@ def matches(name: list[str], pattern: list[str]) -> bool:
 
 
 def records(path: Path, file, keys: Keys) -> Iterator[bytes | dict]:
-    """The lines of an open file as bytes, of which a .txt has one; a .parquet's rows as dicts.
+    """The lines of an open file as bytes (a .txt is one line), or a .parquet's rows as dicts.
 
     Raises InputError if it cannot be read to its end.
     """
@@ -902,7 +908,7 @@ def records(path: Path, file, keys: Keys) -> Iterator[bytes | dict]:
             from pyarrow.parquet import ParquetFile
 
             parquet = ParquetFile(file)
-            # Where a column is missing, an error is to tell of the others.
+            # If a column is missing, all are read: the error message lists those that are there.
             there = {*parquet.schema_arrow.names}
             columns = [key if key in there else key.split(".")[0] for key in filter(None, keys)]
             if not there.issuperset(columns):
@@ -926,7 +932,7 @@ def records(path: Path, file, keys: Keys) -> Iterator[bytes | dict]:
             return
         while line := stream.readline(LONGEST + 1):
             yield line
-            # That much shows that a line is too long; the rest is read, but not kept.
+            # A line that is too long: enough of it was read to say so; skip the rest.
             while len(line) > LONGEST and not line.endswith(b"\n"):
                 line = stream.readline(LONGEST + 1)
     except Exception as e:  # of many libraries
@@ -979,7 +985,7 @@ def document_of(line: Line, keys: Keys) -> Document | LeftOut | None:
             if len(record) > LONGEST:
                 raise ValueError(f"longer than {LONGEST:,} bytes")
             text = record.decode()
-            if number == 1:  # which some editors begin with a mark of the order of bytes
+            if number == 1:  # where some editors put a byte order mark
                 text = text.removeprefix("\ufeff")
             if text.startswith(POINTER):
                 raise ValueError(PULL)
@@ -1007,7 +1013,7 @@ def document_of(line: Line, keys: Keys) -> Document | LeftOut | None:
 def read(sources: Sources, keys: Keys, full: set[str] = frozenset()) -> Iterator[Line | LeftOut]:
     """Every line of the sources, while a bar counts bytes.
 
-    full: domains that are read no further, from when they are in it.
+    full: domains to read no further; the caller adds to it while this reads.
     """
     files = [(domain, file) for domain, files in sources.items() for file in files]
     done = 0  # bytes, to the end of this file
@@ -1015,7 +1021,7 @@ def read(sources: Sources, keys: Keys, full: set[str] = frozenset()) -> Iterator
         for domain, source in files:
             start = done
             done += size_of(source)
-            # One file at a time comes from the hub, and none for a domain that has enough.
+            # Files are fetched from the hub one at a time, and none for a domain that is full.
             if domain in full:
                 continue
             path = source
@@ -1034,7 +1040,7 @@ def read(sources: Sources, keys: Keys, full: set[str] = frozenset()) -> Iterator
 
 
 def documents_in(items: Iterable[Item], keys: Keys) -> Iterator[Document | LeftOut]:
-    """The items, with what is in a line in that line's place."""
+    """The items, with each Line replaced by what is in it; a blank one is left out."""
     for item in items:
         if isinstance(item, Line):
             item = document_of(item, keys)
@@ -1046,8 +1052,8 @@ def documents_in(items: Iterable[Item], keys: Keys) -> Iterator[Document | LeftO
 
 
 def hash_of(text: str) -> int:
-    """64 bits of the text alone, which tell exact duplicates and choose the split."""
-    # The last 8 bytes of 16: of any others, documents of data sets that exist would move.
+    """64 bits of the text alone, which identify exact duplicates and choose the split."""
+    # The last 8 of 16 bytes: with any others, documents in existing data sets would change splits.
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest()[8:], "little")
 
 
@@ -1074,8 +1080,8 @@ def domain_named(label: str, by_record: bool) -> str:
 
 # ---- the sample ----
 
-# Packages, folders of one, or a module in the folder that is meant; and a pattern. One domain more
-# is Python's manual.
+# By domain: packages, folders in a package, or a module whose folder is meant; and a glob. The
+# fifth domain, `manual`, is Python's manual.
 SAMPLE_FILES = {
     "cpp": (["torch/include"], "*.h"),
     "docstrings": (["numpy", "torch"], "*.py"),
@@ -1123,7 +1129,7 @@ def docstrings_of(module: str) -> Iterator[str]:
         node = nodes.popleft()
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
             yield ast.get_docstring(node) or ""
-        # As ast.walk, but for expressions, which are most of a tree and hold no docstring.
+        # Like ast.walk, but without expressions: they are most of a tree and hold no docstring.
         for statements in ("body", "handlers", "orelse", "finalbody", "cases"):
             nodes.extend(getattr(node, statements, ()))
 
@@ -1143,10 +1149,10 @@ def sample_texts(domain: str) -> Iterator[str]:
         folder = Path(find_spec(name).origin).parent / below
         for path in folder.rglob(pattern):
             relative = path.relative_to(folder).as_posix()
-            # Of the standard library, neither what pip put there nor the manual once more.
+            # In the standard library's folder: neither pip's packages nor the manual again.
             if not re.match("site-packages|pydoc_data", relative):
                 found.append((number, hashlib.sha256(relative.encode()).digest(), path))
-    # By a hash, the order is mixed and the same everywhere.
+    # Sorted by a hash, files are in a mixed order that is the same everywhere.
     for _, _, path in sorted(found):
         text = path.read_text(encoding="utf-8", errors="ignore")
         if domain == "docstrings":
@@ -1163,15 +1169,15 @@ def make_sample(
     overlap = {}
     domains = sorted([*SAMPLE_FILES, "manual"])
     bar = Bar("make the sample", len(domains) * max_bytes, "B")
-    # Syntax trees are freed without it: to go through them over and over took a third of the time.
+    # Syntax trees are freed without the collector, whose passes took a third of the time.
     gc.disable()
     for number, domain in enumerate(domains):
         seen = set()
         in_split = {split: set() for split in SPLITS}
         size = 0
         for text in sample_texts(domain):
-            # Boilerplate comes again and again: left out are short texts, and those of which more
-            # than half of the 13-grams of words stood in earlier ones.
+            # Boilerplate comes again and again: leave out short texts, and those that share more
+            # than half of their 13-grams of words with earlier ones.
             if len(text) < SHORTEST:
                 continue
             words = re.findall(r"\w+", text)
@@ -1199,11 +1205,11 @@ def make_sample(
 class Encoded(NamedTuple):
     """A document as it stands in a bin: its tokens, the last of them the end-of-text id."""
 
-    domain: str  # until it is placed, as the record spells it
+    domain: str  # as the record spells it, until `place` names it
     key: int  # hash_of the text
-    tokens: bytes  # as uint16; none of a blank text
+    tokens: bytes  # uint16; empty if the text is blank
     size: int  # of the text, in UTF-8 bytes
-    split: str = ""  # until it is placed
+    split: str = ""  # set by `place`
 
 
 def in_batches(items: Iterable[Item]) -> Iterator[list[Item]]:
@@ -1239,12 +1245,12 @@ def encode(batch: list[Item], keys: Keys, tokenizer: Tokenizer) -> list[Encoded 
     return encoded
 
 
-_encode = None  # of a worker process: `encode`, less the batch
+_encode = None  # in a worker process: `encode` with all arguments but the batch
 
 
 def start_worker(keys: Keys, tokenizer: Path) -> None:
     global _encode
-    # Ctrl-C is for the process that started this one. When that ends, this one does, too.
+    # Ctrl-C is for the parent process. When that ends, however it does, this one ends, too.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _encode = functools.partial(encode, keys=keys, tokenizer=Tokenizer(tokenizer))
 
@@ -1268,15 +1274,15 @@ def encode_all(
         for batch in batches:
             yield from encode(batch, keys, own)
         return
-    # Libraries' threads do not outlive a fork.
+    # Not by fork: threads that libraries have started would be missing in the workers.
     context = multiprocessing.get_context("spawn")
-    # A few batches wait for every worker, so that memory stays bounded and none is idle.
     pool = ProcessPoolExecutor(workers, context, start_worker, (keys, tokenizer))
     try:
-        # Workers start here, and ignore Ctrl-C from their first moment.
+        # Start all workers now, so that they ignore Ctrl-C from their first moment.
         with on_interrupt(signal.SIG_IGN):
             for _ in range(workers):
                 pool.submit(int)
+        # Three batches wait for each worker, so that none is idle and memory stays bounded.
         waiting = deque()
         for batch in batches:
             waiting.append(pool.submit(encode_in_worker, batch))
@@ -1291,12 +1297,12 @@ def encode_all(
 def place(
     encoded: Iterable[Encoded | LeftOut], fractions: dict[str, float], by_record: bool = False
 ) -> Iterator[Encoded | LeftOut]:
-    """Documents with their domains and splits, less blank ones and a domain's duplicates.
+    """Documents with their domains and splits; blank ones and duplicates become LeftOut.
 
     by_record: whether records name the domains. Raises InputError for names that are unfit.
     """
     labels: dict[str, str] = {}  # by name of the domain in lower case
-    # Of every document a hash of 64 bits is kept in memory, not its text.
+    # Only a 64-bit hash of every document stays in memory.
     seen: dict[str, set[int]] = defaultdict(set)
     for item in encoded:
         if isinstance(item, LeftOut):
@@ -1319,7 +1325,7 @@ def place(
 
 
 def append_to(folder: Path, contents: dict[str, bytearray]) -> None:
-    """Write to the end of each folder/NAME.bin what belongs there. None of them stays open."""
+    """Append to each folder/NAME.bin what belongs there. None stays open."""
     for name, content in contents.items():
         path = folder / f"{name}.bin"
         with naming(path), open(path, "ab") as file:
@@ -1343,13 +1349,12 @@ def write_bins(
     waiting = defaultdict(bytearray)  # what each file gets next
     size = 0  # of it, in bytes
     for item in documents:
-        # What other workers read ahead of the limit is not counted, bad or not.
+        # Workers run ahead of the limit: what they read beyond it is not counted, bad or not.
         if item.domain in full:
             continue
         if isinstance(item, LeftOut):
             left_out[item.reason] += 1
-            if left_out["bad"] > max_bad or item.reason == "unreadable":
-                raise InputError(item.message)
+            check_left_out(item, left_out["bad"], max_bad)
             continue
         names = [f"{item.domain}.{split}" for split in SPLITS]
         if names[0] not in files:
@@ -1375,7 +1380,7 @@ def check_splits(
     folder: Path, files: dict[str, Counter], left_out: Counter, sources: Sources, least: int
 ) -> None:
     """Leave out domains of fewer documents than `least`; raise InputError for an empty split."""
-    # Those that were asked for are domains even if their sources hold nothing.
+    # A domain that was asked for counts even if its sources hold nothing.
     documents = Counter({domain: 0 for domain in sources if domain})
     for name, file in files.items():
         documents[name.rpartition(".")[0]] += file["documents"]
@@ -1425,7 +1430,7 @@ def on_interrupt(action: signal.Handlers) -> Iterator[None]:
 
 
 def without_long_words(text: str, longest: int = 10_000) -> str:
-    """The text with spaces in such words: training takes the square of a word's length."""
+    """The text with long words cut up: training's time is quadratic in a word's length."""
     words = text.split()
     if max(map(len, words), default=0) <= longest:
         return text
@@ -1452,7 +1457,7 @@ def make_tokenizer(
             raise InputError(f"--tokenizer {name}: expected train:N, for N = 257 to 65536 tokens")
         from tokenizers import ByteLevelBPETokenizer
 
-        # It learns from the train split alone and, of much text, from one document in so many.
+        # It learns from the train split alone, and of much text from one document in `every`.
         every = 1 + size // 2**27
 
         def texts():
@@ -1465,11 +1470,10 @@ def make_tokenizer(
                 elif max_bad is not None:
                     if item.reason == "bad":
                         bad += 1
-                    if item.reason == "unreadable" or bad > max_bad:
-                        raise InputError(item.message)
+                    check_left_out(item, bad, max_bad)
 
         trained = ByteLevelBPETokenizer()
-        # The library's own bars would stay when done. Nor does it hear Ctrl-C.
+        # A notice, since the library's own bars would stay when done; and it does not hear Ctrl-C.
         with on_interrupt(signal.SIG_DFL), notice("training the tokenizer"):
             trained.train_from_iterator(texts(), int(size_asked), 0, False, [END_OF_TEXT])
         if trained.get_vocab_size() < int(size_asked):
@@ -1495,7 +1499,7 @@ def staged(out: Path, name: str, add: bool) -> Iterator[Path]:
     if add:
         stage = out / f".{name}.partial"
     stage.mkdir(parents=True, exist_ok=True)
-    # On a file that the data set has anyway: a .lock would become a part of it.
+    # Lock a file that the data set has anyway: a .lock would become part of it.
     with locked(stage / "tokenizer.json", out, way_out="wait for its end"):
         for leftover in stage.glob("*.bin"):  # of one that was killed
             leftover.unlink()
@@ -1528,7 +1532,7 @@ def publish(stage: Path, out: Path, meta: dict, add: bool) -> None:
             files = dict(sorted((old["files"] | meta["files"]).items()))
             meta = old | {"files": files, "sources": sources, "left_out": dict(left_out)}
         write_json(stage / "meta.json", meta)
-        # All that is written is on the disk before it has its name, and meta.json is the last.
+        # Everything is on the disk before it is renamed into place; meta.json comes last.
         if hasattr(os, "sync"):
             os.sync()
         if add:
@@ -1540,22 +1544,26 @@ def publish(stage: Path, out: Path, meta: dict, add: bool) -> None:
             os.rename(stage, out)
 
 
-def fractions_of(
-    out: Path, add: bool, val: float | None, test: float | None, is_sample: bool
-) -> dict[str, float]:
-    """The share of the documents of two splits: as given, or those of the data set to add to."""
-    # Before any work is done, it is clear that there is a place for it.
+def check_out(out: Path, add: bool) -> None:
+    """Raise InputError, before any work is done, if the data set cannot be written to `out`."""
     check_place(out)
     if add and not out.exists():
         raise InputError(f"{out} is not there to add to; without --add it is made")
     if add:
-        data = Data(out)
-        data.check_tokenizer()  # which is taken, too
-        return data.meta.get("fractions", {"val": 0.05, "test": 0.05})
+        Data(out).check_tokenizer()  # the new domains use it, too
+        return
     if (out / "meta.json").is_file():
         raise InputError(f"{out} exists; choose another --out, or --add domains to it")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists, and is no data set; choose another --out")
+
+
+def fractions_of(
+    out: Path, add: bool, val: float | None, test: float | None, is_sample: bool
+) -> dict[str, float]:
+    """The shares of val and test: those given, or those of the data set to add to."""
+    if add:
+        return Data(out).meta.get("fractions", {"val": 0.05, "test": 0.05})
     default = 0.1 if is_sample else 0.05  # the sample is small
     given = {"val": val, "test": test}
     fractions = {split: default if f is None else f for split, f in given.items()}
@@ -1586,6 +1594,7 @@ def prepare(
     command line's. The folder appears whole, at the end, or not at all.
     """
     out = Path(out).resolve()
+    check_out(out, add)
     fractions = fractions_of(out, add, val_fraction, test_fraction, is_sample=not sources)
     if add:
         tokenizer = str(out)
@@ -1600,23 +1609,24 @@ def prepare(
     def items(full: set[str] = frozenset()) -> Iterable[Item]:
         return read(sources, keys, full) if sources else sample
 
-    # The same command, after it was killed, finds its own leftovers; another one does not.
+    # Named by the sources: the same command finds its leftovers if it was killed; others do not.
     name = hashlib.sha256(repr((sources, domain_key)).encode()).hexdigest()[:8]
     with staged(out, name, add) as stage:
         size = sum(size_of(file) for files in sources.values() for file in files)
         path = stage / "tokenizer.json"
-        # Behind a domain's limit nothing bad counts, and only write_bins knows where that is.
+        # Bad lines beyond a domain's limit do not count, and only write_bins knows where that is.
         most = None if limit_tokens else max_bad
         loaded = make_tokenizer(tokenizer, documents_in(items(), keys), fractions, size, path, most)
         # From text to bins, as a stream: nothing is read before there is room for it.
         full = set()
         encoding = encode_all(in_batches(items(full)), keys, workers, path)
         placed = place(encoding, fractions, by_record=domain_key is not None)
-        # Closed, so that the workers end before their files go. Of other sources a bar counts.
+        # `closing` ends the workers before their files are removed. Only the sample needs a
+        # notice: sources have the bar of `read`.
         with contextlib.closing(encoding), notice("tokenizing the sample", shown=bool(sample)):
             files, left_out = write_bins(stage, placed, limit_tokens, max_bad, full)
         check_splits(stage, files, left_out, sources, min_documents)
-        # What is said of it all in meta.json, without which a folder is no data set.
+        # meta.json describes it all; a folder without it is not a data set.
         named = {d or domain_key: list(map(str, paths)) for d, paths in sources.items()}
         meta = {"format": FORMAT, "tokenizer": loaded.meta, "fractions": fractions}
         meta |= {"overlap": overlap, "sources": named, "left_out": dict(+left_out), "files": {}}
@@ -1696,10 +1706,10 @@ def main():
     add("--text-key", default="text", help="dotted key of a record's text")
     add("--domain-key", help="dotted key of a record's domain; sources then have no name")
     add("--val-fraction", type=float, help="of the documents (default: 0.05; the sample: 0.1)")
-    add("--test-fraction", type=float, help="likewise")
+    add("--test-fraction", type=float, help="the same, for the test split")
     add("--limit-tokens", type=int, metavar="N", help="stop a domain after N tokens")
     add("--min-documents", type=int, metavar="N", default=0, help="leave out smaller domains")
-    add("--max-bad", type=int, metavar="N", default=0, help="lines to skip that hold no document")
+    add("--max-bad", type=int, metavar="N", default=0, help="how many bad lines to skip")
     add("--workers", type=int, metavar="N", default=cores, help="processes that tokenize")
     args = parser.parse_args()
     check_range(args, ("workers",), 1, 10**4)

@@ -79,7 +79,7 @@ RESUME_HINT = "; the same command with --resume goes on"
 # ---- the order of the pass ----
 
 
-MOST_SEQUENCES = 10**8  # of a pass, whose order takes 4 GB
+MOST_SEQUENCES = 10**8  # in a pass; its order then takes 4 GB
 HORIZON = {"arxiv": 608, "books": 613, "github": 226, "web": 8516, "wikipedia": 1438}  # the post's
 
 
@@ -94,15 +94,15 @@ def places(count: int) -> np.ndarray:
     """Where the draws of a domain stand in the pass, (count,) uint64: k at (k + 1/2) / count."""
     bits = np.uint64(31)
     n = np.uint64(count)
-    # 2^63 (k + 1/2) / count in integers, which compare exactly: in two divisions of 31 bits each,
-    # for the numerator has more than 64.
+    # 2^63 (k + 1/2) / count in integers, which compare exactly. The numerator has more than 64
+    # bits, so it takes two divisions of 31 bits each.
     numerators = (2 * np.arange(count, dtype=np.uint64) + np.uint64(1)) << bits
     high, rest = np.divmod(numerators, n)
     return (high << bits) | (rest << bits) // n
 
 
 def check_counts(data: Data, counts: dict[str, int]) -> None:
-    """Raise InputError for counts, come from where they may, that are no mixture of the data."""
+    """Raise InputError for counts, wherever they come from, that are no mixture of the data."""
     for domain, count in counts.items():
         if domain not in data.domains:
             has = f"it has {', '.join(data.domains)}"
@@ -193,7 +193,7 @@ def times_seen(data: Data, seq_len: int, passes: list[dict]) -> dict[str, np.nda
         # Windows of other data or of another length have other numbers.
         if (one["data"], one["seq_len"]) != (data.identity, seq_len):
             continue
-        # A pass drew by what the ones before it had seen.
+        # What a pass drew depends on what the ones before it had seen.
         mixture = Mixture(data, one["counts"], seq_len, one["seed"], dict(seen))
         for domain, count in mixture.counts.items():
             windows = [mixture.window(domain, k) for k in range(count)]
@@ -232,7 +232,7 @@ def parse_mixture(
     domains: those that `uniform` and `natural` have; None: all.
     """
     domains = domains or data.domains
-    # Names of mixtures that have proportions alone.
+    # Mixtures by name that are proportions only, and need a length.
     if text in ("uniform", "natural"):
         if sequences is None:
             length = "--sequences, the number of sequences to train on"
@@ -272,7 +272,7 @@ def parse_mixture(
 
 
 def as_option(text: str, counts: dict[str, int]) -> str:
-    """--mix, or another option, as it will mean these counts when its file is gone or another."""
+    """--mix, or another option, so that it means these counts even if its file changes or goes."""
     if text.endswith(".json"):
         return ",".join(f"{domain}={n}" for domain, n in counts.items())
     return text
@@ -326,8 +326,8 @@ def learning_rate_at(step: int, steps: int, peak: float, warmup: float) -> float
 def make_optimizer(model: GPTNeoX, hyper: Hyperparameters) -> torch.optim.Optimizer:
     """Pythia's AdamW (2304.01373, appendix); matrices decay, biases and norms do not.
 
-    Its learning rate is set before every step; its state is saved whatever it is. Two optimizers
-    in one are a subclass of torch's.
+    `train` sets the learning rate before every step; checkpoints save any state it has. To combine
+    two optimizers, subclass torch.optim.Optimizer.
     """
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
@@ -372,22 +372,23 @@ def add_gradients(
 ) -> torch.Tensor:
     """Add the gradient of the mean loss of a batch of `sequences` to the parameters' gradients.
 
-    parts: this rank's micro-batches. weigh: gives the weights that sequences have instead.
+    parts: this rank's micro-batches. weigh: gives sequences other weights.
     Returns this rank's part of that loss: ().
     """
     device = next(network.parameters()).device
     total = torch.zeros((), device=device)
-    # All that the step reads is read before it begins to compute.
+    # Every micro-batch is on the device before the first one is computed.
     parts = [(tokens.to(device), weights.to(device), rows) for tokens, weights, rows in parts]
     for i, (tokens, weights, rows) in enumerate(parts):
-        # DDP adds gradients up over the ranks once a step. Its forward pass reads this already.
+        # DDP adds gradients up over the ranks where this is set: only with the last micro-batch. It
+        # must be set before the forward pass, which reads it.
         network.require_backward_grad_sync = i == len(parts) - 1
         with autocast(device, hyper.dtype):
             losses = network(tokens[:, :-1], tokens[:, 1:])  # (M, T)
         # A method may weigh a sequence by its loss.
         if weigh:
             weights = weigh(step, rows, losses.detach(), weights)
-        # Of the batch on all ranks, for micro-batches and ranks are not equally full.
+        # Divided by the batch of all ranks, because micro-batches and ranks may differ in size.
         loss = (losses * weights).sum() / (sequences * hyper.seq_len)
         # DDP and FSDP divide by the number of ranks.
         (loss * world_size()).backward()
@@ -427,7 +428,7 @@ def micro_batch_size(
 
 
 def memory_words(micro_batch_size: int, seq_len: int) -> tuple[str, str]:
-    """What is said where memory runs out: what took it, and the way out that helps there."""
+    """What to say if memory runs out: what took it, and a way out that helps in that case."""
     way_out = f"try --micro-batch-size {micro_batch_size // 2}"
     if micro_batch_size == 1:
         way_out = "try --activation-checkpointing, a shorter --seq-len or --fsdp"
@@ -435,9 +436,9 @@ def memory_words(micro_batch_size: int, seq_len: int) -> tuple[str, str]:
 
 
 def cut_log(path: Path, steps: int, losses: dict[str, float] | None) -> None:
-    """Leave in log.jsonl the lines of so many steps: the others will be done again.
+    """Cut log.jsonl down to the lines of the first `steps` steps: later ones will be done again.
 
-    losses: of the evaluation after the last of them, if there was to be one.
+    losses: of the evaluation after the last of these steps, if one was due.
     """
     lines = []
     if path.exists():
@@ -509,12 +510,12 @@ def train(
     steps = math.ceil(len(mixture) / hyper.batch_size)
     M = micro_batch_size(model, hyper, device, len(mixture))
     memory = memory_words(M, hyper.seq_len)
-    # State is set before DDP makes the parameters' gradients views of its buckets.
+    # The optimizer's state is loaded before DDP makes gradients views of its buckets.
     optimizer = make_optimizer(model, hyper)
     with enough_memory(*memory):
         stop_if_asked(device)
         compile_for(model, M, hyper.seq_len, hyper.dtype, training=True)
-        stop_if_asked(device)  # Ctrl-C ends the compiler, too: no step is to do without it then
+        stop_if_asked(device)  # Ctrl-C ends the compiler, too: stop rather than go on eagerly
         first, skipped = load_checkpoint(out, model, optimizer)
         network = over_ranks(model)
     losses = validate(first) if validate and first else None
@@ -529,8 +530,8 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = rate
 
-        # The step. All ranks learn the same loss, norm and signals, and so decide the same. One
-        # whose loss or gradient is not finite would spoil the weights for good: it is left out.
+        # The step. All ranks get the same loss, norm and signals, and so decide the same. Where the
+        # loss or a gradient is not finite an update would ruin the weights for good: none is made.
         with enough_memory(*memory):
             parts = list(micro_batches(mixture, batch, M))
             for tokens, _, _ in parts:
@@ -571,7 +572,7 @@ def train(
             with prepare.naming(out / "log.jsonl"), open(out / "log.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
 
-        # The end, if it is bad or asked for; else perhaps a checkpoint.
+        # The end, if too many steps failed or a signal came; else a checkpoint if one is due.
         check_skipped(skipped, step, title, batch, hyper)
         due = save_every and (step + 1) % save_every == 0 and step + 1 < steps
         if out and (stop or due):
@@ -588,7 +589,7 @@ def train(
 
 
 def shard(model: GPTNeoX, dtype: torch.dtype, device: torch.device) -> None:
-    """Spread a model of device "meta" over the ranks by FSDP2, in place; its weights are not set.
+    """Spread a model on device "meta" over the ranks by FSDP2, in place; weights are not set yet.
 
     Each rank keeps its share of every parameter and of what belongs to it, in fp32. A layer's
     parameters are gathered in dtype when it runs; gradients are added up in fp32.
@@ -598,7 +599,7 @@ def shard(model: GPTNeoX, dtype: torch.dtype, device: torch.device) -> None:
 
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     mesh = init_device_mesh(device.type, (world_size(),))
-    # The root, too, frees what it has gathered: after an evaluation no backward pass would.
+    # The root frees what it gathered, too: after an evaluation there is no backward pass to.
     for module in (*model.gpt_neox.layers, model):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     model.to_empty(device=device)
@@ -632,10 +633,10 @@ def reads_state(model: GPTNeoX) -> bool:
 
 
 def check_finite(tensors: dict[str, torch.Tensor]) -> None:
-    """Raise InputError if one of them is not."""
+    """Raise InputError if a tensor is not finite."""
     for name, tensor in tensors.items():
-        # A sum is not finite if one of its terms is not, and takes a tenth of the time; but it may
-        # also be too large.
+        # A sum takes a tenth of the time, and is not finite if one of its terms is not; but it can
+        # also overflow, so then look at all of them.
         if not tensor.sum().isfinite() and not tensor.isfinite().all():
             kept = "what was saved before is as it was"
             way_out = "try --overwrite with a lower --lr (of a base: --base-lr)"
@@ -644,11 +645,11 @@ def check_finite(tensors: dict[str, torch.Tensor]) -> None:
             raise InputError(f"{name} is not finite and not saved; {kept}; {way_out}")
 
 
-IN_FILE = "optimizer.safetensors"  # has the tensor of the name that stands under this key
+IN_FILE = "optimizer.safetensors"  # also the key in JSON for the name of a tensor in that file
 
 
 def split_tensors(state, tensors: dict[str, torch.Tensor], path: str = "state"):
-    """Nested state as JSON has it; its tensors go into `tensors`, and their names into the JSON."""
+    """Nested state, fit for JSON: tensors move into `tensors`, and their names take their place."""
     if isinstance(state, torch.Tensor):
         tensors[path] = state.contiguous()
         return {IN_FILE: path}
@@ -660,7 +661,7 @@ def split_tensors(state, tensors: dict[str, torch.Tensor], path: str = "state"):
 
 
 def join_tensors(state, tensors: dict[str, torch.Tensor]):
-    """What split_tensors took apart; a tuple has become a list."""
+    """Undo split_tensors; what was a tuple is now a list."""
     if isinstance(state, list):
         return [join_tensors(x, tensors) for x in state]
     if not isinstance(state, dict):
@@ -671,7 +672,7 @@ def join_tensors(state, tensors: dict[str, torch.Tensor]):
 
 
 def fill(model: GPTNeoX, name: str | Path, **scratch) -> None:
-    """Copy a model's weights into another of its shape, which stays as it is, compiled or not."""
+    """Copy a saved model's weights into one of its shape, which stays compiled and sharded."""
     weights = {}
     if reads_state(model):
         weights = load(name, **scratch).state_dict()
@@ -713,7 +714,7 @@ def save_checkpoint(
         state = torch_state().get_optimizer_state_dict(model, optimizer, options=gather_options())
         known["optimizer"] = split_tensors(state, moments)
     check_finite(weights | moments)
-    # A file holds no two names of one tensor.
+    # A file cannot hold one tensor under two names.
     if model.config.tie_word_embeddings and weights:
         weights["embed_out.weight"] = weights["embed_out.weight"].clone()
     if rank() == 0:
@@ -734,7 +735,7 @@ def write_checkpoint(out: Path, weights: dict, moments: dict, known: dict) -> No
         prepare.write_json(folder / "manifest.json", hashes)
         prepare.sync(out / "log.jsonl")
         shutil.rmtree(final, ignore_errors=True)
-    # Of this step or a later one there are only those that were passed over as damaged.
+    # Any later ones were passed over as damaged.
     later = [path for path in checkpoints(out) if path > final]
     older = [path for path in checkpoints(out) if path < final]
     for folder in later + older[:-1]:
@@ -742,7 +743,7 @@ def write_checkpoint(out: Path, weights: dict, moments: dict, known: dict) -> No
 
 
 def newest_checkpoint(out: Path) -> Path | None:
-    """The newest sound checkpoint, saying which are passed over; what was half written goes."""
+    """The newest sound checkpoint; says which it passes over, removes what is half written."""
     for leftover in out.glob(".*.partial"):
         prepare.remove(leftover)
     for folder in reversed(checkpoints(out)):
@@ -760,7 +761,7 @@ def newest_checkpoint(out: Path) -> Path | None:
 def load_checkpoint(
     out: Path | None, model: GPTNeoX, optimizer: torch.optim.Optimizer
 ) -> tuple[int, int]:
-    """Restore the newest sound checkpoint in `out`, if there is one; its steps, and skipped."""
+    """Restore the newest sound checkpoint in `out`, if any; returns its steps, and skipped."""
     if out is None:
         return 0, 0
     # The first rank looks, for the others may see the folder later than it does.
@@ -808,7 +809,7 @@ def stop_if_asked(device: torch.device) -> None:
 
 
 def note_signal(number: int, frame) -> None:
-    """By os.write, for it may have interrupted a print."""
+    """Note that a signal came. Says so by os.write, because it may have interrupted a print."""
     if not stop_signals and rank() == 0:
         begin = b"\n"
         if sys.stderr.isatty():
@@ -830,8 +831,8 @@ def stoppable() -> Iterator[None]:
         if rank() == 0:
             print(f"\n{e}; go on with: {resume_command()}", file=sys.stderr)
         finish()
-        # One that came to another rank is taken for a SIGTERM.
-        number = [*stop_signals, signal.SIGTERM][0]
+        # If it came to another rank, take it for a SIGTERM.
+        number = stop_signals[0] if stop_signals else signal.SIGTERM
         sys.exit(128 + number)
     finally:
         for number, handler in before.items():
@@ -852,7 +853,7 @@ def launcher(options: list[str]) -> list[str]:
     ranks = os.environ.get("LOCAL_WORLD_SIZE")
     if ranks is None:
         return ["python"]
-    # torchrun would look for --start among its own options, of which two begin so.
+    # torchrun would take --start for one of its own options, two of which begin so.
     end = ["--"] if any(word.startswith("--start") for word in options) else []
     # On Linux torchrun, which is the parent, shows its command line, up to the script's name.
     with contextlib.suppress(OSError, ValueError):
@@ -866,8 +867,8 @@ def launcher(options: list[str]) -> list[str]:
 
 @functools.cache  # the code that runs is that which was read first
 def source_digest() -> str:
-    """Of the code that determines a run and its losses, less its comments and its layout."""
-    # What this file defines and those that it imports of this folder, as they import others.
+    """A hash of the code that determines a run and its losses, but not of what explains it."""
+    # All that is defined in this file, in those of this folder that it imports, and so on.
     defined: dict[str, list[ast.stmt]] = defaultdict(list)  # by name
     files = [Path(__file__)]
     for file in files:  # which grow
@@ -893,6 +894,9 @@ def source_digest() -> str:
     digest = hashlib.sha256()
     for name in used:  # it grows in the loop
         for node in defined[name]:
+            for each in ast.walk(node):
+                if isinstance(each, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(each):
+                    del each.body[0]
             digest.update(ast.dump(node).encode())
             # Every name and attribute in it; of these, those that some file defines.
             words = {getattr(each, "id", getattr(each, "attr", "")) for each in ast.walk(node)}
@@ -922,7 +926,7 @@ def read_record(folder: str | Path, way_out: str = "remove it, or the whole fold
 
 def passes_of(model: str | Path) -> list[dict]:
     """The passes that a model's folder says it was trained on."""
-    if not (Path(model) / "run.json").is_file():
+    if not is_run(Path(model)):
         return []
     return read_record(model)["passes"]
 
@@ -932,13 +936,13 @@ def this_pass(data: Data, hyper: Hyperparameters, counts: dict[str, int]) -> dic
 
 
 def settings_of(args, data: Data, hyper: Hyperparameters) -> dict:
-    """What a run that goes on must have in common with the one that was begun."""
+    """The settings that must be the same when a run is resumed."""
     files = []
     if rank() == 0:  # which alone writes them down
         for path in sorted(Path(args.model).glob("*")):
             if path.suffix == ".safetensors" or path.name in ("config.json", "run.json"):
                 files.append(prepare.sha256_of(path)[:16])
-    # A folder is what its files are, wherever it is.
+    # A folder is identified by its files, not by its path.
     name = "" if Path(args.model).exists() else args.model
     return {
         "model": name,
@@ -954,7 +958,7 @@ def is_run(out: Path) -> bool:
 
 
 def check_folder(out: Path, args) -> None:
-    """Raise InputError if --out holds something that neither goes on nor may go."""
+    """Raise InputError if these options may not begin, continue or overwrite a run in `out`."""
     prepare.check_place(out)
     if not out.exists():
         return
@@ -983,10 +987,10 @@ def check_folder(out: Path, args) -> None:
         raise InputError(f"{out} is not empty; {ways}")
 
 
-# What a run leaves in its folder: first what makes it a finished one.
+# What a run leaves in its folder; the weights, which make it a finished one, go first.
 OWN_FILES = ("model.safetensors", "checkpoint-*", "log.jsonl", "result.json", "train.png")
 
-# Options of a command, which --resume does not keep.
+# Options of one call, which --resume does not repeat.
 NOT_KEPT = ("out", "resume", "overwrite", "dry_run", "check_data")
 
 
@@ -1005,7 +1009,7 @@ def words_of(options: dict) -> list[str]:
 
 
 def parse_args(parser: prepare.ArgumentParser):
-    """The command line; with --resume, what it leaves out is as it was given last."""
+    """The command line; with --resume, options left out are as they were given last."""
     args = parser.parse_args()
     if args.resume and args.overwrite:
         raise InputError("--resume goes on and --overwrite starts anew: give one of them")
@@ -1022,7 +1026,7 @@ def parse_args(parser: prepare.ArgumentParser):
             args = parser.parse_args([*words_of(known), *sys.argv[1:]])
         except InputError as e:
             raise InputError(f"{path} is damaged: {e}; --overwrite starts anew") from None
-        # Its options are not another method's.
+        # The recorded options belong to the recorded method.
         if "method" in known and args.method != known["method"]:
             changed = f"method was {known['method']}, is {args.method}"
             raise InputError(f"{out}: --resume with other settings: {changed}")
@@ -1065,11 +1069,12 @@ def claim(
                         prepare.remove(path)
                 known = {"settings": settings, "passes": passes, "options": None}
                 known["code"] = source_digest()
-            # Those given last. A finished run's record stays: what starts from it has its hash.
+            # Record the options given last, but leave a finished run's record alone: runs that
+            # start from it have recorded its hash.
             options = {name: x for name, x in vars(args).items() if name not in NOT_KEPT}
             if options != known["options"] and not (out / "model.safetensors").is_file():
                 prepare.write_json(record, known | {"options": options})
-        # The others look only now.
+        # The other ranks look only now that it is written.
         barrier()
         if not record.is_file():
             seen = "this node does not see what the first one wrote there"
@@ -1079,7 +1084,7 @@ def claim(
 
 @contextlib.contextmanager
 def decorating(path: Path) -> Iterator[None]:
-    """A picture or a card is made in the block; if that fails, the result has to do without it."""
+    """Make a picture or a card in this block; if that fails, warn, and do without it."""
     try:
         yield
     # Whatever it is, it must not cost the weights.
@@ -1093,7 +1098,7 @@ def draw(log: Path, path: Path) -> None:
 
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     measured = [line for line in lines if "val" in line]
-    panels = 1 + bool(measured)
+    panels = 2 if measured else 1
     figure = Figure(figsize=(5 * panels, 4), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
     # The loss, with a gap where a step was skipped, and on an axis of its own the learning rate.
@@ -1131,7 +1136,7 @@ def model_card(
 ) -> str:
     """The README.md of a trained model's folder, in the hub's format.
 
-    What made it, and what came of it; of a folder of this machine no more than the name. earlier:
+    What made it, and what came of it; of a local folder nothing but its name is told. earlier:
     passes that the model had before this one. found: how the mixture was found.
     """
     # A model of the hub is named with its commit, and linked to.
@@ -1196,7 +1201,7 @@ def add_options(parser: prepare.ArgumentParser, out: str) -> None:
 
     add = parser.add_argument_group("how").add_argument
     add("--batch-size", type=int, metavar="B", help="sequences a step; default: the model's")
-    add("--micro-batch-size", type=int, metavar="M", help="of these, at a time; default: what fits")
+    add("--micro-batch-size", type=int, metavar="M", help="sequences at a time; default: what fits")
     add("--lr", type=float, help="peak learning rate; default: the model's")
     add("--warmup", type=float, default=0.2, help="share of the steps")
     add("--seed", type=int, default=0, help="of the order of the pass")
@@ -1211,19 +1216,20 @@ def add_options(parser: prepare.ArgumentParser, out: str) -> None:
     add("--save-dtype", choices=dtypes, default="float32", help="of the weights that come out")
 
     add = parser.add_argument_group("evaluation").add_argument
-    most = "of a domain's validation split, at most"
+    most = "at most this many from each domain's validation split"
     add("--eval-sequences", type=int, metavar="N", default=512, help=most)
     add("--check-data", action="store_true", help="compare the data with its hashes first")
 
     add = parser.add_argument_group("hardware").add_argument
     add("--device", help="default: cuda where there is one, else cpu")
-    add("--dtype", choices=dtypes[::2], help="of autocast; default: bfloat16 where it is fast")
+    of_autocast = ("float32", "bfloat16")
+    add("--dtype", choices=of_autocast, help="of autocast; default: bfloat16 where it is fast")
     add("--no-compile", action="store_true", help="do without torch.compile")
     back = {"dest": "no_compile", "action": "store_false", "default": False}
-    add("--compile", **back, help="take --no-compile back, with --resume")
+    add("--compile", **back, help="with --resume: undo an earlier --no-compile")
     either = {"action": argparse.BooleanOptionalAction, "default": False}
-    add("--activation-checkpointing", **either, help="keep less, compute more")
-    add("--fsdp", **either, help="spread the model over the ranks: it fits no GPU")
+    add("--activation-checkpointing", **either, help="less memory, more computation")
+    add("--fsdp", **either, help="spread a model that fits no GPU over the ranks")
 
 
 def set_up(args) -> tuple[Data, Hyperparameters]:
@@ -1343,7 +1349,7 @@ def show_result(args) -> None:
     say(f"model, log and train.png in {out}")
     words = [args.model, args.out, "--data", args.data]
     words += words_of({name: vars(args)[name] for name in ("seq_len", "device", "dtype")})
-    # Of another seed, eval.py would draw other random weights.
+    # eval.py has no --seed: it would draw other random weights.
     if args.model.startswith("scratch:") and args.seed:
         del words[0]
     say(f"next    python {prepare.beside('eval.py')} {shlex.join(words)}")
@@ -1404,7 +1410,7 @@ def main():
                 prepare.write_json(out / "result.json", result)
                 write_card(out, args.model, earlier, data, counts, hyper, result)
         keep(model, data, out, getattr(torch, args.save_dtype))
-    # Of a run that was finished before, too.
+    # Also if the run was finished before.
     if rank() == 0:
         show_result(args)
     finish()

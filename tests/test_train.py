@@ -365,12 +365,13 @@ def name_where(folder: Path, edited: str, edits: dict[str, str]) -> str:
         ("eval.py", "if not finite.all()", "if not finite.any()", False),  # evaluate calls it
         ("train.py", "(hashes, seen)", "(seen, hashes)", False),
         ("model.py", "how many to add", "how many", True),
+        ("eval.py", "at most this many sequences of each domain", "the most of a domain", True),
         ("train.py", "folder of the run", "where to", True),
         ("train.py", "# ---- train ----", "# ---- the loop ----", True),
         ("model.py", "F.gelu(self", "F.gelu(  # exact\n            self", True),
     ],
 )
-def test_code_names_a_run_but_its_comments_and_its_layout_do_not(tmp_path, name, old, new, same):
+def test_code_names_a_run_but_what_explains_it_does_not(tmp_path, name, old, new, same):
     assert (name_where(tmp_path, name, {old: new}) == name_of({})) is same
 
 
