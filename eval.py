@@ -125,8 +125,8 @@ def evaluate(
     """Mean loss of every sequence of every domain's split: {domain: (n,) float64}, nats per token.
 
     limit: at most this many sequences of each domain, evenly spaced. after_batch: may raise, to
-    stop here. per_token: the loss of every token instead, (n, T) float32, 4 n T bytes a domain. Under
-    torchrun the ranks share the work and return the same. Touches no random state. Raises
+    stop here. per_token: the loss of every token instead, (n, T) float32, 4 n T bytes a domain.
+    Under torchrun the ranks share the work and return the same. Touches no random state. Raises
     InputError where a split is shorter than one sequence, or a loss is not finite.
     """
     check_fit(model, data, seq_len)

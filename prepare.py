@@ -1544,13 +1544,15 @@ def publish(stage: Path, out: Path, meta: dict, add: bool) -> None:
             os.rename(stage, out)
 
 
-def check_out(out: Path, add: bool) -> None:
-    """Raise InputError, before any work is done, if the data set cannot be written to `out`."""
+def check_out(out: Path, add: bool, domains: Iterable[str]) -> None:
+    """Raise InputError, before any work is done, if these domains cannot be written to `out`."""
     check_place(out)
     if add and not out.exists():
         raise InputError(f"{out} is not there to add to; without --add it is made")
     if add:
-        Data(out).check_tokenizer()  # the new domains use it, too
+        data = Data(out)
+        data.check_tokenizer()  # the new domains use it, too
+        check_new(domains, data)
         return
     if (out / "meta.json").is_file():
         raise InputError(f"{out} exists; choose another --out, or --add domains to it")
@@ -1594,11 +1596,10 @@ def prepare(
     command line's. The folder appears whole, at the end, or not at all.
     """
     out = Path(out).resolve()
-    check_out(out, add)
+    check_out(out, add, filter(None, sources or ()))
     fractions = fractions_of(out, add, val_fraction, test_fraction, is_sample=not sources)
     if add:
         tokenizer = str(out)
-        check_new(filter(None, sources), Data(out))
     sample = []
     overlap = {}
     if not sources:
@@ -1621,8 +1622,7 @@ def prepare(
         full = set()
         encoding = encode_all(in_batches(items(full)), keys, workers, path)
         placed = place(encoding, fractions, by_record=domain_key is not None)
-        # `closing` ends the workers before their files are removed. Only the sample needs a
-        # notice: sources have the bar of `read`.
+        # `closing` ends the workers before their files go. Sources have the bar of `read` instead.
         with contextlib.closing(encoding), notice("tokenizing the sample", shown=bool(sample)):
             files, left_out = write_bins(stage, placed, limit_tokens, max_bad, full)
         check_splits(stage, files, left_out, sources, min_documents)
