@@ -539,7 +539,7 @@ class Runs:
     def shares(self, counts: dict[str, int]) -> np.ndarray:
         return np.array([counts.get(d, 0) for d in self.train_on]) / sum(counts.values())
 
-    def run(self, counts: dict[str, int], **changes) -> Run:
+    def run_of(self, counts: dict[str, int], **changes) -> Run:
         """The run on a mixture, whether it took place or not. changes: of hyperparameters."""
         hyper = replace(self.hyper, **changes)
         settings = {
@@ -553,7 +553,7 @@ class Runs:
 
     def train(self, counts: dict[str, int], title: str = "train") -> None:
         """Make the model the base trained on the mixture, and keep it."""
-        run = self.run(counts)
+        run = self.run_of(counts)
         train_once(self.model, self.base, self.data, run, self.save_every, title)
         keep_run(self.model, self.data, run)
         self.tokens["trained"] += sum(counts.values()) * self.hyper.seq_len
@@ -619,18 +619,18 @@ class Runs:
 
     def measure(self, counts: dict[str, int], title: str = "run", keep: bool = False) -> np.ndarray:
         """The mixture's losses (D,). title: of its bar. keep: keep its weights in any case."""
-        losses = self.losses_of(self.run(counts), self.eval_sequences, title, keep=keep)
+        losses = self.losses_of(self.run_of(counts), self.eval_sequences, title, keep=keep)
         means = domain_means(losses)
         self.lowest = min(self.lowest, self.score(means))
         return means
 
     def token_losses(self, counts: dict[str, int], limit: int, title: str, **changes) -> Losses:
         """The mixture's loss of every token. changes: of hyperparameters."""
-        return self.losses_of(self.run(counts, **changes), limit, title, per_token=True)
+        return self.losses_of(self.run_of(counts, **changes), limit, title, per_token=True)
 
     def keep_only(self, *mixtures: dict[str, int]) -> None:
         """Remove the weights and checkpoints of all other mixtures; their losses stay."""
-        kept = [self.run(counts).folder for counts in mixtures]
+        kept = [self.run_of(counts).folder for counts in mixtures]
         if rank() == 0:
             for pattern in ("*/model.safetensors", "*/checkpoint-*"):
                 for path in self.folder.glob(pattern):

@@ -869,8 +869,10 @@ def source_files(source: str) -> list[Path | HubFile]:
         raise InputError(f"{source}: {kind} is not read; make it .jsonl, .txt or .parquet")
     kinds = Counter()
     if path.is_dir():
-        unread = {file for file in path.rglob("*") if file.is_file()} - set(files)
-        kinds.update(file.suffix or "no ending" for file in sorted(unread))
+        read_once = {os.path.realpath(file) for file in files}
+        there_are = [file for file in sorted(path.rglob("*")) if file.is_file()]
+        unread = [file for file in there_are if os.path.realpath(file) not in read_once]
+        kinds.update(file.suffix or "no ending" for file in unread)
     counts = first_of([f"{n:,} {kind}" for kind, n in kinds.most_common()])
     if kinds and not files:
         there = (

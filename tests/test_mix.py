@@ -565,7 +565,7 @@ DAMAGED = {
 
 def test_whatever_bit_is_flipped_in_kept_losses_they_are_the_same_or_none(runs):
     runs.measure(ONE)
-    path = runs.run(ONE).folder / "sequences-5.npz"
+    path = runs.run_of(ONE).folder / "sequences-5.npz"
     whole = path.read_bytes()
     losses = runs.kept_losses(path)
     for at in range(len(whole)):
@@ -577,7 +577,7 @@ def test_whatever_bit_is_flipped_in_kept_losses_they_are_the_same_or_none(runs):
 def test_weights_that_were_kept_last_of_all_are_not_trained_again(runs, monkeypatch):
     """Killed before their hash was written, and before the checkpoints had gone."""
     losses = runs.measure(ONE)
-    run = runs.run(ONE)
+    run = runs.run_of(ONE)
     record = (run.folder / "run.json").read_text()
     (run.folder / "run.json").unlink()
     (run.folder / "sequences-5.npz").unlink()
@@ -591,7 +591,7 @@ def test_weights_that_were_kept_last_of_all_are_not_trained_again(runs, monkeypa
 @pytest.mark.parametrize("damage", DAMAGED)
 @pytest.mark.parametrize("per_token", [False, True])
 def test_losses_that_are_not_this_runs_are_measured_anew(damage, per_token, runs):
-    first, other = (runs.run(counts) for counts in (ONE, TWO))
+    first, other = (runs.run_of(counts) for counts in (ONE, TWO))
     losses, _ = (runs.losses_of(run, 5, "run", per_token=per_token) for run in (first, other))
     kind = "tokens" if per_token else "sequences"
     mine, its = (run.folder / f"{kind}-5.npz" for run in (first, other))
@@ -605,15 +605,15 @@ def test_losses_that_are_not_this_runs_are_measured_anew(damage, per_token, runs
 
 def test_a_folder_of_another_run_is_refused(runs):
     runs.measure(ONE)
-    folder = runs.run(TWO).folder
-    shutil.copytree(runs.run(ONE).folder, folder)
+    folder = runs.run_of(TWO).folder
+    shutil.copytree(runs.run_of(ONE).folder, folder)
     with pytest.raises(InputError, match=f"{folder}: .* of another run; remove the folder"):
         runs.measure(TWO)
 
 
 def weights_of(runs, *mixtures) -> list[bool]:
     """Whether the weights of each are there."""
-    return [(runs.run(counts).folder / "model.safetensors").is_file() for counts in mixtures]
+    return [(runs.run_of(counts).folder / "model.safetensors").is_file() for counts in mixtures]
 
 
 def test_only_the_weights_of_the_best_by_now_are_written(runs, monkeypatch):
@@ -624,9 +624,9 @@ def test_only_the_weights_of_the_best_by_now_are_written(runs, monkeypatch):
         runs.measure(counts, keep=name == "asked for")
     assert weights_of(runs, *mixtures) == [True, False, True, True]
     # One that is measured already may be trained now, for the comparison.
-    (runs.run(mixtures[1]).folder / "checkpoint-00000001").mkdir()
+    (runs.run_of(mixtures[1]).folder / "checkpoint-00000001").mkdir()
     runs.measure(mixtures[1])
-    assert (runs.run(mixtures[1]).folder / "checkpoint-00000001").exists()
+    assert (runs.run_of(mixtures[1]).folder / "checkpoint-00000001").exists()
     runs.token_losses({"code": 8}, 5, "expert")
     assert weights_of(runs, {"code": 8}) == [False]
 
@@ -634,7 +634,7 @@ def test_only_the_weights_of_the_best_by_now_are_written(runs, monkeypatch):
 def test_a_run_that_is_stopped_while_it_is_measured_is_not_trained_again(runs, monkeypatch):
     """Nor one whose weights would not have been written."""
     whole = runs.measure(ONE)
-    shutil.rmtree(runs.run(ONE).folder)
+    shutil.rmtree(runs.run_of(ONE).folder)
     runs.lowest = 0.0
 
     def stop():
@@ -653,11 +653,11 @@ def test_only_weights_go_that_nobody_wants(runs, tmp_path):
     own.write_text("the search's own")
     for counts in (ONE, TWO, THREE):
         runs.train(counts)
-        (runs.run(counts).folder / "checkpoint-00000001").mkdir()
+        (runs.run_of(counts).folder / "checkpoint-00000001").mkdir()
     runs.keep_only(ONE | {"prose": 0}, TWO)
     assert weights_of(runs, ONE, TWO, THREE) == [True, True, False]
     left = {path.parent for path in runs.folder.glob("*/checkpoint-*")}
-    assert left == {runs.run(counts).folder for counts in (ONE, TWO)}
+    assert left == {runs.run_of(counts).folder for counts in (ONE, TWO)}
     runs.train(THREE)
     runs.keep_only(THREE)
     assert weights_of(runs, ONE, TWO, THREE) == [False, False, True]
