@@ -792,7 +792,7 @@ class Document(NamedTuple):
 
 class LeftOut(NamedTuple):
     """What goes into no bin. reason: "empty", "duplicate" or, with an error's message, "bad" (a
-    line) or "unreadable" (the rest of a file)."""
+    line) or "unreadable" (the rest of a file, or a text that the tokenizer cannot encode)."""
 
     domain: str | None
     reason: str
@@ -803,7 +803,7 @@ Item = Line | Document | LeftOut  # what a stream of text is made of
 
 
 def check_left_out(item: LeftOut, bad: int, max_bad: int) -> None:
-    """Raise InputError if this is the unreadable rest of a file, or more than max_bad are bad."""
+    """Raise InputError if this one is unreadable, or more than max_bad are bad."""
     if item.reason == "unreadable" or bad > max_bad:
         raise InputError(item.message)
 
@@ -976,14 +976,12 @@ def look_up(record: dict, key: str) -> str:
     return value
 
 
-def document_of(line: Line, keys: Keys) -> Document | LeftOut | None:
-    """The document in a line; None for a blank one."""
+def document_of(line: Line, keys: Keys) -> Document | LeftOut:
+    """The document in a line."""
     record, path, number, domain = line
     is_txt = ending(path).startswith(".txt")
     try:
         if isinstance(record, bytes):
-            if not record.strip() and not is_txt:
-                return None
             if len(record) > LONGEST:
                 raise ValueError(f"longer than {LONGEST:,} bytes")
             text = record.decode()
@@ -1012,8 +1010,8 @@ def document_of(line: Line, keys: Keys) -> Document | LeftOut | None:
         return LeftOut(domain, "bad", message)
 
 
-def read(sources: Sources, keys: Keys, full: set[str] = frozenset()) -> Iterator[Line | LeftOut]:
-    """Every line of the sources, while a bar counts bytes.
+def read(sources: Sources, keys: Keys, full: set[str] = frozenset()) -> Iterator[Item]:
+    """Every line of the sources that is not blank, while a bar counts bytes.
 
     full: domains to read no further; the caller adds to it while this reads.
     """
@@ -1029,25 +1027,29 @@ def read(sources: Sources, keys: Keys, full: set[str] = frozenset()) -> Iterator
             path = source
             if isinstance(source, HubFile):
                 path = source.fetch()
+            is_txt = ending(path).startswith(".txt")
             with open(path, "rb") as file:
                 try:
                     for number, record in enumerate(records(path, file, keys), 1):
                         if domain in full:
                             break
                         bar.to(start + file.tell(), domain or path.name)
-                        yield Line(record, path, number, domain)
+                        line = Line(record, path, number, domain)
+                        if isinstance(record, dict):  # parsed already, with more than is needed
+                            yield document_of(line, keys)
+                        elif is_txt or not record.isspace():
+                            yield line
                 # If the domain is full by then, the fault does not matter.
                 except InputError as e:
                     yield LeftOut(domain, "unreadable", str(e))
 
 
 def documents_in(items: Iterable[Item], keys: Keys) -> Iterator[Document | LeftOut]:
-    """The items, with each Line replaced by what is in it; a blank one is left out."""
+    """The items, with each Line replaced by what is in it."""
     for item in items:
         if isinstance(item, Line):
             item = document_of(item, keys)
-        if item:
-            yield item
+        yield item
 
 
 # ---- splits ----
@@ -1209,7 +1211,7 @@ class Encoded(NamedTuple):
 
     domain: str  # as the record spells it, until `place` names it
     key: int  # hash_of the text
-    tokens: bytes  # uint16; empty if the text is blank
+    tokens: bytes  # uint16; empty if the text is blank, or a duplicate
     size: int  # of the text, in UTF-8 bytes
     split: str = ""  # set by `place`
 
@@ -1220,11 +1222,11 @@ def in_batches(items: Iterable[Item]) -> Iterator[list[Item]]:
     size = 0
     for item in items:
         batch.append(item)
-        size += 100  # what holds no text takes memory too
-        if isinstance(item, Line) and isinstance(item.record, bytes):
+        size += 500  # what holds little text takes memory, too
+        if isinstance(item, Line):
             size += len(item.record)
-        else:
-            size += len(str(item))
+        elif isinstance(item, Document):
+            size += len(item.text)
         if size >= BLOCK:
             yield batch
             batch = []
@@ -1232,29 +1234,45 @@ def in_batches(items: Iterable[Item]) -> Iterator[list[Item]]:
     yield batch
 
 
-def encode(batch: list[Item], keys: Keys, tokenizer: Tokenizer) -> list[Encoded | LeftOut]:
-    """The documents in a batch, as they stand in bins."""
-    encoded = []
-    end = np.array(tokenizer.end_of_text, "<u2").tobytes()
-    for item in documents_in(batch, keys):
-        if isinstance(item, Document):
-            domain, text = item
-            tokens = b""
-            if text.strip():
-                tokens = tokenizer.encode(text).astype("<u2", copy=False).tobytes() + end
-            item = Encoded(domain, hash_of(text), tokens, len(text.encode()))
-        encoded.append(item)
-    return encoded
+class Encoder:
+    """Makes of texts what stands in bins; there is one in every process that does."""
+
+    def __init__(self, keys: Keys, tokenizer: Path):
+        self.keys = keys
+        self.tokenizer = Tokenizer(tokenizer)
+        self.end = np.array(self.tokenizer.end_of_text, "<u2").tobytes()
+        self.known: dict[str, set[int]] = defaultdict(set)  # hashes, by the record's domain
+
+    def encode(self, batch: list[Item]) -> list[Encoded | LeftOut]:
+        encoded = []
+        for item in documents_in(batch, self.keys):
+            if isinstance(item, Document):
+                item = self.encoded(item)
+            encoded.append(item)
+        return encoded
+
+    def encoded(self, document: Document) -> Encoded | LeftOut:
+        domain, text = document
+        key = hash_of(text)
+        tokens = b""
+        # What came by here before is a duplicate, as `place` will see: nobody needs its tokens.
+        if text.strip() and key not in self.known[domain]:
+            self.known[domain].add(key)
+            try:
+                tokens = self.tokenizer.encode(text).astype("<u2", copy=False).tobytes() + self.end
+            except InputError as e:  # beyond a domain's limit it does not matter
+                return LeftOut(domain, "unreadable", str(e))
+        return Encoded(domain, key, tokens, len(text.encode()))
 
 
-_encode = None  # in a worker process: `encode` with all arguments but the batch
+_encoder: Encoder | None = None  # of a worker process
 
 
 def start_worker(keys: Keys, tokenizer: Path) -> None:
-    global _encode
+    global _encoder
     # Ctrl-C is for the parent process. When that ends, however it does, this one ends, too.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _encode = functools.partial(encode, keys=keys, tokenizer=Tokenizer(tokenizer))
+    _encoder = Encoder(keys, tokenizer)
 
     def end_with_parent():
         multiprocessing.parent_process().join()
@@ -1264,17 +1282,17 @@ def start_worker(keys: Keys, tokenizer: Path) -> None:
 
 
 def encode_in_worker(batch: list[Item]) -> list[Encoded | LeftOut]:
-    return _encode(batch)
+    return _encoder.encode(batch)
 
 
 def encode_all(
     batches: Iterable[list[Item]], keys: Keys, workers: int, tokenizer: Path
 ) -> Iterator[Encoded | LeftOut]:
-    """What `encode` makes of all batches, in order, by several processes."""
+    """All batches, encoded by several processes, in order."""
     if workers <= 1:
-        own = Tokenizer(tokenizer)
+        own = Encoder(keys, tokenizer)
         for batch in batches:
-            yield from encode(batch, keys, own)
+            yield from own.encode(batch)
         return
     # Not by fork: threads that libraries have started would be missing in the workers.
     context = multiprocessing.get_context("spawn")
@@ -1293,7 +1311,9 @@ def encode_all(
         while waiting:
             yield from waiting.popleft().result()
     finally:
-        pool.shutdown(cancel_futures=True)
+        # A second Ctrl-C would break off here, and Python then wait for its workers for ever.
+        with on_interrupt(signal.SIG_IGN):
+            pool.shutdown(cancel_futures=True)
 
 
 def place(
@@ -1317,10 +1337,10 @@ def place(
         if known != label:
             both = f"{known!r} and {label!r} would both be called {domain.lower()}"
             raise InputError(f"{both}; rename one of them, or give their records one spelling")
-        if not tokens:
-            yield LeftOut(domain, "empty")
-        elif key in seen[domain]:
+        if key in seen[domain]:
             yield LeftOut(domain, "duplicate")
+        elif not tokens:
+            yield LeftOut(domain, "empty")
         else:
             seen[domain].add(key)
             yield Encoded(domain, key, tokens, size, split_of(key, fractions))

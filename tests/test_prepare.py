@@ -144,13 +144,13 @@ def test_empty_documents_and_duplicates_are_left_out_of_each_domain(tmp_path):
     assert all_texts(made, "a") == all_texts(made, "b") == sorted(texts)
 
 
-def placed(documents: list[Document], by_record: bool, tokenizer: Tokenizer) -> list:
-    encoded = prepare.encode(documents, Keys(), tokenizer)
+def placed(documents: list[Document], by_record: bool, data: Data) -> list:
+    encoded = prepare.Encoder(Keys(), data.folder / "tokenizer.json").encode(documents)
     return list(prepare.place(encoded, {"val": 0.1, "test": 0.1}, by_record))
 
 
 def test_duplicates_of_a_domain_that_records_name_are_left_out(data):
-    first, again = placed([Document("Free Text", "a")] * 2, True, Tokenizer(data.folder))
+    first, again = placed([Document("Free Text", "a")] * 2, True, data)
     assert first.domain == "free_text"
     assert again == LeftOut("free_text", "duplicate")
 
@@ -188,6 +188,26 @@ def test_a_limit_hides_what_comes_after_it_whatever_the_number_of_workers(tmp_pa
         prepared(tmp_path / "all", sources, workers=2)
 
 
+def test_a_limit_hides_a_text_that_the_tokenizer_does_not_know(tmp_path, monkeypatch):
+    monkeypatch.setattr("prepare.BLOCK", 4096)
+    spec = {"version": "1.0", "pre_tokenizer": {"type": "Whitespace"}}
+    words = ["<|endoftext|>", "<|", "|>", "a", "b", "endoftext", *map(str, range(200))]
+    not_so = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    spec["added_tokens"] = [{"id": 0, "content": words[0], "special": True, **not_so}]
+    vocab = {word: i for i, word in enumerate(words)}
+    spec["model"] = {"type": "WordLevel", "vocab": vocab, "unk_token": "none"}
+    (tmp_path / "t.json").write_text(json.dumps(spec))
+    texts = [f"a b {i}" for i in range(200)]
+    source = write_jsonl(tmp_path / "a.jsonl", [*texts, "unknown"])
+    how = {"tokenizer": str(tmp_path / "t.json"), "val_fraction": 0.3, "test_fraction": 0.3}
+    for workers in (1, 2):
+        out = tmp_path / str(workers)
+        prepare.prepare(out, {"a": [source]}, limit_tokens=100, workers=workers, **how)
+        assert Data(out).domains == ["a"]
+        with pytest.raises(InputError, match="WordLevel error.*; take a tokenizer that knows any"):
+            prepare.prepare(tmp_path / "all", {"a": [source]}, workers=workers, **how)
+
+
 def test_workers_keep_the_order_and_few_batches_wait_for_them(data):
     texts = [[f"{i} {j}" for j in range(3)] for i in range(20)]
     batches = [[Document("a", text) for text in batch] for batch in texts]
@@ -209,14 +229,28 @@ def test_workers_keep_the_order_and_few_batches_wait_for_them(data):
     assert [item.key for item in found] == [hash_of(text) for batch in texts for text in batch]
 
 
-def test_batches_are_bounded_where_lines_hold_little(tmp_path):
-    """A small file may have millions of blank lines, or rows."""
-    lines = [prepare.Line(record, tmp_path / "a", 1, "a") for record in (b"\n", {"text": ""})]
-    for line in lines:
-        sizes = [len(batch) for batch in prepare.in_batches([line] * 30_000)]
-        assert sum(sizes) == 30_000 and max(sizes) < 12_000
-    long = prepare.Line({"body": {"text": "x" * 2**20}}, tmp_path / "a.parquet", 1, "a")
-    assert [len(batch) for batch in prepare.in_batches([long] * 3)] == [1, 1, 1, 0]
+def test_batches_are_bounded_where_documents_hold_nothing(tmp_path):
+    """A small file may have millions of them."""
+    for item in (prepare.Line(b"{}", tmp_path, 1, "a"), Document("a", ""), LeftOut("a", "bad")):
+        sizes = [len(batch) for batch in prepare.in_batches([item] * 30_000)]
+        assert sum(sizes) == 30_000 and max(sizes) < 3000
+
+
+def test_duplicates_are_not_tokenized(data, monkeypatch):
+    tokenized = []
+    encode = Tokenizer.encode
+    monkeypatch.setattr(
+        Tokenizer, "encode", lambda own, text: tokenized.append(text) or encode(own, text)
+    )
+    texts = ["one", "two", "one", " ", "two", " "]
+    found = placed([Document(domain, text) for text in texts for domain in "ab"], False, data)
+    assert tokenized == ["one", "one", "two", "two"]
+    assert [item.reason for item in found if isinstance(item, LeftOut)] == [
+        *["duplicate"] * 2,
+        *["empty"] * 2,
+        *["duplicate"] * 2,
+        *["empty"] * 2,
+    ]
 
 
 # ---- sources ----
@@ -482,7 +516,7 @@ def test_what_cannot_be_the_name_of_a_domain(label):
 def test_two_domains_whose_files_some_disks_would_take_for_one_are_an_error(data, both, by_record):
     documents = [Document(label, "text") for label in both]
     with pytest.raises(InputError, match=f"'{both[0]}' and '{both[1]}'"):
-        placed(documents, by_record, Tokenizer(data.folder))
+        placed(documents, by_record, data)
 
 
 @pytest.mark.parametrize(
@@ -707,17 +741,36 @@ def test_ctrl_c_ends_the_training_of_a_tokenizer_at_once(tmp_path):
     assert not (tmp_path / "d").exists()
 
 
-def test_killed_half_way_it_leaves_no_data_and_no_process(tmp_path, data, script):
-    """And a second run succeeds."""
+def half_way(tmp_path, data) -> tuple[subprocess.Popen, list[str]]:
+    """A process with two workers that has begun to write tmp_path/t/d; and its arguments."""
     texts = [f"{i} {text * 9}" for i in range(50) for text in made_documents("code", 100, i)]
     source = write_jsonl(tmp_path / "a.jsonl", texts)
-    out = tmp_path / "t" / "d"
-    argv = arguments(out, f"a={source}", tokenizer=data.folder, workers=2)
+    argv = arguments(tmp_path / "t" / "d", f"a={source}", tokenizer=data.folder, workers=2)
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     process = subprocess.Popen([sys.executable, prepare.__file__, *argv], **pipe)
     while not any(path.stat().st_size for path in tmp_path.glob("t/.*/a.train.bin")):
         assert process.poll() is None
         time.sleep(0.01)
+    return process, argv
+
+
+def test_two_ctrl_c_end_it_as_one_does(tmp_path, data):
+    process, _ = half_way(tmp_path, data)
+    try:
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.05)
+        said, _ = process.communicate(timeout=20)
+        assert process.returncode == 130 and b"nothing of it is kept" in said
+        assert not list((tmp_path / "t").iterdir())
+    finally:
+        process.kill()
+
+
+def test_killed_half_way_it_leaves_no_data_and_no_process(tmp_path, data, script):
+    """And a second run succeeds."""
+    process, argv = half_way(tmp_path, data)
+    out = tmp_path / "t" / "d"
     process.kill()
     process.communicate(timeout=20)  # workers have the pipe, too: it is read to its end with theirs
     with pytest.raises(InputError, match="not a data set"):
