@@ -354,6 +354,12 @@ def test_one_source_becomes_many_domains_by_a_key(tmp_path, run):
     assert {path.parent for path in tmp_path.rglob("*.bin")} == {out}
 
 
+def test_of_a_row_only_the_text_goes_to_another_process(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(parquet(TEXTS, "body"))
+    items = list(read({"a": [tmp_path / "a.parquet"]}, Keys("body")))
+    assert items == [Document("a", text) for text in TEXTS]
+
+
 def test_a_parquet_becomes_many_domains_by_a_key(tmp_path):
     rows = [{"text": f"{d} {i}", "meta": {"set": d}} for d in ("a", "b") for i in range(80)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "all.parquet")
