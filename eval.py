@@ -183,7 +183,7 @@ def check_losses(values: np.ndarray, where: str) -> None:
 
 
 def domain_means(losses: Losses) -> np.ndarray:
-    """(K,), in the order of the domains."""
+    """(D,), in the order of the domains."""
     return np.array([values.mean() for values in losses.values()])
 
 
@@ -217,7 +217,7 @@ def interval(means: np.ndarray) -> list[float]:
 def resampled_changes(
     baseline: Losses, other: Losses, data: Data, split: str, seq_len: int
 ) -> np.ndarray:
-    """Mean changes of losses, other - baseline, over resampled documents: (K, resamples).
+    """Mean changes of losses, other - baseline, over resampled documents: (D, resamples).
 
     Domains are resampled independently, and the documents drawn are the same for any two models.
     """
@@ -237,10 +237,10 @@ class Objective:
     change of any domain's loss from the untouched model's."""
 
     name: str
-    weights: np.ndarray | None  # (K,), of sum 1
+    weights: np.ndarray | None  # (D,), of sum 1
 
     def of(self, changes: np.ndarray) -> np.ndarray:
-        """The objective (…) of changes (K, …) in the losses from the untouched model's."""
+        """The objective (…) of changes (D, …) in the losses from the untouched model's."""
         if self.weights is None:
             return changes.max(0)
         return np.tensordot(self.weights, changes, 1)

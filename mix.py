@@ -146,18 +146,18 @@ class Law:
 
     def accounts(self, w: np.ndarray) -> np.ndarray:
         """The share of each domain's tokens that each expert accounts for: (D, K)."""
-        # A domain whose loss really moves `scale` times as far as predicted counts as much more.
         rows = []
         for odds in self.odds:
             mixed = w.astype(np.float32) @ odds
             rows.append(w * (odds @ (1 / mixed)) / len(mixed))
+        # A domain whose loss really moves `scale` times as far as predicted counts `scale` times.
         return self.scale[:, None] * np.array(rows)
 
 
 def capped(w: np.ndarray, high: np.ndarray) -> np.ndarray:
     """Weights of sum 1, none above `high`, otherwise in the proportions of w.
 
-    If `high` adds up to 1 or less there is no choice: they are in its proportions.
+    If `high` adds up to 1 or less they are in its proportions instead, and may be above it.
     """
     if high.sum() <= 1:
         return (high + 1e-9) / (high + 1e-9).sum()
@@ -262,9 +262,9 @@ def experts(runs: "Runs", history: "History", start: dict[str, int], args) -> di
 def losses_of_experts(
     runs: "Runs", start: dict[str, int], sequences: int | None = None
 ) -> list[Losses]:
-    """Train an expert for each domain on `sequences`; returns each one's loss of every token.
+    """Train an expert for each domain; returns each one's loss of every token.
 
-    sequences: None: the experts share one pass.
+    sequences: of each expert's pass; None: the experts share one pass.
     """
     u = runs.shares(start)
     sequences = sequences or max(1, runs.sequences // len(u))
@@ -356,8 +356,8 @@ class Proxy:
 def doremi(runs: "Runs", history: "History", start: dict[str, int], args) -> dict[str, int]:
     """DoReMi (2305.10429): the mean of the weights that a proxy's loss takes on.
 
-    The reference is the base tuned on uniform; the proxy is the base tuned on other windows, also
-    uniform, as far as a domain has them.
+    The reference is the base tuned on uniform. The proxy is the base tuned on uniform, too, but on
+    other windows, where a domain has as many.
     """
     uniform = runs.counts(np.ones(len(runs.train_on)))
     passes = [*runs.passes, train.this_pass(runs.data, runs.hyper, uniform)]
@@ -406,7 +406,11 @@ REWEIGHT_OPTIONS = {
 
 EXPERTS_OPTIONS = {
     "--expert-sequences": {"type": int, "metavar": "N", "help": "each; default: they share a pass"},
-    "--spare": {"type": float, "metavar": "X", "help": "most nats that a domain's loss may rise"},
+    "--spare": {
+        "type": float,
+        "metavar": "X",
+        "help": "nats that no domain's loss may rise by, over the untouched model's",
+    },
 }
 
 METHODS = {
@@ -518,7 +522,7 @@ class Runs:
     eval_sequences: int  # of a domain, at most
     save_every: int = 0
     train_on: list[str] | None = None  # domains that may have a share; None: all
-    score: Callable[[np.ndarray], float] = np.mean  # of losses (D,); the best one's weights stay
+    score: Callable[[np.ndarray], float] = np.mean  # of losses (D,); the lowest one's weights stay
 
     def __post_init__(self):
         T = self.hyper.seq_len
@@ -532,7 +536,7 @@ class Runs:
         self.cap = 4 * self.windows / self.sequences  # shares (K,) of 4 repeats (2305.16264)
 
     def counts(self, shares: np.ndarray, sequences: int | None = None) -> dict[str, int]:
-        """Shares (K,) of train_on, in any unit, as a mixture: counts (by default a pass)."""
+        """Shares (K,) of train_on, in any unit, as a mixture of `sequences`; None: of a pass."""
         weights = dict(zip(self.train_on, np.asarray(shares).tolist(), strict=True))
         return rescale(weights, sequences or self.sequences)
 
@@ -770,7 +774,7 @@ class History:
     def best(self, bound: float = np.inf) -> dict:
         """The line with the lowest objective; the earlier one of equals.
 
-        bound: only lines by which no domain's loss rises by more.
+        bound: only lines in which no domain's loss rises by more.
         """
         lines = [line for line in self.measured() if line["worst"] <= bound]
         return min(lines, key=lambda line: line["objective"])
@@ -1062,7 +1066,7 @@ def parse_train_on(text: str | None, data: Data) -> list[str]:
 
 
 def parse_start(args, data: Data, seq_len: int, train_on: list[str]) -> dict[str, int]:
-    """--start as counts of these domains; args.start, if a file, becomes them. Or InputError."""
+    """--start as counts of these domains; a file in args.start becomes them. Raises InputError."""
     how = (args.sequences, seq_len, train_on, "--start")
     first = train.parse_mixture(args.start, data, *how)
     if not any(first.get(d) for d in train_on) or any(first[d] for d in first.keys() - train_on):

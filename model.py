@@ -290,8 +290,8 @@ class GPTNeoX(nn.Module):
         # Else dynamo cuts graphs so that DDP can overlap them; here a layer is a graph anyway.
         torch._dynamo.config.optimize_ddp = False
         # Otherwise inductor first compiles torch's headers once for each of the CPU's vector
-        # instruction sets, to see whether the compiler can: 10 seconds. One that knows the C++20 of
-        # these headers knows AVX-512; if it does not, everything runs eagerly. AMX and VNNI are
+        # instruction sets, to see whether the compiler can: 10 seconds. A compiler that knows the
+        # C++20 of these headers knows AVX-512; if not, everything runs eagerly. AMX and VNNI are
         # tested all the same.
         torch._inductor.config.cpp.vec_isa_ok = True
         # Tell inductor, too, what `start` told torch.
@@ -318,9 +318,9 @@ class GPTNeoX(nn.Module):
         end: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[int]:
-        """The ids that follow tokens (1, T) int64, one by one: at most new_tokens, up to any `end`.
+        """The ids that follow tokens (1, T) int64, one by one: at most new_tokens.
 
-        Each is the likeliest or, if temperature > 0, drawn at random.
+        It stops before `end`. Each is the likeliest or, if temperature > 0, drawn at random.
         """
         c = self.config
         limit = c.max_position_embeddings
@@ -511,7 +511,7 @@ def read_tensors(path: Path, shapes: dict[str, list[int]], device, dtype) -> dic
 
 
 def read_weights(files: list[Path], model: GPTNeoX, device, dtype: torch.dtype) -> None:
-    """Replace a model's parameters by the tensors in these files, neither more nor fewer."""
+    """Replace a model's parameters by the tensors in these files, which must be just its own."""
     shapes = {name: list(p.shape) for name, p in model.state_dict().items()}
     weights = {}
     for path in files:
@@ -820,7 +820,7 @@ def compile_for(
     device = model.device
     tokens = torch.zeros(rows, seq_len, dtype=torch.int64, device=device)
     removed = set()
-    # Where CUDA's toolkit is installed and there is no GPU, it would warn of that.
+    # Where CUDA's toolkit is installed and there is no GPU, torch would warn of that.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     with prepare.notice("compiling (once)"):
         if not model.compiled:
@@ -876,8 +876,8 @@ def sequences_at_once(
 ) -> int:
     """How many sequences to take at a time, the same on all ranks.
 
-    On a GPU as many as fit its memory by arithmetic, but with at most 4 GB, or a tenth of the
-    memory, of logits in fp32; elsewhere what takes 300 MB, which is 32 sequences of tiny.
+    On a GPU as many as fit its memory by arithmetic, but with no more than 4 GB, and no more than a
+    tenth of the memory, of logits in fp32; elsewhere what takes 300 MB: 32 sequences of tiny.
     """
     if device.type != "cuda":
         bytes_each = seq_len * model.bytes_per_token(False, dtype)

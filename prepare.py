@@ -137,7 +137,7 @@ def tell(*lines: str, end: str = "\n") -> None:
 
 
 def beside(script: str) -> str:
-    """The path of another script, in the form this one was called by, for a command to paste."""
+    """The path of another script, beside this one as it was called, for a command to paste."""
     return shlex.quote(str(Path(sys.argv[0]).with_name(script)))
 
 
@@ -592,8 +592,8 @@ def fastokens_encoding(spec: dict, tiktoken_encoding):
 
 def hard_text() -> str:
     """What tokenizers differ in: characters of every kind, runs of spaces, contractions, digits."""
-    # A letter joins the a before it, a digit the 1 after it, white space the space between. Every
-    # third code point is enough: a new version of Unicode adds many characters in a row.
+    # A letter joins the a before it, a digit the 1 after it, white space the space between. Not
+    # every code point is needed: a new version of Unicode adds many characters in a row.
     code_points = [*range(0, 0xD800, 3), *range(0xE000, 0x20000, 3), *range(0x20000, 0x33480, 97)]
     text = "".join(f"a{chr(i)} {chr(i)}1" for i in code_points)
     text += "".join(" " * n + end for n in range(60) for end in ("x", ".", "\n", "\t ", "\u3000"))
@@ -608,7 +608,7 @@ def fastokens_ids(encoder, text: str) -> np.ndarray:
 
 
 def is_plain_byte_level_bpe(spec: dict, runs: list[str]) -> bool:
-    """Whether vocabulary and merges are all of a tokenizer.json that determines the ids."""
+    """Whether ids depend on nothing but vocabulary, merges, NFC and these runs of spaces."""
     for token in spec["added_tokens"]:
         if token["lstrip"] or token["rstrip"] or token["single_word"]:
             return False
@@ -750,7 +750,7 @@ def is_meta(meta: dict) -> bool:
 
 
 def fits(value, shape: dict | type) -> bool:
-    """Whether a value from JSON has a type or is an object whose values have these types."""
+    """Whether a value from JSON has this type or, for an object, values of these types."""
     if isinstance(shape, dict):
         return isinstance(value, dict) and all(fits(value.get(k), v) for k, v in shape.items())
     return type(value) is shape
@@ -821,7 +821,7 @@ def size_of(file: Path | HubFile) -> int:
 def files_below(folder: Path) -> list[Path]:
     """The files in a folder and all folders below it, except hidden ones."""
     found = []
-    # Links are followed, but into no folder twice: two that lead to each other never end.
+    # Links are followed, but into no folder twice: two that lead to each other would not end.
     seen = {os.path.realpath(folder)}
     for above, folders, names in os.walk(folder, followlinks=True):
         found += [Path(above, name) for name in names if not name.startswith(".")]
@@ -977,7 +977,7 @@ def look_up(record: dict, key: str) -> str:
 
 
 def document_of(line: Line, keys: Keys) -> Document | LeftOut:
-    """The document in a line."""
+    """The document in a line, or a LeftOut that says why there is none."""
     record, path, number, domain = line
     is_txt = ending(path).startswith(".txt")
     try:
@@ -989,6 +989,8 @@ def document_of(line: Line, keys: Keys) -> Document | LeftOut:
                 text = text.removeprefix("\ufeff")
             if text.startswith(POINTER):
                 raise ValueError(PULL)
+            if text.count("\0") > len(text) / 4:  # of ASCII in UTF-16 half, which is valid UTF-8
+                raise ValueError("full of NULs: no text, or UTF-16 (iconv -f UTF-16LE -t UTF-8)")
             if text.strip() in ("{", "[") and not is_txt:
                 way_out = "a line is an object, as jq -c . or, of a list, jq -c '.[]' writes it"
                 raise ValueError(f"JSON over many lines; {way_out}")
@@ -1013,7 +1015,8 @@ def document_of(line: Line, keys: Keys) -> Document | LeftOut:
 def read(sources: Sources, keys: Keys, full: set[str] = frozenset()) -> Iterator[Item]:
     """Every line of the sources that is not blank, while a bar counts bytes.
 
-    full: domains to read no further; the caller adds to it while this reads.
+    A .txt is a line even if it is blank. Rows of a .parquet come as documents, and what cannot be
+    read of a file as LeftOut. full: domains to read no further; the caller adds to it meanwhile.
     """
     files = [(domain, file) for domain, files in sources.items() for file in files]
     done = 0  # bytes, to the end of this file
@@ -1092,8 +1095,6 @@ SAMPLE_FILES = {
     "python": (["argparse"], "*.py"),
     "stubs": (["numpy", "torch", "matplotlib"], "*.pyi"),
 }
-
-
 SHORTEST = 200  # characters of a text of the sample
 
 
@@ -1114,7 +1115,7 @@ def pieces_of(text: str) -> Iterator[str]:
 def docstrings_of(module: str) -> Iterator[str]:
     """The docstrings of the classes and functions in a module's text, the outermost first.
 
-    Short ones are missing, and some that are not in triple double quotes.
+    Some short ones are missing, and some that are not in triple double quotes.
     """
     # Syntax trees take most of the sample's time: a class or function whose docstrings are all too
     # short for the sample gets none.
@@ -1211,13 +1212,13 @@ class Encoded(NamedTuple):
 
     domain: str  # as the record spells it, until `place` names it
     key: int  # hash_of the text
-    tokens: bytes  # uint16; empty if the text is blank, or a duplicate
+    tokens: bytes  # uint16; empty if the text is blank, or known to the process that encoded it
     size: int  # of the text, in UTF-8 bytes
     split: str = ""  # set by `place`
 
 
 def in_batches(items: Iterable[Item]) -> Iterator[list[Item]]:
-    """The items in lists of some BLOCK of memory."""
+    """The items in lists that take about BLOCK bytes each."""
     batch = []
     size = 0
     for item in items:
@@ -1235,27 +1236,28 @@ def in_batches(items: Iterable[Item]) -> Iterator[list[Item]]:
 
 
 class Encoder:
-    """Makes of texts what stands in bins; there is one in every process that does."""
+    """Turns items into what stands in bins; every process that does this has its own."""
 
     def __init__(self, keys: Keys, tokenizer: Path):
         self.keys = keys
         self.tokenizer = Tokenizer(tokenizer)
         self.end = np.array(self.tokenizer.end_of_text, "<u2").tobytes()
-        self.known: dict[str, set[int]] = defaultdict(set)  # hashes, by the record's domain
+        self.known: dict[str, set[int]] = defaultdict(set)  # hashes of texts, by the record's label
 
     def encode(self, batch: list[Item]) -> list[Encoded | LeftOut]:
         encoded = []
         for item in documents_in(batch, self.keys):
             if isinstance(item, Document):
-                item = self.encoded(item)
+                item = self.encode_document(item)
             encoded.append(item)
         return encoded
 
-    def encoded(self, document: Document) -> Encoded | LeftOut:
+    def encode_document(self, document: Document) -> Encoded | LeftOut:
         domain, text = document
         key = hash_of(text)
         tokens = b""
-        # What came by here before is a duplicate, as `place` will see: nobody needs its tokens.
+        # A process gets its batches in order: what came by here before, `place` has seen before it
+        # sees this, and calls this a duplicate. Nobody needs its tokens.
         if text.strip() and key not in self.known[domain]:
             self.known[domain].add(key)
             try:
@@ -1311,7 +1313,7 @@ def encode_all(
         while waiting:
             yield from waiting.popleft().result()
     finally:
-        # A second Ctrl-C would break off here, and Python then wait for its workers for ever.
+        # A second Ctrl-C would break this off, and Python would then wait for its workers for ever.
         with on_interrupt(signal.SIG_IGN):
             pool.shutdown(cancel_futures=True)
 
@@ -1324,10 +1326,12 @@ def place(
     by_record: whether records name the domains. Raises InputError for names that are unfit.
     """
     labels: dict[str, str] = {}  # by name of the domain in lower case
-    # Only a 64-bit hash of every document stays in memory.
+    # Only a 64-bit hash of every document stays in memory, here and where it was encoded.
     seen: dict[str, set[int]] = defaultdict(set)
     for item in encoded:
         if isinstance(item, LeftOut):
+            if item.domain is not None:
+                item = item._replace(domain=domain_named(item.domain, by_record))
             yield item
             continue
         label, key, tokens, size, _ = item
@@ -1364,14 +1368,14 @@ def write_bins(
     """Write documents to folder/DOMAIN.SPLIT.bin; domains that have limit_tokens go into `full`.
 
     Returns the documents, tokens and bytes of each file, and how many documents were left out, by
-    reason. Raises InputError for more than max_bad bad ones.
+    reason. Raises InputError for more than max_bad bad ones, or an unreadable one.
     """
     files: dict[str, Counter] = {}
     left_out = Counter()
     waiting = defaultdict(bytearray)  # what each file gets next
     size = 0  # of it, in bytes
     for item in documents:
-        # Workers run ahead of the limit: what they read beyond it is not counted, bad or not.
+        # Reading runs ahead of the limit: what was read beyond it is not counted, bad or not.
         if item.domain in full:
             continue
         if isinstance(item, LeftOut):
@@ -1495,7 +1499,7 @@ def make_tokenizer(
                     check_left_out(item, bad, max_bad)
 
         trained = ByteLevelBPETokenizer()
-        # A notice, since the library's own bars would stay when done; and it does not hear Ctrl-C.
+        # A notice, because the library's own bars would stay; SIG_DFL, because it hears no Ctrl-C.
         with on_interrupt(signal.SIG_DFL), notice("training the tokenizer"):
             trained.train_from_iterator(texts(), int(size_asked), 0, False, [END_OF_TEXT])
         if trained.get_vocab_size() < int(size_asked):
@@ -1731,8 +1735,8 @@ def main():
     add("--test-fraction", type=float, help="the same, for the test split")
     add("--limit-tokens", type=int, metavar="N", help="stop a domain after N tokens")
     add("--min-documents", type=int, metavar="N", default=0, help="leave out smaller domains")
-    add("--max-bad", type=int, metavar="N", default=0, help="how many bad lines to skip")
-    add("--workers", type=int, metavar="N", default=cores, help="processes that tokenize")
+    add("--max-bad", type=int, metavar="N", default=0, help="skip up to N bad lines")
+    add("--workers", type=int, metavar="N", default=cores, help="processes that parse and tokenize")
     args = parser.parse_args()
     check_range(args, ("workers",), 1, 10**4)
     check_range(args, ("limit_tokens",), 1, 2**63)

@@ -599,7 +599,7 @@ def shard(model: GPTNeoX, dtype: torch.dtype, device: torch.device) -> None:
 
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     mesh = init_device_mesh(device.type, (world_size(),))
-    # The root frees what it gathered, too: after an evaluation there is no backward pass to.
+    # The root frees what it gathered, too: after an evaluation no backward pass does that.
     for module in (*model.gpt_neox.layers, model):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     model.to_empty(device=device)
@@ -672,7 +672,10 @@ def join_tensors(state, tensors: dict[str, torch.Tensor]):
 
 
 def fill(model: GPTNeoX, name: str | Path, **scratch) -> None:
-    """Copy a saved model's weights into one of its shape, which stays compiled and sharded."""
+    """Copy the weights of `name`, as `load` takes it, into a model of that shape, in place.
+
+    It stays compiled and sharded, if it is.
+    """
     weights = {}
     if reads_state(model):
         weights = load(name, **scratch).state_dict()
@@ -867,7 +870,7 @@ def launcher(options: list[str]) -> list[str]:
 
 @functools.cache  # the code that runs is that which was read first
 def source_digest() -> str:
-    """A hash of the code that determines a run and its losses, but not of what explains it."""
+    """A hash of the code that determines a run and its losses, without comments or docstrings."""
     # All that is defined in this file, in those of this folder that it imports, and so on.
     defined: dict[str, list[ast.stmt]] = defaultdict(list)  # by name
     files = [Path(__file__)]
@@ -894,6 +897,7 @@ def source_digest() -> str:
     digest = hashlib.sha256()
     for name in used:  # it grows in the loop
         for node in defined[name]:
+            # Without docstrings, which only explain.
             for each in ast.walk(node):
                 if isinstance(each, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(each):
                     del each.body[0]

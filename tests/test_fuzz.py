@@ -254,9 +254,15 @@ def test_a_damaged_text_is_itself_or_no_document(d):
         (folder / "a.txt").write_bytes(content)
         [document] = documents_of({"a": [folder / "a.txt"]})
     try:
-        assert document == ("a", content.decode("utf-8-sig"))
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         assert str(e) in document.message
+        return
+    if "\0" in text and document != ("a", text):
+        assert "full of NULs" in document.message
+        assert text.count("\0") * 5 > len(text)
+    else:
+        assert document == ("a", text)
 
 
 GARBAGE = b"no such format"

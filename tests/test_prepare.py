@@ -188,8 +188,7 @@ def test_a_limit_hides_what_comes_after_it_whatever_the_number_of_workers(tmp_pa
         prepared(tmp_path / "all", sources, workers=2)
 
 
-def test_a_limit_hides_a_text_that_the_tokenizer_does_not_know(tmp_path, monkeypatch):
-    monkeypatch.setattr("prepare.BLOCK", 4096)
+def test_a_limit_hides_a_text_that_the_tokenizer_does_not_know(tmp_path):
     spec = {"version": "1.0", "pre_tokenizer": {"type": "Whitespace"}}
     words = ["<|endoftext|>", "<|", "|>", "a", "b", "endoftext", *map(str, range(200))]
     not_so = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
@@ -197,15 +196,28 @@ def test_a_limit_hides_a_text_that_the_tokenizer_does_not_know(tmp_path, monkeyp
     vocab = {word: i for i, word in enumerate(words)}
     spec["model"] = {"type": "WordLevel", "vocab": vocab, "unk_token": "none"}
     (tmp_path / "t.json").write_text(json.dumps(spec))
-    texts = [f"a b {i}" for i in range(200)]
-    source = write_jsonl(tmp_path / "a.jsonl", [*texts, "unknown"])
+    # Of four tokens each, 25 reach the limit; what comes next is in the same batch.
+    texts = [*(f"a b {i}" for i in range(25)), "unknown"]
+    source = tmp_path / "a.jsonl"
+    records = [{"text": text, "set": "Free Text"} for text in texts]
+    source.write_text("".join(json.dumps(record) + "\n" for record in records))
     how = {"tokenizer": str(tmp_path / "t.json"), "val_fraction": 0.3, "test_fraction": 0.3}
-    for workers in (1, 2):
-        out = tmp_path / str(workers)
-        prepare.prepare(out, {"a": [source]}, limit_tokens=100, workers=workers, **how)
-        assert Data(out).domains == ["a"]
-        with pytest.raises(InputError, match="WordLevel error.*; take a tokenizer that knows any"):
-            prepare.prepare(tmp_path / "all", {"a": [source]}, workers=workers, **how)
+    for sources, key in (({"free_text": [source]}, None), ({None: [source]}, "set")):
+        for workers in (1, 2):
+            same = how | {"domain_key": key, "workers": workers}
+            made = prepare.prepare(tmp_path / f"{key}{workers}", sources, limit_tokens=100, **same)
+            assert made.domains == ["free_text"]
+            with pytest.raises(InputError, match="WordLevel error.*; take a tokenizer that knows"):
+                prepare.prepare(tmp_path / "all", sources, **same)
+
+
+def test_duplicates_are_the_same_ones_whatever_the_number_of_workers(tmp_path, monkeypatch):
+    monkeypatch.setattr("prepare.BLOCK", 4096)
+    texts = made_documents("prose", 80)
+    source = write_jsonl(tmp_path / "a.jsonl", [*texts, *texts[::-1], " ", *texts])
+    made = [prepared(tmp_path / str(n), {"a": [source]}, workers=n) for n in (1, 3)]
+    assert made[0].meta == made[1].meta
+    assert made[0].meta["left_out"] == {"duplicate": 160, "empty": 1}
 
 
 def test_workers_keep_the_order_and_few_batches_wait_for_them(data):
@@ -416,7 +428,8 @@ GOOD = b'{"text": "some text"}\n'
         ("a.jsonl", GOOD + b'"a string"', 2, "jq -c '{text: .}'"),
         ("a.jsonl", GOOD + b'{"text": "\\ud800"}', 2, "surrogate"),
         ("a.jsonl", GOOD + b'{"text": "na\xefve"}', 2, "not UTF-8, which iconv"),
-        ("a.jsonl", GOOD + b"\0" * 100, 2, "JSONDecodeError"),
+        ("a.jsonl", GOOD + b"\0" * 100, 2, "full of NULs: no text"),
+        ("a.txt", "naive".encode("utf-16le"), 1, "full of NULs: no text, or UTF-16 (iconv"),
         ("a.jsonl", GOOD + b"\xef\xbb\xbf" + GOOD, 2, "BOM"),
         ("a.jsonl", b"[" * 100_000, 1, "RecursionError"),
         ("a.jsonl", b"9" * 5000, 1, "5000 digits"),

@@ -366,6 +366,7 @@ def name_where(folder: Path, edited: str, edits: dict[str, str]) -> str:
         ("train.py", "(hashes, seen)", "(seen, hashes)", False),
         ("model.py", "how many to add", "how many", True),
         ("eval.py", "at most this many sequences of each domain", "the most of a domain", True),
+        ("train.py", "Nothing here is random or a float.", "", True),
         ("train.py", "folder of the run", "where to", True),
         ("train.py", "# ---- train ----", "# ---- the loop ----", True),
         ("model.py", "F.gelu(self", "F.gelu(  # exact\n            self", True),
