@@ -314,10 +314,13 @@ def judge(
         changes.append(objective.of(domain_means(losses) - domain_means(untouched)))
         found = resampled_changes(untouched, losses, data, split, seq_len)
         resampled.append(objective.of(found))
-    return {
-        "change": float(changes[1] - changes[0]),
-        "interval": interval(resampled[1] - resampled[0]),
-    }
+    change = float(changes[1] - changes[0])
+    low, high = interval(resampled[1] - resampled[0])
+    # Where domains change alike, resampled maxima lie to one side of the one that was found: the
+    # interval is then mirrored at it, too.
+    if objective.weights is None:
+        low, high = min(low, 2 * change - high), max(high, 2 * change - low)
+    return {"change": change, "interval": [low, high]}
 
 
 # ---- results ----

@@ -234,13 +234,12 @@ def experts(runs: "Runs", history: "History", start: dict[str, int], args) -> di
     law.correct(w, measured)
 
     # The other end, by the corrected law; `tight` is the lowest that this change can be.
-    w = weights_for(WORST)
-    sparing = mixture_of(w)
-    predicted = law.losses(w)
-    tight = (predicted - history.untouched).max()
+    best_for_worst = weights_for(WORST)
+    sparing = mixture_of(best_for_worst)
+    tight = (law.losses(best_for_worst) - history.untouched).max()
     if history.objective is WORST:
         note = "the best by the law, corrected"
-        history.foretell(sparing, predicted, note)
+        history.foretell(sparing, law.losses(best_for_worst), note)
         history.add(sparing, runs.measure(sparing, note))
         return history.best()["counts"]
 
@@ -249,14 +248,19 @@ def experts(runs: "Runs", history: "History", start: dict[str, int], args) -> di
         w = weights_for(history.objective, bound)
         note = f"by the law alone, no domain above {bound:+.4f}"
         history.foretell(mixture_of(w), law.losses(w), note, bound=bound)
-    if args.spare is None:
-        return history.best()["counts"]  # which may be the start's
-    if args.spare >= free:
-        return history.best(args.spare)["counts"]
-    if args.spare < tight:
+    allowed = np.inf if args.spare is None else args.spare
+    if allowed >= free:
+        return history.best(allowed)["counts"]  # which may be the start's
+    if allowed < tight:
         say(f"warning: no mixture is predicted to hold --spare {args.spare}; the nearest is taken")
-        return sparing
-    return mixture_of(weights_for(history.objective, args.spare))
+        w = best_for_worst
+    else:
+        w = weights_for(history.objective, allowed)
+    sparing = mixture_of(w)
+    note = f"by the law, to hold --spare {args.spare}"
+    history.foretell(sparing, law.losses(w), note)
+    history.add(sparing, runs.measure(sparing, note, keep=True))
+    return history.best(allowed, or_of=sparing)["counts"]
 
 
 def losses_of_experts(
@@ -399,7 +403,11 @@ class Method(NamedTuple):
 
 REWEIGHT_OPTIONS = {
     "--rule": {"choices": RULES, "default": "multiplicative", "help": "reading of the formula"},
-    "--rate": {"type": float, "metavar": "R", "help": "r; default: the rule's, found by trying"},
+    "--rate": {
+        "type": float,
+        "metavar": "R",
+        "help": "r; default: the rule's, found for 5 domains",
+    },
     "--rounds": {"type": int, "metavar": "N", "default": 4, "help": "at most"},
     "--grow": {"action": "store_true", "help": "train on the quantities, as they grow"},
 }
@@ -771,12 +779,14 @@ class History:
             losses = list(line["losses"].values())
         return np.array(losses) - self.untouched
 
-    def best(self, bound: float = np.inf) -> dict:
+    def best(self, bound: float = np.inf, or_of: dict[str, int] | None = None) -> dict:
         """The line with the lowest objective; the earlier one of equals.
 
-        bound: only lines in which no domain's loss rises by more.
+        bound: only lines in which no domain's loss rises by more, and those of the mixture `or_of`.
         """
-        lines = [line for line in self.measured() if line["worst"] <= bound]
+        lines = [
+            line for line in self.measured() if line["worst"] <= bound or line["counts"] == or_of
+        ]
         return min(lines, key=lambda line: line["objective"])
 
     def round_of(self, counts: dict[str, int]) -> int | None:
@@ -888,7 +898,7 @@ def verdict(result: dict) -> str:
     is_sure = False
     if result["sure"]:
         low, high = result["sure"]["interval"]
-        is_sure = not low <= 0 <= high
+        is_sure = high < 0 if words == "better than" else low > 0
     if words != "not distinguishable from" and not is_sure:
         words = "not distinguishable from"
         few = f" (what differs are domains of fewer than {FEW_DOCUMENTS} documents)"
@@ -1186,11 +1196,12 @@ def whether_spared(result: dict, args) -> list[str]:
     spare = own_options(args).get("spare")
     if spare is None:
         return []
-    worst = list(result["models"].values())[-1]["difference"]["worst"]
+    difference = list(result["models"].values())[-1]["difference"]
+    domain = max(result["domains"], key=lambda d: difference[d]["change"])
     held = "did not hold"
-    if worst <= spare:
+    if difference[domain]["change"] <= spare:
         held = "held"
-    return [f"--spare {spare} {held} on the test split: the domain that pays most, {worst:+.4f}"]
+    return [f"--spare {spare} {held} on the test split: {domain} {signed(difference[domain])}"]
 
 
 def next_steps(args, result: dict) -> list[str]:

@@ -365,6 +365,18 @@ def test_a_domain_that_is_not_trained_on_is_a_goal_all_the_same(tmp_path):
     assert counts == {"x": 100, "y": 300}
 
 
+def test_what_is_to_be_spared_is_measured(tmp_path):
+    """The law says that sparing y helps x, too. Really the start, which holds, is better."""
+    slopes = np.array([-1.2, 0.4])  # of x and y, in the share of x, by the experts
+    runs = Mixed(tmp_path, lambda p: 1 - slopes * (p[0] - 0.5), 400, x=999, y=999)
+    runs.told = lambda p: 2 + slopes * (p[0] - 0.5)
+    args = {"expert_sequences": 40, "spare": 0.05}
+    counts, history = runs.search(mix.experts, [200, 200], [1, 1], **args)
+    assert counts == {"x": 200, "y": 200}
+    assert "to hold --spare 0.05" in history.lines[-2]["note"]
+    assert history.lines[-1]["losses"] and not history.lines[-2]["losses"]
+
+
 def test_sparing_holds_the_domain_that_pays(tmp_path, capsys):
     """The best mixture in the mean costs y 0.2 nats, twice what short experts say: with that known,
     to spare all but 0.1 takes half of the way."""

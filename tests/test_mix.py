@@ -314,6 +314,8 @@ def judged(interval, sure) -> dict:
         ([-0.1, 0.2], [0.1, 0.2], "\nnot distinguishable from uniform, by this seed"),
         ([-0.2, -0.1], [-0.1, 0.2], "from uniform, by this seed (what differs are domains of"),
         ([-0.2, -0.1], None, "from uniform, by this seed (what differs are domains of"),
+        ([-0.2, -0.1], [0.1, 0.2], "from uniform, by this seed (what differs are domains of"),
+        ([0.1, 0.2], [-0.2, -0.1], "from uniform, by this seed (what differs are domains of"),
         ([0.0, 0.0], None, "experts is uniform"),
     ],
 )
@@ -324,9 +326,10 @@ def test_the_verdict_is_what_the_intervals_say(interval, sure, words):
 @pytest.mark.parametrize("worst, said", [(0.05, "held"), (0.1, "held"), (0.2, "did not hold")])
 def test_whether_a_domain_was_spared(worst, said):
     args = mix.make_parser().parse_args(["--method", "experts", "--spare", "0.1"])
-    result = {"models": {"untouched": {}, "experts": {"difference": {"worst": worst}}}}
-    [line] = mix.whether_spared(result, args)
-    assert line.startswith(f"--spare 0.1 {said} on the test split")
+    changes = {"a": {"change": -1.0}, "b": {"change": worst, "interval": [-1.0, 1.0]}}
+    result = {"models": {"untouched": {}, "experts": {"difference": changes}}}
+    [line] = mix.whether_spared(result | {"domains": {"a": {}, "b": {}}}, args)
+    assert line == f"--spare 0.1 {said} on the test split: b {worst:+.4f} [-1.0000, +1.0000]"
 
 
 def test_a_goal_that_is_not_trained_on(search):

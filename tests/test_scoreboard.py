@@ -92,6 +92,15 @@ def test_the_minimum_and_its_pull(pull, least):
     assert scoreboard.minimum(bowl, 3, pull) == pytest.approx(least, abs=0.01)
 
 
+def test_the_minimum_of_a_law_of_sixteen_domains():
+    """The law is convex: at its minimum every domain that has a share has the same slope, and no
+    other a lower one."""
+    t = np.random.default_rng(1).normal(-0.3, 0.3, (16, 16)) - np.eye(16)
+    p = scoreboard.minimum(lambda p: np.exp(p @ t.T), 16, 0)
+    slopes = (t * np.exp(p @ t.T)[:, None]).mean(0)
+    assert slopes[p > 1e-3] == pytest.approx(slopes.min(), abs=1e-4)
+
+
 def test_rank_correlation_by_hand():
     """1 - 6 Σ d² / (n (n² - 1)), the textbook's form; the ranks differ by 2, 1, 1, 0 and 0."""
     a = np.array([3, 1, 2, 5, 4])

@@ -289,11 +289,24 @@ def log_linear(shares: np.ndarray, losses: np.ndarray) -> Callable[[np.ndarray],
 
 
 def minimum(predict: Callable[[np.ndarray], np.ndarray], K: int, pull: float) -> np.ndarray:
-    """The shares of the lowest predicted mean loss + pull · KL(p ‖ uniform), of many drawn ones."""
+    """The shares of the lowest predicted mean loss + pull · KL(p ‖ uniform)."""
+
+    def value(p):
+        divergence = (p * np.log(np.maximum(p, 1e-12) * K)).sum(-1)
+        return predict(p).mean(-1) + pull * divergence
+
     rng = np.random.default_rng(0)
     drawn = np.concatenate([rng.dirichlet(np.full(K, a), 100_000) for a in (1.0, 5.0, 20.0)])
-    divergence = (drawn * np.log(np.maximum(drawn, 1e-12) * K)).sum(1)
-    return drawn[(predict(drawn).mean(1) + pull * divergence).argmin()]
+    p = drawn[value(drawn).argmin()]
+    # With sixteen domains the best of these has three quarters of what there is to gain. The rest
+    # is found by exponentiated gradient, at each step with the best of several rates.
+    rates = np.logspace(-3, 2, 11)[:, None]
+    for _ in range(1000):
+        slope = (value(p + 1e-6 * np.eye(K)) - value(p)) / 1e-6
+        steps = p * np.exp(-rates * (slope - slope.min()))
+        steps /= steps.sum(1, keepdims=True)
+        p = min((p, *steps), key=value)
+    return p
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
