@@ -316,10 +316,11 @@ def judge(
         resampled.append(objective.of(found))
     change = float(changes[1] - changes[0])
     low, high = interval(resampled[1] - resampled[0])
-    # Where domains change alike, resampled maxima lie to one side of the one that was found: the
-    # interval is then mirrored at it, too.
+    # Where domains change alike, resampled maxima lie to one side of the maximum that was found: so
+    # the interval of a maximum reaches as far to the other side.
     if objective.weights is None:
-        low, high = min(low, 2 * change - high), max(high, 2 * change - low)
+        reach = max(change - low, high - change)
+        low, high = change - reach, change + reach
     return {"change": change, "interval": [low, high]}
 
 
