@@ -361,7 +361,7 @@ def doremi(runs: "Runs", history: "History", start: dict[str, int], args) -> dic
     """DoReMi (2305.10429): the mean of the weights that a proxy's loss takes on.
 
     The reference is the base tuned on uniform. The proxy is the base tuned on uniform, too, but on
-    other windows, where a domain has as many.
+    other windows, where a domain has as many; its batch is weighted by the α of the step before.
     """
     uniform = runs.counts(np.ones(len(runs.train_on)))
     passes = [*runs.passes, train.this_pass(runs.data, runs.hyper, uniform)]
