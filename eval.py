@@ -312,16 +312,16 @@ def judge(
     resampled = []
     for losses in (baseline, other):
         changes.append(objective.of(domain_means(losses) - domain_means(untouched)))
-        found = resampled_changes(untouched, losses, data, split, seq_len)
-        resampled.append(objective.of(found))
+        means = resampled_changes(untouched, losses, data, split, seq_len)
+        resampled.append(objective.of(means))
     change = float(changes[1] - changes[0])
-    low, high = interval(resampled[1] - resampled[0])
+    found = interval(resampled[1] - resampled[0])
     # Where domains change alike, resampled maxima lie to one side of the maximum that was found: so
     # the interval of a maximum reaches as far to the other side.
     if objective.weights is None:
-        reach = max(change - low, high - change)
-        low, high = change - reach, change + reach
-    return {"change": change, "interval": [low, high]}
+        reach = max(change - found[0], found[1] - change)
+        found = [change - reach, change + reach]
+    return {"change": change, "interval": found}
 
 
 # ---- results ----

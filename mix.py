@@ -398,7 +398,7 @@ class Method(NamedTuple):
     cost: str = "not known"  # of training
     options: dict[str, dict] = {}
     is_path: bool = True  # each of its mixtures is a step from the last one
-    has_start: bool = True  # it begins with --start
+    searches: bool = True  # from --start, for --objective
 
 
 REWEIGHT_OPTIONS = {
@@ -422,10 +422,10 @@ EXPERTS_OPTIONS = {
 }
 
 METHODS = {
-    "uniform": Method(fixed, "no pass", has_start=False),
-    "natural": Method(fixed, "no pass", has_start=False),
+    "uniform": Method(fixed, "no pass", searches=False),
+    "natural": Method(fixed, "no pass", searches=False),
     "reweight": Method(reweight, "a pass a round, of --rounds at most", REWEIGHT_OPTIONS),
-    "doremi": Method(doremi, "3 passes", has_start=False),
+    "doremi": Method(doremi, "3 passes", searches=False),
     "experts": Method(
         experts, "a pass, which experts share, and 2 or 3", EXPERTS_OPTIONS, is_path=False
     ),
@@ -1017,7 +1017,10 @@ def write_results(
     prepare.write_json(out / "result.json", result)
     passes = [*runs.passes, train.this_pass(runs.data, runs.hyper, counts)]
     prepare.write_json(out / "run.json", train.read_record(out) | {"passes": passes})
-    found = f", found by `--method {args.method} --objective {args.objective}`"
+    how = f"--method {args.method}"
+    if METHODS[args.method].searches:
+        how += f" --objective {args.objective}"
+    found = f", found by `{how}`"
     train.write_card(out, args.model, runs.passes, runs.data, counts, runs.hyper, result, found)
 
 
@@ -1117,8 +1120,8 @@ def parse_args():
         for option in method.options.keys() - METHODS[args.method].options.keys():
             if vars(args)[attribute(option)] != parser.get_default(attribute(option)):
                 raise InputError(f"{option} is of --method {name}, not of {args.method}")
-    if args.start != parser.get_default("start") and not METHODS[args.method].has_start:
-        able = [name for name, method in METHODS.items() if method.has_start]
+    if args.start != parser.get_default("start") and not METHODS[args.method].searches:
+        able = [name for name, method in METHODS.items() if method.searches]
         raise InputError(f"--start is of --method {' or '.join(able)}, not of {args.method}")
     prepare.check_range(args, ("rounds", "expert_sequences"), 1)
     prepare.check_range(args, ("base_sequences",), 1, 10**8)
