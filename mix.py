@@ -260,7 +260,7 @@ def experts(runs: "Runs", history: "History", start: dict[str, int], args) -> di
     note = f"by the law, to hold --spare {args.spare}"
     history.foretell(sparing, law.losses(w), note)
     history.add(sparing, runs.measure(sparing, note, keep=True))
-    return history.best(allowed, or_of=sparing)["counts"]
+    return history.best(allowed, also=sparing)["counts"]
 
 
 def losses_of_experts(
@@ -779,13 +779,13 @@ class History:
             losses = list(line["losses"].values())
         return np.array(losses) - self.untouched
 
-    def best(self, bound: float = np.inf, or_of: dict[str, int] | None = None) -> dict:
+    def best(self, bound: float = np.inf, also: dict[str, int] | None = None) -> dict:
         """The line with the lowest objective; the earlier one of equals.
 
-        bound: only lines in which no domain's loss rises by more, and those of the mixture `or_of`.
+        bound: only lines in which no domain's loss rises by more, and those of the mixture `also`.
         """
         lines = [
-            line for line in self.measured() if line["worst"] <= bound or line["counts"] == or_of
+            line for line in self.measured() if line["worst"] <= bound or line["counts"] == also
         ]
         return min(lines, key=lambda line: line["objective"])
 
